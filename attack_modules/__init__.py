@@ -1,0 +1,7 @@
+"""The attacker: from Observations to images."""
+
+from attack_modules.inversion import GradientInversion
+from attack_modules.objectives import Cosine, SquaredL2
+from attack_modules.priors import ChromaTotalVariation, TotalVariation
+
+__all__ = ["ChromaTotalVariation", "Cosine", "GradientInversion", "SquaredL2", "TotalVariation"]

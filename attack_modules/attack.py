@@ -1,0 +1,96 @@
+"""What all attacks share: they take Observations and end with images and labels."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from fl_lightning.observation import Observation
+
+
+class Reconstruction(NamedTuple):
+    """What an attack ends with, in an order of its own."""
+
+    images: Tensor
+    """(N, C, H, W) float in [0, 1]."""
+    labels: Tensor
+    """(N,) long."""
+
+
+class AttackError(RuntimeError):
+    """The attack cannot run on this Observation, or a checkpoint belongs to another."""
+
+
+class Attack(LightningModule, ABC):
+    """An attack on the peers of a curious client. Its data is `ObservedRounds`, of which it reads `observations`.
+
+    A subclass builds its parameters in `configure_model`, and gives `reconstruction`.
+
+    Args:
+        checkpoint_every: steps between checkpoints, from which `--ckpt_path` resumes.
+    """
+
+    def __init__(self, checkpoint_every: int = 10) -> None:
+        super().__init__()
+        self.checkpoint_every = checkpoint_every
+
+    @abstractmethod
+    def reconstruction(self) -> Reconstruction:
+        """The best images so far by the attack's own loss, with their labels."""
+
+    @abstractmethod
+    def introduction(self) -> str:
+        """What the attack is going to do, in plain words."""
+
+    @property
+    def observations(self) -> list[Observation]:
+        """The observed rounds, oldest first."""
+        return self.trainer.datamodule.observations
+
+    def the_observation(self) -> Observation:
+        """The one observed round.
+
+        Raises:
+            AttackError: there are several.
+        """
+        if len(self.observations) != 1:
+            raise AttackError(
+                f"{type(self).__name__} inverts one round, but {len(self.observations)} were observed. "
+                "Name one in `federation.observed_rounds`."
+            )
+        return self.observations[0]
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [
+            ModelCheckpoint(
+                filename="{step}", every_n_train_steps=self.checkpoint_every, save_last=True, auto_insert_metric_name=False
+            )
+        ]
+
+    @torch.no_grad()
+    def validation_step(self, batch: int, batch_idx: int) -> Reconstruction:
+        return self.reconstruction()
+
+    test_step = predict_step = validation_step
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["observed"] = self._observed()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if checkpoint.get("observed") != self._observed():
+            raise AttackError(
+                "This checkpoint does not belong to this attack on this Observation: it was made by "
+                f"{checkpoint.get('observed', 'another program')}, but here is {self._observed()}. "
+                "Name its own configuration, or start without `--ckpt_path`."
+            )
+
+    def _observed(self) -> dict[str, str | list]:
+        """A few numbers of the observed models, enough to tell one Observation from another."""
+        probe = [
+            [observation.round, *(float(tensor.flatten()[0]) for tensor in observation.after.values())]
+            for observation in self.observations
+        ]
+        return {"attack": type(self).__name__, "rounds": probe}

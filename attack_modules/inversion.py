@@ -1,0 +1,164 @@
+"""Gradient matching: the paper's attack (arXiv 2410.04661, section 4)."""
+
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attack_modules.attack import Attack, AttackError, Reconstruction
+from attack_modules.labels import infer_labels
+from attack_modules.local_training import SimulatedPeers
+from attack_modules.objectives import Objective, SquaredL2
+from attack_modules.priors import Prior
+
+
+class GradientInversion(Attack):
+    """Images whose simulated training gives the peers' update; its parameters ARE the images.
+
+    Each step simulates the peers' local training on the current images, compares the resulting update with the
+    observed one, and moves the images by Adam. `trainer.max_steps` is the number of steps.
+
+    Args:
+        lr: the attacker's own learning rate, of Adam on the images, with cosine decay to a tenth.
+        scale_factor: images are a latent of 1/scale_factor of the size, upsampled bicubically; 1 for pixels.
+        objective: distance between simulated and observed update; null for SquaredL2.
+        priors: penalties that are added to the objective.
+        merged: simulate one virtual client with all images (the paper's way), or client by client.
+        subtract_own: take the attacker's own update out of the aggregate first.
+        restarts: independent starts that run side by side; the one with the least loss is the result.
+        divergence_factor: a start whose loss exceeds its best by this factor returns to its best at half the rate.
+        checkpoint_every: steps between checkpoints.
+        seed: of the starts.
+    """
+
+    def __init__(
+        self,
+        lr: float = 0.1,
+        scale_factor: int = 4,
+        objective: Objective | None = None,
+        priors: list[Prior] | None = None,
+        merged: bool = True,
+        subtract_own: bool = True,
+        restarts: int = 1,
+        divergence_factor: float = 10.0,
+        checkpoint_every: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(checkpoint_every)
+        if lr <= 0 or scale_factor < 1 or restarts < 1 or divergence_factor <= 1:
+            raise ValueError(
+                "`model` needs lr > 0, scale_factor >= 1, restarts >= 1 and divergence_factor > 1, but got "
+                f"lr={lr}, scale_factor={scale_factor}, restarts={restarts}, divergence_factor={divergence_factor}."
+            )
+        self.automatic_optimization = False  # one backward pass a start, so that memory holds one graph
+        self.lr = lr
+        self.scale_factor = scale_factor
+        self.objective = objective or SquaredL2()
+        self.priors = priors or []
+        self.merged = merged
+        self.subtract_own = subtract_own
+        self.restarts = restarts
+        self.divergence_factor = divergence_factor
+        self.seed = seed
+
+    def configure_model(self) -> None:
+        if hasattr(self, "starts"):
+            return
+        observation = self.the_observation()
+        device = self.trainer.strategy.root_device
+        self.peers = SimulatedPeers(observation, self.merged, device)
+        update = observation.peers_update() if self.subtract_own else observation.aggregated_update()
+        self.target = {name: tensor.to(device) for name, tensor in update.items()}
+        self.objective.weights(list(self.target))  # refuse unknown layers now
+        labels = observation.beliefs.labels
+        self.register_buffer("labels", torch.tensor(labels) if labels else infer_labels(observation, update))
+        self.starts = nn.ParameterList(self._start(trial, observation.image_shape) for trial in range(self.restarts))
+        for trial, start in enumerate(self.starts):
+            self.register_buffer(f"best_{trial}", start.detach().clone())
+        self.register_buffer("best_loss", torch.full((self.restarts,), torch.inf))
+
+    def _start(self, trial: int, image_shape: tuple[int, int, int]) -> nn.Parameter:
+        channels, height, width = image_shape
+        if height % self.scale_factor or width % self.scale_factor:
+            raise AttackError(
+                f"`model.scale_factor` is {self.scale_factor}, which does not divide the image size {height}x{width}. "
+                "Use a divisor, or 1."
+            )
+        generator = torch.Generator().manual_seed(self.seed * 1000 + trial)
+        shape = (len(self.labels), channels, height // self.scale_factor, width // self.scale_factor)
+        return nn.Parameter(0.5 + 0.05 * torch.randn(shape, generator=generator))
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
+        optimizer = torch.optim.Adam([{"params": [start], "lr": self.lr} for start in self.starts])
+        return [optimizer], [
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.trainer.max_steps, 1), self.lr / 10)
+        ]
+
+    def loss(self, latent: Tensor) -> Tensor:
+        """Objective plus weighted priors of one start's latent, a number."""
+        images = self.decode(latent).contiguous(memory_format=torch.channels_last)
+        objective = self.objective(self.peers.mean_update(images, self.labels), self.target)
+        return objective + sum(prior.weight * prior(images).mean() for prior in self.priors)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(N, C, h, w) latent -> (N, C, h * scale_factor, w * scale_factor) images."""
+        if self.scale_factor == 1:
+            return latent
+        return F.interpolate(latent, scale_factor=self.scale_factor, mode="bicubic")
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer.zero_grad()
+        losses = []
+        for trial, latent in enumerate(self.starts):
+            loss = self.loss(latent)
+            self._remember(trial, latent, loss.detach())
+            self.manual_backward(loss)
+            losses.append(loss.detach())
+        optimizer.step()
+        scheduler.step()
+        self._guard(losses)
+        with torch.no_grad():
+            for latent in self.starts:
+                latent.clamp_(0, 1)
+        self.log("loss", torch.stack(losses).min(), prog_bar=True)
+        self.log("best_loss", self.best_loss.min(), prog_bar=True)
+
+    def _remember(self, trial: int, latent: Tensor, loss: Tensor) -> None:
+        if loss < self.best_loss[trial]:
+            self.best_loss[trial] = loss
+            self.get_buffer(f"best_{trial}").copy_(latent.detach())
+
+    @torch.no_grad()
+    def _guard(self, losses: list[Tensor]) -> None:
+        """A start that diverged goes back to its best iterate, with half the rate and without Adam's memory."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        for trial, (latent, loss) in enumerate(zip(self.starts, losses, strict=True)):
+            if loss <= self.divergence_factor * self.best_loss[trial]:
+                continue
+            latent.copy_(self.get_buffer(f"best_{trial}"))
+            optimizer.state.pop(latent, None)
+            optimizer.param_groups[trial]["lr"] /= 2
+            rank_zero_warn(
+                f"Start {trial} diverged at step {self.global_step} (loss {loss:.3g}, best {self.best_loss[trial]:.3g}): "
+                f"it returns to its best images with the rate {optimizer.param_groups[trial]['lr']:.3g}."
+            )
+
+    def reconstruction(self) -> Reconstruction:
+        best = self.get_buffer(f"best_{int(self.best_loss.argmin())}")
+        return Reconstruction(self.decode(best).float().clamp(0, 1), self.labels)
+
+    def introduction(self) -> str:
+        count, shape = len(self.labels), tuple(self.starts[0].shape[1:])
+        unknown = self.starts[0].numel()
+        clients = "one merged client" if self.peers.client_sizes is None else f"{len(self.peers.client_sizes)} clients"
+        rate = f"learning rate {self.peers.beliefs.client_lr:g}, {self.peers.beliefs.local_epochs} local epochs"
+        return (
+            f"Attack: gradient matching. {count} images with labels {self.the_observation().sources['labels']}, as "
+            f"latents of shape {shape}: {unknown:,} unknown numbers against {sum(u.numel() for u in self.target.values()):,} of the update.\n"
+            f"It simulates {clients} ({rate}) and minimises {type(self.objective).__name__}"
+            + "".join(f" + {prior.weight:g} {type(prior).__name__}" for prior in self.priors)
+            + f" by Adam at rate {self.lr:g} for {self.trainer.max_steps} steps, {self.restarts} start(s)."
+        )

@@ -1,0 +1,114 @@
+"""The peers' local training, simulated so that one can differentiate through it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from attack_modules.low_rank import LowRank
+from attack_modules.objectives import SimulatedUpdate
+from fl_lightning.client import Tensors, buffers, parameters
+from fl_lightning.models import ImageClassifier
+from fl_lightning.observation import Observation
+
+
+class SimulationError(ValueError):
+    """The observed model, or what the attacker believes of its peers, cannot be simulated."""
+
+
+class SimulatedPeers:
+    """The peers' local SGD from the observed global model, on images that the attacker makes up.
+
+    Args:
+        observation: gives the global model `w_t` and the attacker's beliefs of the peers' training.
+        merged: whether one virtual client holds all images (the paper's way) or each believed client its own.
+        device: where to simulate.
+
+    Raises:
+        SimulationError: the model draws random numbers, or client sizes are needed and not believed.
+    """
+
+    def __init__(self, observation: Observation, merged: bool, device: torch.device) -> None:
+        self.model: ImageClassifier = observation.build_model().to(device, memory_format=torch.channels_last)
+        self.beliefs = observation.beliefs
+        random = [name for name, m in self.model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p]
+        if random:
+            raise SimulationError(
+                f"The global model drops units at random ({', '.join(random)}), which nobody can simulate exactly. "
+                "Train the federation without dropout (`federation.model.dropout: 0`)."
+            )
+        if not merged and self.beliefs.client_sizes is None:
+            raise SimulationError(
+                "A simulation client by client needs the number of clients and of images, but the attacker has "
+                "neither. Give `knowledge.num_clients` and `knowledge.num_images`, or set `model.merged: true`."
+            )
+        self.client_sizes = None if merged else self.beliefs.client_sizes
+        self.parameters = parameters(self.model)
+        self.linear_weights = {f"head.{i}.weight" for i, m in enumerate(self.model.head) if isinstance(m, nn.Linear)}
+
+    def mean_update(self, images: Tensor, labels: Tensor) -> SimulatedUpdate:
+        """The mean of the simulated clients' updates, weighted by their numbers of images.
+
+        Args:
+            images: (N, C, H, W) in [0, 1], client by client.
+            labels: (N,) long.
+
+        Returns:
+            Parameters before minus after by name, differentiable with respect to `images`.
+        """
+        sizes = self.client_sizes or [len(images)]
+        mean: SimulatedUpdate = {}
+        for own_images, own_labels in zip(images.split(sizes), labels.split(sizes), strict=True):
+            for name, update in self._local_update(own_images, own_labels).items():
+                share = (len(own_images) / len(images)) * update
+                mean[name] = mean[name] + share if name in mean else share
+        return mean
+
+    def _local_update(self, images: Tensor, labels: Tensor) -> SimulatedUpdate:
+        """One client's update: the sum of its SGD steps (`torch.optim.SGD` with momentum and weight decay)."""
+        state = {name: tensor.clone() for name, tensor in buffers(self.model.features).items()}  # BatchNorm writes them
+        start = {
+            name: LowRank(tensor, 1.0) if name in self.linear_weights else tensor.requires_grad_()
+            for name, tensor in self.parameters.items()
+        }
+        weights, velocity = start, None
+        for batch_images, batch_labels in self._batches(images, labels):
+            gradient = self._gradient(weights, state, batch_images, batch_labels)
+            if self.beliefs.weight_decay:
+                gradient = {name: g + self.beliefs.weight_decay * weights[name] for name, g in gradient.items()}
+            if self.beliefs.momentum and velocity:
+                gradient = {name: g + self.beliefs.momentum * velocity[name] for name, g in gradient.items()}
+            velocity = gradient
+            weights = {name: weight - self.beliefs.client_lr * velocity[name] for name, weight in weights.items()}
+        return {name: start[name] - weight for name, weight in weights.items()}
+
+    def _gradient(self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor) -> SimulatedUpdate:
+        """The loss's gradient with respect to every parameter, that of linear weights in factors."""
+        convolutional = {n.removeprefix("features."): w for n, w in weights.items() if n.startswith("features.")}
+        x = functional_call(self.model.features, (convolutional, state), (self.model.normalise(images),)).flatten(1)
+        inputs, outputs = {}, {}
+        for index, layer in enumerate(self.model.head):
+            name = f"head.{index}.weight"
+            if name not in weights:
+                x = layer(x)
+                continue
+            inputs[name] = x
+            outputs[name] = x = weights[name].linear(x)
+            if layer.bias is not None:
+                x = x + weights[f"head.{index}.bias"]
+        loss = F.cross_entropy(x, labels)
+        dense = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+        sources = {**dense, **outputs}
+        gradient = dict(zip(sources, torch.autograd.grad(loss, sources.values(), create_graph=True), strict=True))
+        for name, errors in gradient.items():
+            if name in inputs:
+                gradient[name] = LowRank(self.parameters[name], 0.0, (errors,), (inputs[name],))
+        return gradient
+
+    def _batches(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Mini-batches in one fixed order: the peers' own order is unknown, and any image may be in any batch."""
+        size = self.beliefs.batch_size or len(images)
+        for _ in range(self.beliefs.local_epochs):
+            yield from zip(images.split(size), labels.split(size), strict=True)

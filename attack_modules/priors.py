@@ -1,0 +1,67 @@
+"""What images look like before anything is observed: terms that are added to an attack's loss."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Prior(ABC):
+    """A penalty on images that are unlike photographs.
+
+    Args:
+        weight: its weight in the attack's loss; the attack multiplies.
+    """
+
+    def __init__(self, weight: float) -> None:
+        if weight < 0:
+            raise ValueError(f"A prior's weight must not be negative, but it is {weight}.")
+        self.weight = weight
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) images in [0, 1] -> (N,) penalties."""
+
+
+class TotalVariation(Prior):
+    """Mean absolute difference of neighbouring pixels (Rudin, Osher and Fatemi 1992, anisotropic).
+
+    Args:
+        weight: its weight in the attack's loss.
+    """
+
+    def __init__(self, weight: float = 1e-3) -> None:
+        super().__init__(weight)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return total_variation(images).mean(1)
+
+
+class ChromaTotalVariation(Prior):
+    """Total variation in YCbCr, stronger on chroma: random filters lose colour first, and photographs have little.
+
+    Args:
+        weight: its weight in the attack's loss.
+        chroma: weight of Cb and Cr beside 1 for Y.
+    """
+
+    def __init__(self, weight: float = 1e-3, chroma: float = 4.0) -> None:
+        super().__init__(weight)
+        self.chroma = chroma
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.shape[1] != 3:
+            return total_variation(images).mean(1)
+        scale = images.new_tensor([1.0, self.chroma, self.chroma])
+        return (total_variation(rgb_to_ycbcr(images)) * scale).mean(1)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C): mean absolute difference to the neighbour below plus that to the right."""
+    return images.diff(dim=2).abs().mean((2, 3)) + images.diff(dim=3).abs().mean((2, 3))
+
+
+def rgb_to_ycbcr(images: Tensor) -> Tensor:
+    """(N, 3, H, W) RGB in [0, 1] -> Y in [0, 1], Cb and Cr in [-0.5, 0.5] (ITU-R BT.601, as in JPEG)."""
+    matrix = images.new_tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+    return torch.einsum("dc,nchw->ndhw", matrix, images)

@@ -1,0 +1,92 @@
+"""The one door: `python cli.py {fit,validate,test,predict,federate} --config configs/X.yaml`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import attack_modules  # noqa: F401 - short class names in YAML
+import fl_lightning.data
+import fl_lightning.models  # noqa: F401
+from attack_modules.attack import Attack
+from attack_modules.callbacks import Evaluation
+from fl_lightning.allocation import keep_freed_memory
+from fl_lightning.data import FederatedData
+from fl_lightning.federation import Federation
+from fl_lightning.knowledge import Knowledge
+from fl_lightning.observed import ObservedRounds
+from fl_lightning.storage import load_checkpoint
+
+
+class AuditTrainer(Trainer):
+    """Lightning's Trainer, which can also run a federation alone."""
+
+    def federate(self, model: LightningModule | None = None, datamodule: LightningDataModule | None = None) -> None:
+        """Run the federation alone: accuracy per round to TensorBoard, and the Observations to disk."""
+        datamodule.prepare_data()
+        print(f"Record of the federation: {datamodule.record.directory}")
+
+
+class AuditCLI(LightningCLI):
+    """LightningCLI with a federation beside data and model, and the subcommand `federate`."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(AuditTrainer, "trainer")
+        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(Federation, "federation")
+        parser.add_class_arguments(Knowledge, "knowledge")
+        parser.add_argument(
+            "--observation",
+            type=Path | None,
+            default=None,
+            help="Directory of the federation's record. Reused if it is there, else simulated first; by default a "
+            "folder of runs/federations named by the settings.",
+        )
+        parser.add_argument(
+            "--postprocess", type=Literal["none"], default="none", help="Enhancement of the reconstructed images."
+        )
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "federation.seed")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "federate": {"model", "datamodule"}}
+
+    def after_instantiate_classes(self) -> None:
+        if isinstance(self.datamodule, FederatedData):
+            settings: Any = self.config_init[self.subcommand]
+            self.datamodule = ObservedRounds(
+                settings.federation, self.datamodule, settings.knowledge, settings.observation
+            )
+        if self.subcommand != "federate" and self.model is None:
+            self.parser.error(
+                f"`{self.subcommand}` needs a `model:`, e.g. `--model GradientInversion` or a config from configs/."
+            )
+        ckpt_path = self.config_init[self.subcommand].get("ckpt_path")
+        if isinstance(self.model, Attack) and ckpt_path:
+            load_checkpoint(Path(ckpt_path))  # a file that is cut short or foreign is refused before work starts
+
+
+def main(args: ArgsType = None) -> AuditCLI:
+    """Run the command line; tests call this in-process with a list of arguments."""
+    return AuditCLI(
+        trainer_class=AuditTrainer,
+        trainer_defaults={"callbacks": [RichProgressBar(), Evaluation()]},
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("high")
+    main()

@@ -1,0 +1,154 @@
+"""One client's local training."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn import functional as F
+
+from fl_lightning.data import ImageSet
+from fl_lightning.models import ImageClassifier
+
+Tensors = dict[str, Tensor]
+"""Tensors by parameter (or buffer) name."""
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains: SGD on the cross entropy of its own images.
+
+    Args:
+        lr: client learning rate.
+        local_epochs: passes over the client's images in a round.
+        batch_size: images in an SGD step; null for all of the client's images (full batch).
+        momentum: SGD momentum, started anew every round.
+        weight_decay: SGD weight decay.
+    """
+
+    lr: float = 0.003
+    local_epochs: int = 3
+    batch_size: int | None = None
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.local_epochs < 1 or (self.batch_size is not None and self.batch_size < 1):
+            raise ValueError(
+                f"`federation.client` needs lr > 0, local_epochs >= 1 and batch_size >= 1 or null, but got {self}."
+            )
+
+
+class ClientModule(LightningModule):
+    """Local training of the global model on one client's images: ClientUpdate of FedAvg (McMahan et al. 2017).
+
+    Args:
+        model: the client's own copy of the global model.
+        training: its optimiser's settings.
+    """
+
+    def __init__(self, model: ImageClassifier, training: LocalTraining) -> None:
+        super().__init__()
+        self.model = model
+        self.training_settings = training
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self.model(images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        settings = self.training_settings
+        return torch.optim.SGD(
+            self.parameters(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client returns to the server.
+
+    Attributes:
+        update: parameters before minus after local training, so it points like a gradient.
+        buffers: the model's buffers after local training (BatchNorm's running statistics).
+        num_examples: images that the client trained on, its weight in the aggregate.
+    """
+
+    update: Tensors
+    buffers: Tensors
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """What one client does in one round.
+
+    Attributes:
+        model: the global model `w_t` that the server sent; left as it is.
+        images: the client's private images.
+        seed: of the order of mini-batches and of random layers.
+    """
+
+    model: ImageClassifier
+    images: ImageSet
+    seed: int
+
+
+def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "cpu") -> ClientUpdate:
+    """Train a copy of the global model on one client's images; pure: the same arguments give the same update.
+
+    Args:
+        task: the client's model, images and seed.
+        training: the optimiser's settings.
+        accelerator: where Lightning trains (`cpu`, `gpu`, `auto`).
+    """
+    client = ClientModule(copy.deepcopy(task.model), training)
+    with isolate_rng(), _quiet():
+        torch.manual_seed(task.seed)
+        trainer = Trainer(
+            max_epochs=training.local_epochs,
+            accelerator=accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        generator = torch.Generator().manual_seed(task.seed)
+        trainer.fit(client, task.images.dataloader(training.batch_size, shuffle=True, generator=generator))
+    after = client.model.cpu()
+    return ClientUpdate(
+        update={name: before - after.get_parameter(name).detach() for name, before in parameters(task.model).items()},
+        buffers=buffers(after),
+        num_examples=len(task.images),
+    )
+
+
+def parameters(model: torch.nn.Module) -> Tensors:
+    """The model's parameters by name, detached."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def buffers(model: torch.nn.Module) -> Tensors:
+    """The model's buffers that belong to its state (BatchNorm's, not our normalisation constants), by name."""
+    names = model.state_dict().keys()
+    return {name: tensor for name, tensor in model.named_buffers() if name in names}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hundreds of clients would each repeat Lightning's notes on hardware and unused loggers."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

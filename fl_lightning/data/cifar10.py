@@ -1,0 +1,75 @@
+"""CIFAR-10, in any of three layouts."""
+
+import tarfile
+import zlib
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from fl_lightning.data.catalogue import Catalogue, label_indices
+from fl_lightning.data.downloadable import DownloadableData
+from fl_lightning.data.image_folder import folder_catalogue
+from fl_lightning.data.images import is_image_name, read_image, to_pixels
+from fl_lightning.models.classifier import ImageShape
+
+
+class CIFAR10(DownloadableData):
+    """50,000 training and 10,000 test images of 32x32 pixels in 10 classes.
+
+    Args:
+        root: a folder that holds `train/<class>/*.jpg` and `test/<class>/*.jpg`, or a `.tar.gz` of these, or the
+            folder of torchvision's own layout.
+        download: whether torchvision fetches the dataset into `root` if it is not there.
+    """
+
+    def catalogue(self) -> Catalogue:
+        return self._split("train")
+
+    def test_catalogue(self) -> Catalogue:
+        return self._split("test")
+
+    def _split(self, split: str) -> Catalogue:
+        if self.root.is_file():
+            return tar_catalogue(self.root, split, self.image_shape)
+        if (self.root / split).is_dir():
+            return folder_catalogue(self.root / split, self.image_shape)
+        batches = self.from_torchvision(datasets.CIFAR10, train=split == "train")
+        return Catalogue(
+            labels=torch.tensor(batches.targets),
+            class_names=batches.classes,
+            read=lambda index: to_pixels(Image.fromarray(batches.data[index]), self.image_size, self.channels),
+        )
+
+
+def tar_catalogue(tar_path: Path, split: str, image_shape: ImageShape) -> Catalogue:
+    """The images at `<split>/<class>/<name>` in a tar file; their bytes stay in memory, nothing is extracted.
+
+    Raises:
+        ValueError: the file is not a whole tar file, or holds no such images.
+    """
+    content: dict[tuple[str, str], bytes] = {}
+    try:
+        with tarfile.open(tar_path) as tar:
+            for member in tar:
+                parts = PurePosixPath(member.name).parts
+                if member.isfile() and parts[-3:-2] == (split,) and is_image_name(parts[-1]):
+                    content[parts[-2], parts[-1]] = tar.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"'{tar_path}' cannot be read as a tar file ({error}). Fetch it again, or set `data.root` to a folder."
+        ) from error
+    if not content:
+        raise ValueError(f"'{tar_path}' has no images at {split}/<class>/<name>.jpg. Set `data.root` to one that has.")
+    channels, image_size, _ = image_shape
+    names = sorted(content)
+    class_names = sorted({class_name for class_name, _ in names})
+    return Catalogue(
+        labels=label_indices([class_name for class_name, _ in names], class_names),
+        class_names=class_names,
+        read=lambda index: read_image(
+            BytesIO(content[names[index]]), image_size, channels, name=f"{tar_path}:{split}/{'/'.join(names[index])}"
+        ),
+    )

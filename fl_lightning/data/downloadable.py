@@ -1,0 +1,64 @@
+"""What datasets have in common that torchvision can download."""
+
+from pathlib import Path
+from typing import Any
+
+from torchvision.datasets import VisionDataset
+
+from fl_lightning.data.federated import FederatedData
+from fl_lightning.data.images import PathLike
+from fl_lightning.data.partition import InOrder, Partition
+
+
+class DownloadableData(FederatedData):
+    """A dataset of 32x32 images that lies on disk or is fetched by torchvision.
+
+    Args:
+        root: folder that holds the dataset, or receives it.
+        download: whether to fetch the dataset if it is not there.
+    """
+
+    def __init__(
+        self,
+        root: PathLike,
+        download: bool = False,
+        num_clients: int = 5,
+        images_per_client: int | list[int] | None = None,
+        attacker_images: int | None = None,
+        image_size: int = 32,
+        partition: Partition = InOrder(),  # noqa: B008 - it has no state
+        csv: PathLike | None = None,
+        num_classes: int | None = None,
+        seed: int = 0,
+        pooled_batch_size: int = 128,
+    ) -> None:
+        super().__init__(
+            num_clients=num_clients,
+            images_per_client=images_per_client,
+            attacker_images=attacker_images,
+            image_size=image_size,
+            partition=partition,
+            csv=csv,
+            num_classes=num_classes,
+            seed=seed,
+            pooled_batch_size=pooled_batch_size,
+        )
+        self.root = Path(root)
+        self.download = download
+
+    def from_torchvision(self, dataset: type[VisionDataset], train: bool) -> VisionDataset:
+        """One split in torchvision's own layout under `root`.
+
+        Raises:
+            FileNotFoundError: it is neither there nor can be fetched.
+        """
+        try:
+            return dataset(self.root, train=train, download=self.download)
+        except (RuntimeError, OSError) as error:
+            remedy = "Check the connection" if self.download else "Set `data.download: true` to fetch it"
+            raise FileNotFoundError(
+                f"{dataset.__name__} is not in '{self.root}' ({error}). {remedy}, or set `data.root` to where it lies."
+            ) from error
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"root": str(self.root.resolve())}

@@ -1,0 +1,211 @@
+"""Who the clients are and what images they hold."""
+
+import re
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fl_lightning.data.catalogue import Catalogue
+from fl_lightning.data.images import ImageSet, PathLike, pool
+from fl_lightning.data.manifest import read_manifest
+from fl_lightning.data.partition import InOrder, Partition, even_sizes
+from fl_lightning.models.classifier import ImageShape
+
+
+class FederatedData(LightningDataModule, ABC):
+    """A dataset divided among the clients of a federation, the last of which is the attacker.
+
+    A subclass says what images there are (`catalogue`); only those that a client gets are read. With `csv`, a user's
+    own images take the dataset's place. If that file has a column `client`, it alone decides who holds what, and
+    `num_clients`, `images_per_client`, `attacker_images` and `partition` have no effect.
+
+    Args:
+        num_clients: all clients, the attacker included; the attacker is the last.
+        images_per_client: one number for all clients or a list of one each; null: all images are divided.
+        attacker_images: the attacker's number of images where it differs; 0: an attacker without data.
+        image_size: height and width to which images are cut and resized, in pixels, >= 8.
+        partition: how the images are dealt.
+        csv: a file `path,label[,client]` that lists the images to take instead of the dataset's. Labels are class
+            indices or names; a client is a victim's number, from 0, or `attacker`.
+        num_classes: number of classes, at least as many as are present; null: as many as the dataset has.
+        seed: decides every chance in dealing the images.
+        pooled_batch_size: images a batch when all clients' images are pooled or the test set is scored; the clients'
+            own batches are the federation's affair.
+
+    Raises:
+        ValueError: a setting or a row of `csv` that cannot be; the message says which.
+    """
+
+    channels: int = 3
+    """3 for colour, 1 for grey images."""
+
+    def __init__(
+        self,
+        num_clients: int = 5,
+        images_per_client: int | list[int] | None = None,
+        attacker_images: int | None = None,
+        image_size: int = 128,
+        partition: Partition = InOrder(),  # noqa: B008 - it has no state
+        csv: PathLike | None = None,
+        num_classes: int | None = None,
+        seed: int = 0,
+        pooled_batch_size: int = 128,
+    ) -> None:
+        super().__init__()
+        _refuse_unfit(num_clients, images_per_client, attacker_images, image_size, num_classes, pooled_batch_size)
+        self._manifest = None if csv is None else read_manifest(csv, num_classes)
+        dealt = self._manifest is not None and self._manifest.shares is not None
+        self.num_clients = len(self._manifest.shares) if dealt else num_clients
+        self.images_per_client = images_per_client
+        self.attacker_images = attacker_images
+        self.image_size = image_size
+        self.partition = partition
+        self.seed = seed
+        self.pooled_batch_size = pooled_batch_size
+        self._least_classes = num_classes
+
+        self.clients: list[ImageSet] = []
+        """Each client's images, the attacker's last; empty before `setup`."""
+        self.class_names: list[str] = []
+        """One name a class; classes beyond the dataset's are named by their index. Empty before `setup`."""
+
+    @abstractmethod
+    def catalogue(self) -> Catalogue:
+        """The images that clients may hold."""
+
+    def test_catalogue(self) -> Catalogue | None:
+        """The images on which the global model is scored, if there are any."""
+        return None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Deals and reads the clients' images; a second call changes nothing."""
+        if self.clients:
+            return
+        catalogue = self.catalogue() if self._manifest is None else self._manifest.catalogue(self.image_shape)
+        present = len(catalogue.class_names)
+        highest = catalogue.labels.max().item()
+        if self._least_classes is not None and self._least_classes <= highest:
+            raise ValueError(
+                f"`data.num_classes` is {self._least_classes}, but the images have labels up to {highest}. "
+                f"Set it to at least {highest + 1}, or to null."
+            )
+        shares = self._shares(catalogue.labels)
+        everybody = catalogue.read_all(torch.cat(shares), self.image_shape)
+        places = torch.arange(len(everybody)).split([len(share) for share in shares])
+        self.clients = [ImageSet(everybody.pixels[place], everybody.labels[place]) for place in places]
+        num_classes = self._least_classes or present
+        self.class_names = (catalogue.class_names + [str(i) for i in range(present, num_classes)])[:num_classes]
+
+    def _shares(self, labels: Tensor) -> list[Tensor]:
+        """Each client's images as indices into `labels`."""
+        if self._manifest is not None and self._manifest.shares is not None:
+            return self._manifest.shares
+        sizes = self.images_per_client
+        if isinstance(sizes, int):
+            sizes = [sizes] * self.num_clients
+        if self.attacker_images is not None:
+            left = len(labels) - self.attacker_images
+            if sizes is None and left < self.attacker:
+                raise ValueError(
+                    f"Of {len(labels)} images the attacker takes {self.attacker_images}, which leaves too few for "
+                    f"{self.attacker} victims. Lower `data.attacker_images` or give more images."
+                )
+            victims = even_sizes(left, self.attacker) if sizes is None else sizes[:-1]
+            sizes = [*victims, self.attacker_images]
+        return self.partition(labels, sizes, self.num_clients, torch.Generator().manual_seed(self.seed))
+
+    @property
+    def attacker(self) -> int:
+        """Which client is the attacker."""
+        return self.num_clients - 1
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits that a model of these images needs; 0 before `setup`."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """(C, H, W) of every image."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
+    def imagenet_labels(self) -> bool:
+        """Whether labels are ImageNet's: the classes are its 1000 synsets, in sorted order."""
+        names = self.class_names
+        return (
+            len(names) == 1000 and names == sorted(set(names)) and all(re.fullmatch(r"n\d{8}", name) for name in names)
+        )
+
+    @cached_property
+    def test_set(self) -> ImageSet | None:
+        """Images on which the global model is scored, read on first use; None if there are none."""
+        catalogue = self.test_catalogue() if self._manifest is None else None
+        if catalogue is None:
+            return None
+        return catalogue.read_all(torch.arange(len(catalogue.labels)), self.image_shape)
+
+    def train_dataloader(self) -> DataLoader:
+        """All clients' images in one, shuffled: what training without a federation would see."""
+        return pool(self.clients).dataloader(self.pooled_batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """The test set, or an empty list."""
+        return self.test_set.dataloader(self.pooled_batch_size) if self.test_set else []
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides the clients' images, in JSON's types: equal descriptions give equal clients."""
+        manifest = self._manifest
+        return {
+            "class": type(self).__name__,
+            "num_clients": self.num_clients,
+            "images_per_client": self.images_per_client,
+            "attacker_images": self.attacker_images,
+            "image_size": self.image_size,
+            "partition": {"class": type(self.partition).__name__, "args": dict(vars(self.partition))},
+            "csv": None if manifest is None else {"path": str(manifest.csv.resolve()), "sha256": manifest.sha256},
+            "num_classes": self._least_classes,
+            "seed": self.seed,
+        }
+
+
+def _refuse_unfit(
+    num_clients: int,
+    images_per_client: int | list[int] | None,
+    attacker_images: int | None,
+    image_size: int,
+    num_classes: int | None,
+    pooled_batch_size: int,
+) -> None:
+    """Raises ValueError for numbers that no dataset can make right."""
+    least = 2 if attacker_images == 0 else 1
+    if num_clients < least:
+        raise ValueError(
+            f"`data.num_clients` is {num_clients}, but somebody must hold images: give at least {least} (the attacker "
+            "is one of them)."
+        )
+    if isinstance(images_per_client, list) and len(images_per_client) != num_clients:
+        raise ValueError(
+            f"`data.images_per_client` has {len(images_per_client)} numbers for {num_clients} clients. Give one number "
+            "each, the attacker's last, or a single number for all."
+        )
+    victims = images_per_client[:-1] if isinstance(images_per_client, list) else [images_per_client]
+    if any(size is not None and size < 1 for size in victims):
+        raise ValueError(
+            f"`data.images_per_client` is {images_per_client}, but every victim needs at least one image. Only the "
+            "attacker may have none (`data.attacker_images: 0`)."
+        )
+    own = images_per_client[-1] if isinstance(images_per_client, list) and attacker_images is None else attacker_images
+    if own is not None and own < 0:
+        raise ValueError(f"The attacker cannot have {own} images. Set `data.attacker_images` to 0 or more.")
+    if image_size < 8:
+        raise ValueError(f"`data.image_size` is {image_size}, but images need at least 8 pixels a side.")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"`data.num_classes` is {num_classes}. Give at least 1, or null for the dataset's own.")
+    if pooled_batch_size < 1:
+        raise ValueError(f"`data.pooled_batch_size` is {pooled_batch_size}. Give at least 1.")

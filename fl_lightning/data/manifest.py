@@ -1,0 +1,140 @@
+"""A user's own images, listed in a CSV file."""
+
+import csv
+import hashlib
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fl_lightning.data.catalogue import Catalogue, label_indices
+from fl_lightning.data.images import PathLike, UnreadableImage, read_image
+from fl_lightning.models.classifier import ImageShape
+
+ATTACKER = "attacker"
+
+
+@dataclass
+class Manifest:
+    """The rows of a CSV file `path,label[,client]`, all checked but for the images themselves.
+
+    Relative paths start at the CSV's folder. Labels are class indices if all are integers, otherwise names, which are
+    sorted. Clients are victims, numbered from 0, or `attacker`, who becomes the last client and may have no row.
+    """
+
+    csv: Path
+    sha256: str
+    """Hash of the CSV's text."""
+    lines: list[int]
+    """Where each row stands in the file, from 1."""
+    paths: list[Path]
+    labels: Tensor
+    """Class indices, long (M,)."""
+    class_names: list[str]
+    shares: list[Tensor] | None
+    """Rows of each client, the attacker last; None without a column `client`."""
+
+    def catalogue(self, image_shape: ImageShape) -> Catalogue:
+        channels, image_size, _ = image_shape
+
+        def read(row: int) -> Tensor:
+            try:
+                return read_image(self.paths[row], image_size, channels)
+            except UnreadableImage as error:
+                raise UnreadableImage(f"{self.csv}, line {self.lines[row]}: {error}") from error
+
+        return Catalogue(self.labels, self.class_names, read)
+
+
+def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifest:
+    """Reads and checks a manifest; opens no image.
+
+    Args:
+        csv_path: the CSV file, UTF-8, its first line naming the columns.
+        num_classes: labels must be below it; None: any number of classes.
+
+    Raises:
+        FileNotFoundError: the CSV, or an image that it names, does not exist.
+        ValueError: the text is not such a table; the message names the line.
+    """
+    path = Path(csv_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{path}'. Set `data.csv` to a CSV file with columns path,label.")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")  # spreadsheets like to put a mark at the start
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as CSV in UTF-8.") from error
+
+    table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    columns = [name.strip() for name in table.fieldnames or []]
+    if sorted(columns) not in (["label", "path"], ["client", "label", "path"]):
+        raise ValueError(
+            f"{path}, line 1: the columns are '{','.join(columns)}', but a manifest has path,label or "
+            "path,label,client. Name them so in the first line."
+        )
+    table.fieldnames = columns
+    rows: list[dict[str, str]] = []
+    lines: list[int] = []
+    for row in table:
+        if None in row:
+            raise ValueError(
+                f"{path}, line {table.line_num}: there are more values than the {len(columns)} columns. "
+                "Put a value that contains a comma in double quotes."
+            )
+        rows.append({name: (value or "").strip() for name, value in row.items()})
+        lines.append(table.line_num)
+    if not rows:
+        raise ValueError(f"{path} has no rows. List one image a line, under a first line path,label.")
+
+    paths = [path.parent / row["path"] for row in rows]
+    for row, image, line in zip(rows, paths, lines, strict=True):
+        if not row["label"]:
+            raise ValueError(f"{path}, line {line}: '{row['path']}' has no label. Give a class index or a name.")
+        if not image.is_file():
+            raise FileNotFoundError(
+                f"{path}, line {line}: there is no image '{image}'. Correct the path; a relative one starts at the "
+                "CSV's folder."
+            )
+    labels, class_names = _labels([row["label"] for row in rows])
+    for row, label, line in zip(rows, labels.tolist(), lines, strict=True):
+        if label < 0 or (num_classes is not None and label >= num_classes):
+            highest = "" if num_classes is None else f" to {num_classes - 1}"
+            raise ValueError(
+                f"{path}, line {line}: the label {row['label']} is class {label}, but classes are numbered from 0"
+                f"{highest}. Correct the label or raise `data.num_classes`."
+            )
+    shares = _shares(path, [row["client"] for row in rows], lines) if "client" in columns else None
+    return Manifest(path, hashlib.sha256(content).hexdigest(), lines, paths, labels, class_names, shares)
+
+
+def _labels(values: list[str]) -> tuple[Tensor, list[str]]:
+    """Class index of each value, and the names of the classes."""
+    if all(re.fullmatch(r"-?\d+", value) for value in values):
+        labels = torch.tensor([int(value) for value in values])
+        return labels, [str(index) for index in range(int(labels.max()) + 1)]
+    class_names = sorted(set(values))
+    return label_indices(values, class_names), class_names
+
+
+def _shares(path: Path, values: list[str], lines: list[int]) -> list[Tensor]:
+    """Rows of each client, the attacker last."""
+    for value, line in zip(values, lines, strict=True):
+        if value != ATTACKER and not re.fullmatch(r"\d+", value):
+            raise ValueError(
+                f"{path}, line {line}: the client is '{value}', but it is a victim's number, from 0, or "
+                f"'{ATTACKER}'. Correct it, or leave the whole column out to let `data.partition` deal the images."
+            )
+    clients = [-1 if value == ATTACKER else int(value) for value in values]
+    for victim in range(max(*clients, 0) + 1):
+        if victim not in clients:
+            raise ValueError(
+                f"{path}, line {lines[clients.index(max(clients))]}: client {victim} has no images, although "
+                f"{'only the attacker is' if max(clients) < 0 else f'client {max(clients)} is'} named. "
+                "Number the victims from 0 without a gap."
+            )
+    owner = torch.tensor(clients)
+    return [(owner == client).nonzero().flatten() for client in (*range(max(clients) + 1), -1)]

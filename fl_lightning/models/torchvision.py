@@ -1,0 +1,73 @@
+"""Any torchvision classifier as the global model."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import nn
+
+from fl_lightning.models.classifier import ImageClassifier, ImageShape
+
+
+class TorchvisionClassifier(ImageClassifier):
+    """A classifier of `torchvision.models` by name, untrained; its last linear layer is our head.
+
+    BatchNorm runs in train mode while clients train; whether its running statistics travel with the model is
+    `federation.share_buffers`.
+
+    Args:
+        num_classes: number of logits.
+        image_shape: (C, H, W) of an image; torchvision's classifiers take 3 channels.
+        name: as in `torchvision.models.list_models()`, e.g. `resnet18`, `mobilenet_v3_small`.
+        dropout: rate set on every dropout layer. 0, unlike torchvision's default, because the attack cannot
+            simulate random units.
+        mean, std: normalisation of the input, see `ImageClassifier`; torchvision's usual one is
+            [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225].
+
+    Raises:
+        ValueError: the name is not a torchvision classifier, or its head is not linear.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_shape: ImageShape,
+        name: str,
+        dropout: float = 0.0,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+    ) -> None:
+        super().__init__(mean, std)
+        self.save_hyperparameters()
+        classifiers = torchvision.models.list_models(module=torchvision.models)
+        if name not in classifiers:
+            raise ValueError(
+                f"torchvision has no classifier named '{name}'. `federation.model.name` is one of "
+                f"{', '.join(classifiers)}."
+            )
+        self.features = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+        layer_name, layer = [pair for pair in self.features.named_modules() if not list(pair[1].children())][-1]
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"torchvision's '{name}' ends in {type(layer).__name__}, not in a linear layer, so it cannot be "
+                "split into features and head. Name another model, e.g. resnet18."
+            )
+        self.features.set_submodule(layer_name, nn.Identity())
+        self.head = nn.Sequential(layer)
+        for module in self.features.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+        self._refuse_unfit(image_shape)
+
+    @torch.no_grad()
+    def _refuse_unfit(self, image_shape: ImageShape) -> None:
+        trial = copy.deepcopy(self)  # train mode changes BatchNorm's statistics
+        try:
+            logits = trial(torch.zeros(2, *image_shape))
+        except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"Images of shape {tuple(image_shape)} do not fit torchvision's '{self.hparams['name']}' in train mode "
+                f"({error}). Give 3 channels and larger images (`data.image_size`), or name another model."
+            ) from error
+        assert logits.shape == (2, self.hparams["num_classes"])

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from fl_lightning.aggregation import aggregate, server_step
+from fl_lightning.client import ClientUpdate
+
+
+def test_fedavg_is_the_hand_computed_weighted_mean() -> None:
+    clients = [
+        ClientUpdate({"w": torch.tensor([1.0, 2.0])}, {"running_mean": torch.tensor(8.0)}, 1),
+        ClientUpdate({"w": torch.tensor([3.0, -2.0])}, {"running_mean": torch.tensor(0.0)}, 3),
+        ClientUpdate({"w": torch.tensor([0.0, 6.0])}, {"running_mean": torch.tensor(2.0)}, 4),
+    ]
+    mean = aggregate(iter(clients))
+    # (1 * 1 + 3 * 3 + 4 * 0) / 8, (1 * 2 - 3 * 2 + 4 * 6) / 8; (8 + 0 + 8) / 8
+    torch.testing.assert_close(mean.update["w"], torch.tensor([1.25, 2.5]))
+    torch.testing.assert_close(mean.buffers["running_mean"], torch.tensor(2.0))
+    assert mean.num_examples == 8
+    after = server_step({"w": torch.tensor([10.0, 10.0])}, mean.update, server_lr=0.5)
+    torch.testing.assert_close(after["w"], torch.tensor([9.375, 8.75]))
+    torch.testing.assert_close(clients[0].update["w"], torch.tensor([1.0, 2.0]))  # inputs are left alone
+
+
+def test_integer_buffers_are_not_averaged() -> None:
+    clients = [ClientUpdate({}, {"num_batches_tracked": torch.tensor(3)}, n) for n in (1, 2)]
+    assert aggregate(clients).buffers["num_batches_tracked"].item() == 3
+
+
+def test_nobody_to_aggregate_is_refused() -> None:
+    with pytest.raises(ValueError, match="No client with images"):
+        aggregate([])

@@ -1,0 +1,166 @@
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fl_lightning import federation as federation_module
+from fl_lightning.client import LocalTraining
+from fl_lightning.data import FederatedData, Photographs
+from fl_lightning.federation import Federation, Record, RecordError
+from fl_lightning.knowledge import Knowledge
+from fl_lightning.models import ImageClassifier
+from fl_lightning.observation import Observation
+from fl_lightning.storage import StorageError, load_checkpoint
+from fl_lightning.truth import Truth
+
+Observe = Callable[..., Observation]
+STEEP = LocalTraining(lr=0.1, local_epochs=2)
+
+
+def test_subtracting_the_own_update_leaves_the_victims_alone(observe: Observe, relative_error: Callable) -> None:
+    """Issue: five clients less the attacker's own update give the same target as four victims alone."""
+    five = observe(Federation(client=STEEP), num_clients=5)
+    four = observe(Federation(client=STEEP), num_clients=5, attacker_images=0)
+    assert five.own_weight == pytest.approx(1 / 5)
+    assert four.own_weight == 0
+    assert relative_error(five.peers_update(), four.peers_update()) < 1e-4
+    assert relative_error(five.aggregated_update(), four.peers_update()) > 0.05
+
+
+def test_with_two_clients_the_peers_update_is_the_one_peers_own(observe: Observe, relative_error: Callable) -> None:
+    sizes = {"num_clients": 2, "images_per_client": [3, 5]}
+    seen = observe(Federation(client=STEEP), **sizes).peers_update()
+    alone = observe(Federation(client=STEEP), num_clients=2, images_per_client=[3, 0])
+    assert relative_error(seen, alone.aggregated_update()) < 1e-4
+
+
+def test_server_lr_is_undone(observe: Observe, relative_error: Callable) -> None:
+    slow = observe(Federation(client=STEEP, server_lr=0.25))
+    assert relative_error(slow.peers_update(), observe(Federation(client=STEEP)).peers_update()) < 1e-4
+
+
+def _run(directory: Path) -> None:
+    data = Photographs(num_clients=4, images_per_client=2, image_size=16)
+    data.setup()
+    training = LocalTraining(lr=0.1, local_epochs=2, batch_size=1)
+    federation = Federation(client=training, rounds=4, clients_per_round=2, observed_rounds=[1, 3])
+    federation.run(data, Knowledge(), directory)
+
+
+KILLED_RUN = """
+import os, signal, sys
+from pathlib import Path
+from fl_lightning import federation as module
+from fl_lightning.client import LocalTraining
+from fl_lightning.data import Photographs
+from fl_lightning.knowledge import Knowledge
+
+save = module.save_checkpoint
+def save_and_die(path, content):
+    save(path, content)
+    if content["rounds_done"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+module.save_checkpoint = save_and_die
+
+data = Photographs(num_clients=4, images_per_client=2, image_size=16)
+data.setup()
+training = LocalTraining(lr=0.1, local_epochs=2, batch_size=1)
+federation = module.Federation(client=training, rounds=4, clients_per_round=2, observed_rounds=[1, 3])
+federation.run(data, Knowledge(), Path(sys.argv[1]))
+"""
+
+
+def test_resumed_after_a_kill_equals_the_run_without_it(tmp_path: Path) -> None:
+    _run(tmp_path / "whole")
+    killed = subprocess.run([sys.executable, "-c", KILLED_RUN, str(tmp_path / "killed")], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert load_checkpoint(Record(tmp_path / "killed").checkpoint)["rounds_done"] == 2
+    _run(tmp_path / "killed")
+    for round_ in (1, 3):
+        whole, killed = (Observation.load(Record(tmp_path / k).observation(round_)) for k in ("whole", "killed"))
+        assert all(torch.equal(whole.after[name], killed.after[name]) for name in whole.after)
+        assert not any(torch.equal(whole.after[n], whole.before[n]) for n in whole.after)
+
+
+def test_rounds_sample_clients_and_truth_names_them(tmp_path: Path) -> None:
+    _run(tmp_path)
+    truths = [Truth.load(Record(tmp_path).truth(round_)) for round_ in (1, 3)]
+    for truth in truths:
+        assert len(truth.labels) == 2 * len(truth.client_sizes)
+        assert 3 not in truth.clients  # the attacker's images are no secret of its peers
+    observed = [Observation.load(Record(tmp_path).observation(round_)) for round_ in (1, 3)]
+    for truth, seen in zip(truths, observed, strict=True):
+        assert seen.own_weight == (0.0 if len(truth.client_sizes) == 2 else 0.5)
+        assert bool(seen.own_update) == bool(seen.own_weight)
+
+
+def test_another_federation_in_the_same_directory_is_refused(
+    tmp_path: Path, noise_images: type[FederatedData]
+) -> None:
+    data = noise_images(num_clients=2, images_per_client=1, image_size=16)
+    data.setup()
+    Federation().run(data, Knowledge(), tmp_path)
+    with pytest.raises(RecordError, match=r"client\.lr was 0\.003 and is now 0\.5.*--observation"):
+        Federation(client=LocalTraining(lr=0.5)).run(data, Knowledge(), tmp_path)
+
+
+def test_damaged_checkpoint_is_refused_in_a_sentence(tmp_path: Path, noise_images: type[FederatedData]) -> None:
+    data = noise_images(num_clients=2, images_per_client=1, image_size=16)
+    data.setup()
+    Federation(rounds=2).run(data, Knowledge(), tmp_path)
+    checkpoint = Record(tmp_path).checkpoint
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(StorageError, match="cannot be read as a checkpoint"):
+        Federation(rounds=2).run(data, Knowledge(), tmp_path)
+
+
+@pytest.mark.parametrize("share_buffers", [True, False])
+def test_batch_norm_statistics_are_shared_or_stay(
+    observe: Observe, batch_norm_classifier: type[ImageClassifier], share_buffers: bool
+) -> None:
+    seen = observe(Federation(model=batch_norm_classifier, share_buffers=share_buffers))
+    same = torch.equal(seen.before["features.1.running_mean"], seen.after["features.1.running_mean"])
+    assert same is not share_buffers
+    assert not torch.equal(seen.before["features.1.weight"], seen.after["features.1.weight"])
+
+
+def test_accuracy_reaches_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _run(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("train_loss")]
+    assert [event.step for event in events.Scalars("train_accuracy")] == [1, 2, 3, 4]
+    assert losses[-1] < losses[0]
+
+
+def test_settings_are_json_and_decide_the_fingerprint(noise_images: type[FederatedData]) -> None:
+    data = noise_images(num_clients=2, images_per_client=1, image_size=16)
+    data.setup()
+    settings = Federation().settings(data)
+    assert json.loads(json.dumps(settings)).keys() == settings.keys()
+    assert federation_module.fingerprint(settings) != federation_module.fingerprint(Federation(seed=1).settings(data))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"rounds": 0}, "rounds >= 1"),
+        ({"server_lr": 0.0}, "server_lr > 0"),
+        ({"rounds": 2, "observed_rounds": [2]}, "rounds go from 0 to 1"),
+    ],
+)
+def test_impossible_federations_are_refused(arguments: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Federation(**arguments)
+
+
+def test_more_clients_a_round_than_there_are(observe: Observe) -> None:
+    with pytest.raises(ValueError, match="only 3 clients hold images"):
+        observe(Federation(clients_per_round=4))
