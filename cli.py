@@ -1,5 +1,6 @@
 """The one door: `python cli.py {fit,validate,test,predict,federate} --config configs/X.yaml`."""
 
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,10 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import attack_modules  # noqa: F401 - short class names in YAML
 import fl_lightning.data
 import fl_lightning.models  # noqa: F401
-from attack_modules.attack import Attack
 from attack_modules.callbacks import Evaluation
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import FederatedData
+from fl_lightning.errors import AuditError
 from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
 from fl_lightning.observed import ObservedRounds
@@ -59,6 +60,12 @@ class AuditCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "federate": {"model", "datamodule"}}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
+        if ckpt_path not in (None, "best", "last", "hpc"):
+            load_checkpoint(Path(ckpt_path))  # a file that is cut short or foreign is refused before work starts
+
     def after_instantiate_classes(self) -> None:
         if isinstance(self.datamodule, FederatedData):
             settings: Any = self.config_init[self.subcommand]
@@ -69,9 +76,6 @@ class AuditCLI(LightningCLI):
             self.parser.error(
                 f"`{self.subcommand}` needs a `model:`, e.g. `--model GradientInversion` or a config from configs/."
             )
-        ckpt_path = self.config_init[self.subcommand].get("ckpt_path")
-        if isinstance(self.model, Attack) and ckpt_path:
-            load_checkpoint(Path(ckpt_path))  # a file that is cut short or foreign is refused before work starts
 
 
 def main(args: ArgsType = None) -> AuditCLI:
@@ -89,4 +93,12 @@ def main(args: ArgsType = None) -> AuditCLI:
 if __name__ == "__main__":
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    main()
+    try:
+        main()
+    except Exception as error:
+        cause = error  # jsonargparse wraps what a constructor raises
+        while cause and not isinstance(cause, AuditError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        sys.exit(f"Error: {cause}")  # a sentence for the user; a traceback is for defects of ours

@@ -4,6 +4,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from fl_lightning.errors import SettingError
+
 PIXELS_AT_ONCE = 1 << 14
 """Pixels that are compared at a time, so that the float64 copies stay small (64 MiB each for 512 images)."""
 
@@ -23,10 +25,10 @@ def match(reconstructions: Tensor, originals: Tensor) -> Tensor:
         (M,) long, on the CPU: for each original the index of its reconstruction, -1 if it has none.
 
     Raises:
-        ValueError: the two are not images of one shape.
+        SettingError: the two are not images of one shape.
     """
     if originals.ndim != 4 or reconstructions.shape[1:] != originals.shape[1:]:
-        raise ValueError(
+        raise SettingError(
             f"Reconstructions of shape {tuple(reconstructions.shape)} cannot be matched to originals of shape "
             f"{tuple(originals.shape)}: both must be (images, C, H, W) with the same C, H and W. Resize one of them."
         )

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from fl_lightning.errors import AuditError
 from fl_lightning.observation import Observation
 
 
@@ -20,7 +21,7 @@ class Reconstruction(NamedTuple):
     """(N,) long."""
 
 
-class AttackError(RuntimeError):
+class AttackError(AuditError):
     """The attack cannot run on this Observation, or a checkpoint belongs to another."""
 
 
@@ -66,7 +67,10 @@ class Attack(LightningModule, ABC):
     def configure_callbacks(self) -> list[Callback]:
         return [
             ModelCheckpoint(
-                filename="{step}", every_n_train_steps=self.checkpoint_every, save_last=True, auto_insert_metric_name=False
+                filename="{step}",
+                every_n_train_steps=self.checkpoint_every,
+                save_last=True,
+                auto_insert_metric_name=False,
             )
         ]
 

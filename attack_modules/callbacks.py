@@ -20,11 +20,12 @@ from torchvision.transforms.functional import pil_to_tensor
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.metrics import Lpips, Recogniser, Scorecard, score
 from attack_modules.panels import draw_panel, save_png
+from fl_lightning.errors import AuditError
 from fl_lightning.storage import atomic_path, write_json, write_text
 from fl_lightning.truth import Truth
 
 
-class RunDirectoryError(RuntimeError):
+class RunDirectoryError(AuditError):
     """The run directory belongs to another run."""
 
 
@@ -74,9 +75,7 @@ class Evaluation(Callback):
         scorecard = truth and score(outputs.images.cpu(), truth.images, outputs.labels.cpu(), truth.labels)
         if scorecard:
             means = {name: value for name, value in scorecard.summary().items() if name in ("psnr_mean", "ssim_mean")}
-            pl_module.log_dict(
-                means, prog_bar=True, batch_size=1, rank_zero_only=True
-            )
+            pl_module.log_dict(means, prog_bar=True, batch_size=1, rank_zero_only=True)
         if isinstance(trainer.logger, TensorBoardLogger):
             panel = pil_to_tensor(_panel(outputs.images.cpu(), truth, scorecard))
             trainer.logger.experiment.add_image("panel", panel, trainer.global_step)
@@ -178,7 +177,7 @@ def _panel(images: Tensor, truth: Truth | None, scorecard: Scorecard | None) -> 
     missing = scorecard.assignment < 0
     matched = images[scorecard.assignment.clamp_min(0)]
     matched[missing] = torch.nan
-    captions = ["none" if gone else f"{psnr:.1f} dB" for gone, psnr in zip(missing, scorecard.per_image["psnr"])]
+    captions = [f"{psnr:.1f} dB" for psnr in scorecard.per_image["psnr"]]
     return draw_panel({"original": truth.images, "reconstruction": matched}, captions)
 
 

@@ -1,7 +1,5 @@
 """Gradient matching: the paper's attack (arXiv 2410.04661, section 4)."""
 
-from typing import Literal
-
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -11,7 +9,11 @@ from attack_modules.attack import Attack, AttackError, Reconstruction
 from attack_modules.labels import infer_labels
 from attack_modules.local_training import SimulatedPeers
 from attack_modules.objectives import Objective, SquaredL2
-from attack_modules.priors import Prior
+from attack_modules.priors import Prior, annealed
+from fl_lightning.errors import SettingError
+
+RESOLUTION = 1e-6
+"""Of a relative loss in float32: two losses below it do not differ."""
 
 
 class GradientInversion(Attack):
@@ -25,6 +27,8 @@ class GradientInversion(Attack):
         scale_factor: images are a latent of 1/scale_factor of the size, upsampled bicubically; 1 for pixels.
         objective: distance between simulated and observed update; null for SquaredL2.
         priors: penalties that are added to the objective.
+        anneal: factor on the priors' weights at the first and at the last step, geometric between.
+        betas: of Adam. The second is short, because the gradient falls by orders of magnitude within a hundred steps.
         merged: simulate one virtual client with all images (the paper's way), or client by client.
         subtract_own: take the attacker's own update out of the aggregate first.
         restarts: independent starts that run side by side; the one with the least loss is the result.
@@ -39,6 +43,8 @@ class GradientInversion(Attack):
         scale_factor: int = 4,
         objective: Objective | None = None,
         priors: list[Prior] | None = None,
+        anneal: tuple[float, float] = (1.0, 1.0),
+        betas: tuple[float, float] = (0.8, 0.99),
         merged: bool = True,
         subtract_own: bool = True,
         restarts: int = 1,
@@ -48,7 +54,7 @@ class GradientInversion(Attack):
     ) -> None:
         super().__init__(checkpoint_every)
         if lr <= 0 or scale_factor < 1 or restarts < 1 or divergence_factor <= 1:
-            raise ValueError(
+            raise SettingError(
                 "`model` needs lr > 0, scale_factor >= 1, restarts >= 1 and divergence_factor > 1, but got "
                 f"lr={lr}, scale_factor={scale_factor}, restarts={restarts}, divergence_factor={divergence_factor}."
             )
@@ -57,6 +63,8 @@ class GradientInversion(Attack):
         self.scale_factor = scale_factor
         self.objective = objective or SquaredL2()
         self.priors = priors or []
+        self.anneal = anneal
+        self.betas = betas
         self.merged = merged
         self.subtract_own = subtract_own
         self.restarts = restarts
@@ -91,16 +99,17 @@ class GradientInversion(Attack):
         return nn.Parameter(0.5 + 0.05 * torch.randn(shape, generator=generator))
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
-        optimizer = torch.optim.Adam([{"params": [start], "lr": self.lr} for start in self.starts])
+        optimizer = torch.optim.Adam([{"params": [start], "lr": self.lr} for start in self.starts], betas=self.betas)
         return [optimizer], [
             torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.trainer.max_steps, 1), self.lr / 10)
         ]
 
-    def loss(self, latent: Tensor) -> Tensor:
-        """Objective plus weighted priors of one start's latent, a number."""
+    def loss(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Objective and weighted priors, before annealing, of one start's latent: two numbers."""
         images = self.decode(latent).contiguous(memory_format=torch.channels_last)
         objective = self.objective(self.peers.mean_update(images, self.labels), self.target)
-        return objective + sum(prior.weight * prior(images).mean() for prior in self.priors)
+        prior = sum((prior.weight * prior(images).mean() for prior in self.priors), objective.new_zeros(()))
+        return objective, prior
 
     def decode(self, latent: Tensor) -> Tensor:
         """(N, C, h, w) latent -> (N, C, h * scale_factor, w * scale_factor) images."""
@@ -111,12 +120,13 @@ class GradientInversion(Attack):
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.zero_grad()
+        factor = annealed(self.anneal, self.global_step, self.trainer.max_steps)
         losses = []
         for trial, latent in enumerate(self.starts):
-            loss = self.loss(latent)
-            self._remember(trial, latent, loss.detach())
-            self.manual_backward(loss)
-            losses.append(loss.detach())
+            objective, prior = self.loss(latent)
+            self.manual_backward(objective + factor * prior, inputs=[latent])  # not to the simulation's first weights
+            losses.append((objective + self.anneal[1] * prior).detach())
+            self._remember(trial, latent, losses[-1])
         optimizer.step()
         scheduler.step()
         self._guard(losses)
@@ -136,14 +146,15 @@ class GradientInversion(Attack):
         """A start that diverged goes back to its best iterate, with half the rate and without Adam's memory."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         for trial, (latent, loss) in enumerate(zip(self.starts, losses, strict=True)):
-            if loss <= self.divergence_factor * self.best_loss[trial]:
+            if loss <= self.divergence_factor * self.best_loss[trial].clamp_min(RESOLUTION):
                 continue
             latent.copy_(self.get_buffer(f"best_{trial}"))
             optimizer.state.pop(latent, None)
-            optimizer.param_groups[trial]["lr"] /= 2
+            group = optimizer.param_groups[trial]
+            group["lr"] /= 2
             rank_zero_warn(
-                f"Start {trial} diverged at step {self.global_step} (loss {loss:.3g}, best {self.best_loss[trial]:.3g}): "
-                f"it returns to its best images with the rate {optimizer.param_groups[trial]['lr']:.3g}."
+                f"Start {trial} diverged at step {self.global_step} (loss {loss:.3g}, best "
+                f"{self.best_loss[trial]:.3g}): it returns to its best images with the rate {group['lr']:.3g}."
             )
 
     def reconstruction(self) -> Reconstruction:
@@ -152,12 +163,12 @@ class GradientInversion(Attack):
 
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])
-        unknown = self.starts[0].numel()
+        unknown, known = self.starts[0].numel(), sum(tensor.numel() for tensor in self.target.values())
         clients = "one merged client" if self.peers.client_sizes is None else f"{len(self.peers.client_sizes)} clients"
         rate = f"learning rate {self.peers.beliefs.client_lr:g}, {self.peers.beliefs.local_epochs} local epochs"
         return (
             f"Attack: gradient matching. {count} images with labels {self.the_observation().sources['labels']}, as "
-            f"latents of shape {shape}: {unknown:,} unknown numbers against {sum(u.numel() for u in self.target.values()):,} of the update.\n"
+            f"latents of shape {shape}: {unknown:,} unknown numbers against {known:,} of the update.\n"
             f"It simulates {clients} ({rate}) and minimises {type(self.objective).__name__}"
             + "".join(f" + {prior.weight:g} {type(prior).__name__}" for prior in self.priors)
             + f" by Adam at rate {self.lr:g} for {self.trainer.max_steps} steps, {self.restarts} start(s)."

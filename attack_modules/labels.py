@@ -32,11 +32,11 @@ def infer_labels(observation: Observation, update: Tensors) -> Tensor:
     beliefs = observation.beliefs
     model = observation.build_model()
     last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    num_images = beliefs.num_images or infer_num_images(model.head, update)
+    num_images = beliefs.num_images or infer_num_images(observation, update)
     probes = pink_noise(64, observation.image_shape)
     inputs = nn.Sequential(*list(model.head)[:-1])(model.embed(probes))
     probability = model.head[-1](inputs).softmax(1).mean(0)  # (C,)
-    gradient = {name: tensor / (beliefs.client_lr * _local_steps(observation)) for name, tensor in update.items()}
+    gradient = {name: tensor / (beliefs.client_lr * local_steps(observation)) for name, tensor in update.items()}
     if f"{last}.bias" in gradient:
         share = probability - gradient[f"{last}.bias"]
     else:
@@ -53,21 +53,24 @@ def infer_labels(observation: Observation, update: Tensors) -> Tensor:
     return torch.tensor(sorted(labels))
 
 
-def infer_num_images(head: nn.Sequential, update: Tensors) -> int:
+def infer_num_images(observation: Observation, update: Tensors) -> int:
     """The number of images in an aggregate: the numerical rank of the first head layer's update.
 
     A linear layer's gradient is a sum of one outer product an image, so singular value N + 1 is much smaller than N.
+    Singular values below the rounding of the observed float32 weights say nothing, and are not compared.
 
     Raises:
         AttackError: the layer is too narrow for its rank to tell.
     """
     weight = update["head.0.weight"].double()
-    singular = torch.linalg.eigvalsh(weight @ weight.T).flip(0).clamp_min(1e-30).sqrt()
-    ratios = singular[:-1] / singular[1:].clamp_min(singular[0] * 1e-9)
-    rank = int(ratios.argmax()) + 1
-    if len(head) == 1 and rank >= len(weight) - 1:  # rows of a softmax gradient sum to zero
+    outputs, inputs = weight.shape
+    rounding = observation.before["head.0.weight"].square().mean().sqrt().double() * 2**-23
+    floor = rounding * (math.sqrt(outputs) + math.sqrt(inputs)) / observation.beliefs.server_lr
+    singular = torch.linalg.eigvalsh(weight @ weight.T).flip(0).clamp_min(0).sqrt()
+    rank = int((singular[:-1] / singular[1:].clamp_min(floor)).argmax()) + 1
+    if rank >= min(outputs, inputs) - 1:  # the rows of a softmax gradient sum to zero
         raise AttackError(
-            f"The number of images cannot be read from a head of {len(weight)} outputs whose update has full rank. "
+            f"The number of images cannot be read from a head layer of {outputs} outputs whose update has full rank. "
             "Give a guess as `knowledge.num_images`."
         )
     return rank
@@ -84,7 +87,7 @@ def pink_noise(count: int, image_shape: tuple[int, int, int], seed: int = 0) -> 
     return (0.45 + 0.25 * noise / noise.std((1, 2, 3), keepdim=True)).clamp(0, 1)
 
 
-def _local_steps(observation: Observation) -> int:
+def local_steps(observation: Observation) -> int:
     """SGD steps that a peer is believed to take in a round."""
     beliefs = observation.beliefs
     if beliefs.batch_size is None or not beliefs.client_sizes:

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from attack_modules.low_rank import LowRank
 from attack_modules.objectives import SimulatedUpdate
 from fl_lightning.client import Tensors, buffers, parameters
+from fl_lightning.errors import AuditError
 from fl_lightning.models import ImageClassifier
 from fl_lightning.observation import Observation
 
 
-class SimulationError(ValueError):
+class SimulationError(AuditError):
     """The observed model, or what the attacker believes of its peers, cannot be simulated."""
 
 
@@ -33,7 +34,9 @@ class SimulatedPeers:
     def __init__(self, observation: Observation, merged: bool, device: torch.device) -> None:
         self.model: ImageClassifier = observation.build_model().to(device, memory_format=torch.channels_last)
         self.beliefs = observation.beliefs
-        random = [name for name, m in self.model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p]
+        random = [
+            name for name, m in self.model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p
+        ]
         if random:
             raise SimulationError(
                 f"The global model drops units at random ({', '.join(random)}), which nobody can simulate exactly. "

@@ -25,6 +25,7 @@ from torchmetrics.functional.image import (
 from torchvision.models import AlexNet_Weights
 
 from attack_modules.assignment import match
+from fl_lightning.errors import SettingError
 from fl_lightning.storage import load_checkpoint
 
 THRESHOLDS = (18, 20, 22)
@@ -110,7 +111,7 @@ class Recogniser:
             ValueError: a label is not one of ImageNet's.
         """
         if ((labels < 0) | (labels > 999)).any():
-            raise ValueError(
+            raise SettingError(
                 f"The recogniser knows ImageNet's labels 0 to 999, but labels run from {int(labels.min())} to "
                 f"{int(labels.max())}. Score images of other classes without it."
             )
@@ -138,7 +139,7 @@ class Lpips:
 
     Raises:
         StorageError: the file is no checkpoint.
-        ValueError: it is not AlexNet's.
+        SettingError: it is not AlexNet's.
     """
 
     FILE = Path(AlexNet_Weights.IMAGENET1K_V1.url).name
@@ -152,7 +153,7 @@ class Lpips:
         try:
             slices.load_state_dict({key: weights[f"features.{key.partition('.')[2]}"] for key in slices.state_dict()})
         except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(
+            raise SettingError(
                 f"'{backbone}' does not hold torchvision's AlexNet ({error}). Replace it by "
                 f"{AlexNet_Weights.IMAGENET1K_V1.url}, or delete it to go without LPIPS."
             ) from error
@@ -198,14 +199,14 @@ def score(
         lpips: see `Lpips.if_available`.
 
     Raises:
-        ValueError: there is no original, or shapes or lengths disagree.
+        SettingError: there is no original, or shapes or lengths disagree.
     """
     if not len(originals):
-        raise ValueError("There is no original to compare with. Give at least one.")
+        raise SettingError("There is no original to compare with. Give at least one.")
     if len(labels) != len(originals):
-        raise ValueError(f"{len(labels)} labels came with {len(originals)} originals. Give one label an original.")
+        raise SettingError(f"{len(labels)} labels came with {len(originals)} originals. Give one label an original.")
     if inferred_labels is not None and len(inferred_labels) != len(reconstructions):
-        raise ValueError(
+        raise SettingError(
             f"{len(inferred_labels)} inferred labels came with {len(reconstructions)} reconstructions. "
             "Give one a reconstruction, or None."
         )

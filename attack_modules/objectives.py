@@ -7,6 +7,7 @@ from torch import Tensor
 
 from attack_modules.low_rank import LowRank, inner, squared_distance, squared_norm
 from fl_lightning.client import Tensors
+from fl_lightning.errors import SettingError
 
 SimulatedUpdate = dict[str, Tensor | LowRank]
 """An update by parameter name; those of linear layers are kept in factors."""
@@ -19,13 +20,13 @@ class Objective(ABC):
         layer_weights: weight of parameters whose name starts with the key; 1 for those that no key fits.
 
     Raises:
-        ValueError: a weight is negative.
+        SettingError: a weight is negative.
     """
 
     def __init__(self, layer_weights: dict[str, float] | None = None) -> None:
         self.layer_weights = layer_weights or {}
         if any(weight < 0 for weight in self.layer_weights.values()):
-            raise ValueError(f"Layer weights must not be negative, but they are {self.layer_weights}.")
+            raise SettingError(f"Layer weights must not be negative, but they are {self.layer_weights}.")
 
     @abstractmethod
     def __call__(self, simulated: SimulatedUpdate, observed: Tensors) -> Tensor:
@@ -39,7 +40,7 @@ class Objective(ABC):
         """
         for prefix in self.layer_weights:
             if not any(name.startswith(prefix) for name in names):
-                raise ValueError(
+                raise SettingError(
                     f"`layer_weights` names '{prefix}', but no parameter starts so; there are {', '.join(names)}."
                 )
         return [next((w for p, w in self.layer_weights.items() if name.startswith(p)), 1.0) for name in names]

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from fl_lightning.errors import SettingError
 from fl_lightning.storage import atomic_path
 
 GAP = 4
@@ -29,18 +30,18 @@ def draw_panel(
             interpolation.
 
     Raises:
-        ValueError: nothing to draw, rows of different shapes, or another number of captions.
+        SettingError: nothing to draw, rows of different shapes, or another number of captions.
     """
     sizes = {(len(images), *images.shape[-2:]) for images in rows.values()}
     if len(sizes) != 1 or 0 in (size := sizes.pop()):
         shapes = ", ".join(f"{name} {tuple(images.shape)}" for name, images in rows.items())
-        raise ValueError(
+        raise SettingError(
             f"A panel needs rows of equally many, equally large images, but these are: {shapes or 'none'}. "
             "Resize them or leave a row out."
         )
     count, height, width = size
     if captions is not None and len(captions) != count:
-        raise ValueError(f"{len(captions)} captions came with {count} images. Give one an image, or None.")
+        raise SettingError(f"{len(captions)} captions came with {count} images. Give one an image, or None.")
 
     factor = math.ceil(cell / max(height, width))
     height, width = factor * height, factor * width

@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from fl_lightning.errors import SettingError
+
 
 class Prior(ABC):
     """A penalty on images that are unlike photographs.
@@ -15,7 +17,7 @@ class Prior(ABC):
 
     def __init__(self, weight: float) -> None:
         if weight < 0:
-            raise ValueError(f"A prior's weight must not be negative, but it is {weight}.")
+            raise SettingError(f"A prior's weight must not be negative, but it is {weight}.")
         self.weight = weight
 
     @abstractmethod
@@ -54,6 +56,13 @@ class ChromaTotalVariation(Prior):
             return total_variation(images).mean(1)
         scale = images.new_tensor([1.0, self.chroma, self.chroma])
         return (total_variation(rgb_to_ycbcr(images)) * scale).mean(1)
+
+
+def annealed(factors: tuple[float, float], step: int, steps: int) -> float:
+    """The factor on the priors' weights at a step: from the first to the last of `factors`, geometrically."""
+    start, end = factors
+    progress = min(step / max(steps - 1, 1), 1.0)
+    return start ** (1 - progress) * end**progress
 
 
 def total_variation(images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from fl_lightning.client import ClientUpdate, Tensors
+from fl_lightning.errors import SettingError
 
 
 def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
@@ -11,7 +12,7 @@ def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
     Takes an iterable, so that no more than two clients' updates need to be in memory.
 
     Raises:
-        ValueError: there is no example at all.
+        SettingError: there is no example at all.
     """
     update: Tensors = {}
     buffers: Tensors = {}
@@ -25,7 +26,7 @@ def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
                 elif term.is_floating_point():
                     mean[name].lerp_(term, client.num_examples / total)  # running weighted mean
     if not total:
-        raise ValueError("No client with images took part in this round, so there is nothing to aggregate.")
+        raise SettingError("No client with images took part in this round, so there is nothing to aggregate.")
     return ClientUpdate(update, buffers, total)
 
 

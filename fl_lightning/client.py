@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn import functional as F
 
 from fl_lightning.data import ImageSet
+from fl_lightning.errors import SettingError
 from fl_lightning.models import ImageClassifier
 
 Tensors = dict[str, Tensor]
@@ -39,7 +40,7 @@ class LocalTraining:
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.local_epochs < 1 or (self.batch_size is not None and self.batch_size < 1):
-            raise ValueError(
+            raise SettingError(
                 f"`federation.client` needs lr > 0, local_epochs >= 1 and batch_size >= 1 or null, but got {self}."
             )
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +18,7 @@ from fl_lightning.aggregation import aggregate, server_step
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, buffers, parameters
 from fl_lightning.data import FederatedData
 from fl_lightning.engines import Engine, InProcess
+from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5
 from fl_lightning.observation import Observation, describe_model
@@ -59,12 +60,12 @@ class Federation:
     ) -> None:
         self.observed_rounds = [rounds - 1] if observed_rounds is None else sorted(set(observed_rounds))
         if rounds < 1 or server_lr <= 0 or (clients_per_round is not None and clients_per_round < 1):
-            raise ValueError(
+            raise SettingError(
                 "`federation` needs rounds >= 1, server_lr > 0 and clients_per_round >= 1 or null, but got "
                 f"rounds={rounds}, server_lr={server_lr}, clients_per_round={clients_per_round}."
             )
         if not set(self.observed_rounds) <= set(range(rounds)):
-            raise ValueError(
+            raise SettingError(
                 f"`federation.observed_rounds` is {observed_rounds}, but rounds go from 0 to {rounds - 1}. "
                 "Name rounds among them, or raise `federation.rounds`."
             )
@@ -190,7 +191,7 @@ class Federation:
         if self.clients_per_round is None:
             return able
         if self.clients_per_round > len(able):
-            raise ValueError(
+            raise SettingError(
                 f"`federation.clients_per_round` is {self.clients_per_round}, but only {len(able)} clients hold "
                 "images. Lower it, or raise `data.num_clients`."
             )
@@ -201,7 +202,7 @@ class Federation:
     def _truth(self, peers: list[int], data: FederatedData) -> Truth:
         sets = [data.clients[peer] for peer in peers]
         if not sets:
-            raise ValueError(
+            raise SettingError(
                 "Only the attacker took part in an observed round, so there is no peer to observe. "
                 "Raise `federation.clients_per_round` or name other `federation.observed_rounds`."
             )
@@ -228,7 +229,7 @@ class Federation:
                 module.train()
         state = {name: tensor.clone() for name, tensor in buffers(model).items()}
         loss, correct, total = 0.0, 0, 0
-        for images, labels in (batch for images in sets for batch in images.dataloader(256, shuffle=False)):
+        for images, labels in (batch for held in sets for batch in held.dataloader(256)):
             logits: Tensor = model(images)
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             correct += int((logits.argmax(1) == labels).sum())
@@ -238,7 +239,7 @@ class Federation:
         return {f"{split}_loss": loss / total, f"{split}_accuracy": correct / total}
 
 
-class RecordError(RuntimeError):
+class RecordError(AuditError):
     """A directory does not hold the record that was asked for."""
 
 

@@ -3,13 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from fl_lightning.errors import AuditError
 from fl_lightning.truth import Truth
 
 Told = Literal["known"]
 Inferred = Literal["inferred"]
 
 
-class KnowledgeError(ValueError):
+class KnowledgeError(AuditError, ValueError):
     """The configured knowledge contradicts itself or cannot be had."""
 
 

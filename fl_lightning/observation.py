@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fl_lightning.client import Tensors, parameters
+from fl_lightning.errors import SettingError
 from fl_lightning.knowledge import Beliefs
 from fl_lightning.models import ImageClassifier
-from fl_lightning.storage import StorageError, load_record, save_record, write_json
+from fl_lightning.storage import StorageError, load_record, save_record
 
 VERSION = 1
 
@@ -79,15 +80,7 @@ class Observation:
             for group in ("before", "after", "own_update")
             for name, tensor in getattr(self, group).items()
         }
-        save_record(stem, tensors, self._facts())
-
-    def save_beliefs(self, stem: Path) -> None:
-        """Write anew only what the attacker believes, beside tensors that are already at `stem`."""
-        _, facts = load_record(stem, VERSION)
-        write_json(stem.with_suffix(".json"), {**self._facts(), "sha256": facts["sha256"]})
-
-    def _facts(self) -> dict[str, Any]:
-        return {
+        facts = {
             "version": VERSION,
             "round": self.round,
             "own_weight": self.own_weight,
@@ -95,6 +88,7 @@ class Observation:
             "beliefs": asdict(self.beliefs),
             "sources": self.sources,
         }
+        save_record(stem, tensors, facts)
 
     @classmethod
     def load(cls, stem: Path) -> "Observation":
@@ -130,12 +124,12 @@ def describe_model(model: ImageClassifier) -> dict[str, Any]:
     """`class_path` and `init_args` by which `build_model` makes the same architecture again.
 
     Raises:
-        ValueError: the model does not record its arguments.
+        SettingError: the model does not record its arguments.
     """
     arguments = {name: list(v) if isinstance(v, tuple) else v for name, v in dict(model.hparams).items()}
     name = type(model).__qualname__
     if not {"num_classes", "image_shape"} <= arguments.keys():
-        raise ValueError(
+        raise SettingError(
             f"{name} does not record how it was built, so an Observation cannot name it. Call "
             "`self.save_hyperparameters()` in its `__init__(self, num_classes, image_shape, ...)`."
         )

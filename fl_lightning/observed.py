@@ -49,23 +49,17 @@ class ObservedRounds(LightningDataModule):
             return Record(RECORDS / fingerprint(self.federation.settings(self.data)))
         return Record(Path(self.directory))
 
+    @property
+    def simulated(self) -> bool:
+        """Whether the record is, or will be, this federation's; otherwise it comes from another system."""
+        return self.record.settings.exists() or not self.record.observed_rounds
+
     def prepare_data(self) -> None:
-        """Simulate the rounds that are missing on disk, and write down what the attacker believes."""
-        record = self.record
-        simulated = record.settings.exists() or not record.observed_rounds
-        if simulated:
+        """Simulate the rounds that are missing on disk."""
+        if self.simulated:
             self.data.setup()
             print(self.introduction(), flush=True)
-            self.federation.run(self.data, self.knowledge, record.directory)
-        for round_ in record.observed_rounds:
-            stem = record.observation(round_)
-            truth = Truth.load(record.truth(round_)) if simulated else None
-            observation = Observation.load(stem)
-            believed = dataclasses.replace(
-                observation, beliefs=self.knowledge.beliefs(truth), sources=self.knowledge.sources
-            )
-            if believed.beliefs != observation.beliefs or believed.sources != observation.sources:
-                believed.save_beliefs(stem)
+            self.federation.run(self.data, self.knowledge, self.record.directory)
 
     def introduction(self) -> str:
         """Who attacks whom, and what the attacker knows, in plain words."""
@@ -82,11 +76,24 @@ class ObservedRounds(LightningDataModule):
         )
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the Observations."""
+        """Load the Observations, with what this run's attacker believes of them.
+
+        Raises:
+            RecordError: there is none.
+            KnowledgeError: something is to be known that nobody knows.
+            StorageError: a file is damaged or foreign.
+        """
         record = self.record
         if not record.observed_rounds:
             raise RecordError(f"'{record.directory}' holds no Observation. Run `python cli.py federate` into it first.")
-        self.observations = [Observation.load(record.observation(round_)) for round_ in record.observed_rounds]
+        self.observations = [
+            dataclasses.replace(
+                Observation.load(record.observation(round_)),
+                beliefs=self.knowledge.beliefs(Truth.load(record.truth(round_)) if self.simulated else None),
+                sources=self.knowledge.sources,
+            )
+            for round_ in record.observed_rounds
+        ]
 
     def train_dataloader(self) -> Iterable[int]:
         """One item for each step of the attack."""

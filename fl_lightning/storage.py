@@ -13,8 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fl_lightning.errors import AuditError
 
-class StorageError(RuntimeError):
+
+class StorageError(AuditError):
     """A file could not be written, or is not what it should be; the message says what to do."""
 
 
@@ -28,15 +30,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"Could not write '{path}': {error}. Free disk space or name another folder, then run the same command "
             "again; files written before are intact."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from attack_modules.attack import Attack
 from attack_modules.labels import pink_noise
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import Catalogue, FederatedData
@@ -52,11 +55,11 @@ class BatchNormClassifier(ImageClassifier):
 def observe(tmp_path: Path) -> Callable[..., Observation]:
     """Run a federation on noise images and return the Observation of its last round."""
 
-    def run(federation: Federation, knowledge: Knowledge = Knowledge(), **data: object) -> Observation:
+    def run(federation: Federation, knowledge: Knowledge | None = None, **data: object) -> Observation:
         directory = tmp_path / f"record_{len(list(tmp_path.iterdir()))}"
         images = NoiseImages(**{"num_clients": 3, "images_per_client": 2, "image_size": 16, **data})
         images.setup()
-        federation.run(images, knowledge, directory)
+        federation.run(images, knowledge or Knowledge(), directory)
         record = Record(directory)
         return Observation.load(record.observation(record.observed_rounds[-1]))
 
@@ -87,3 +90,34 @@ def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 @pytest.fixture(name="relative_error")
 def relative_error_fixture() -> Callable[[dict[str, Tensor], dict[str, Tensor]], float]:
     return relative_error
+
+
+class Given(LightningDataModule):
+    """Observations that are at hand."""
+
+    def __init__(self, *observations: Observation) -> None:
+        super().__init__()
+        self.observations = list(observations)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(range(self.trainer.max_steps), batch_size=None)
+
+
+@pytest.fixture
+def attack(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attack]:
+    """Run an attack on Observations for some steps, without leaving files, and return it."""
+    monkeypatch.setattr(Attack, "configure_callbacks", lambda self: [])
+
+    def run(module: Attack, *observations: Observation, steps: int, precision: str = "32-true") -> Attack:
+        Trainer(
+            max_steps=steps,
+            precision=precision,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(module, datamodule=Given(*observations))
+        return module
+
+    return run

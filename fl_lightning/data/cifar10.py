@@ -13,6 +13,7 @@ from fl_lightning.data.catalogue import Catalogue, label_indices
 from fl_lightning.data.downloadable import DownloadableData
 from fl_lightning.data.image_folder import folder_catalogue
 from fl_lightning.data.images import is_image_name, read_image, to_pixels
+from fl_lightning.errors import SettingError
 from fl_lightning.models.classifier import ImageShape
 
 
@@ -48,7 +49,7 @@ def tar_catalogue(tar_path: Path, split: str, image_shape: ImageShape) -> Catalo
     """The images at `<split>/<class>/<name>` in a tar file; their bytes stay in memory, nothing is extracted.
 
     Raises:
-        ValueError: the file is not a whole tar file, or holds no such images.
+        SettingError: the file is not a whole tar file, or holds no such images.
     """
     content: dict[tuple[str, str], bytes] = {}
     try:
@@ -58,11 +59,13 @@ def tar_catalogue(tar_path: Path, split: str, image_shape: ImageShape) -> Catalo
                 if member.isfile() and parts[-3:-2] == (split,) and is_image_name(parts[-1]):
                     content[parts[-2], parts[-1]] = tar.extractfile(member).read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(
+        raise SettingError(
             f"'{tar_path}' cannot be read as a tar file ({error}). Fetch it again, or set `data.root` to a folder."
         ) from error
     if not content:
-        raise ValueError(f"'{tar_path}' has no images at {split}/<class>/<name>.jpg. Set `data.root` to one that has.")
+        raise SettingError(
+            f"'{tar_path}' has no images at {split}/<class>/<name>.jpg. Set `data.root` to one that has."
+        )
     channels, image_size, _ = image_shape
     names = sorted(content)
     class_names = sorted({class_name for class_name, _ in names})

@@ -8,6 +8,7 @@ from torchvision.datasets import VisionDataset
 from fl_lightning.data.federated import FederatedData
 from fl_lightning.data.images import PathLike
 from fl_lightning.data.partition import InOrder, Partition
+from fl_lightning.errors import MissingFile
 
 
 class DownloadableData(FederatedData):
@@ -50,13 +51,13 @@ class DownloadableData(FederatedData):
         """One split in torchvision's own layout under `root`.
 
         Raises:
-            FileNotFoundError: it is neither there nor can be fetched.
+            MissingFile: it is neither there nor can be fetched.
         """
         try:
             return dataset(self.root, train=train, download=self.download)
         except (RuntimeError, OSError) as error:
             remedy = "Check the connection" if self.download else "Set `data.download: true` to fetch it"
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{dataset.__name__} is not in '{self.root}' ({error}). {remedy}, or set `data.root` to where it lies."
             ) from error
 

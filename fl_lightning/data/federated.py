@@ -14,6 +14,7 @@ from fl_lightning.data.catalogue import Catalogue
 from fl_lightning.data.images import ImageSet, PathLike, pool
 from fl_lightning.data.manifest import read_manifest
 from fl_lightning.data.partition import InOrder, Partition, even_sizes
+from fl_lightning.errors import SettingError
 from fl_lightning.models.classifier import ImageShape
 
 
@@ -38,7 +39,7 @@ class FederatedData(LightningDataModule, ABC):
             own batches are the federation's affair.
 
     Raises:
-        ValueError: a setting or a row of `csv` that cannot be; the message says which.
+        SettingError: a setting or a row of `csv` that cannot be; the message says which.
     """
 
     channels: int = 3
@@ -90,7 +91,7 @@ class FederatedData(LightningDataModule, ABC):
         present = len(catalogue.class_names)
         highest = catalogue.labels.max().item()
         if self._least_classes is not None and self._least_classes <= highest:
-            raise ValueError(
+            raise SettingError(
                 f"`data.num_classes` is {self._least_classes}, but the images have labels up to {highest}. "
                 f"Set it to at least {highest + 1}, or to null."
             )
@@ -111,7 +112,7 @@ class FederatedData(LightningDataModule, ABC):
         if self.attacker_images is not None:
             left = len(labels) - self.attacker_images
             if sizes is None and left < self.attacker:
-                raise ValueError(
+                raise SettingError(
                     f"Of {len(labels)} images the attacker takes {self.attacker_images}, which leaves too few for "
                     f"{self.attacker} victims. Lower `data.attacker_images` or give more images."
                 )
@@ -182,30 +183,30 @@ def _refuse_unfit(
     num_classes: int | None,
     pooled_batch_size: int,
 ) -> None:
-    """Raises ValueError for numbers that no dataset can make right."""
+    """Raises SettingError for numbers that no dataset can make right."""
     least = 2 if attacker_images == 0 else 1
     if num_clients < least:
-        raise ValueError(
+        raise SettingError(
             f"`data.num_clients` is {num_clients}, but somebody must hold images: give at least {least} (the attacker "
             "is one of them)."
         )
     if isinstance(images_per_client, list) and len(images_per_client) != num_clients:
-        raise ValueError(
+        raise SettingError(
             f"`data.images_per_client` has {len(images_per_client)} numbers for {num_clients} clients. Give one number "
             "each, the attacker's last, or a single number for all."
         )
     victims = images_per_client[:-1] if isinstance(images_per_client, list) else [images_per_client]
     if any(size is not None and size < 1 for size in victims):
-        raise ValueError(
+        raise SettingError(
             f"`data.images_per_client` is {images_per_client}, but every victim needs at least one image. Only the "
             "attacker may have none (`data.attacker_images: 0`)."
         )
     own = images_per_client[-1] if isinstance(images_per_client, list) and attacker_images is None else attacker_images
     if own is not None and own < 0:
-        raise ValueError(f"The attacker cannot have {own} images. Set `data.attacker_images` to 0 or more.")
+        raise SettingError(f"The attacker cannot have {own} images. Set `data.attacker_images` to 0 or more.")
     if image_size < 8:
-        raise ValueError(f"`data.image_size` is {image_size}, but images need at least 8 pixels a side.")
+        raise SettingError(f"`data.image_size` is {image_size}, but images need at least 8 pixels a side.")
     if num_classes is not None and num_classes < 1:
-        raise ValueError(f"`data.num_classes` is {num_classes}. Give at least 1, or null for the dataset's own.")
+        raise SettingError(f"`data.num_classes` is {num_classes}. Give at least 1, or null for the dataset's own.")
     if pooled_batch_size < 1:
-        raise ValueError(f"`data.pooled_batch_size` is {pooled_batch_size}. Give at least 1.")
+        raise SettingError(f"`data.pooled_batch_size` is {pooled_batch_size}. Give at least 1.")

@@ -7,6 +7,7 @@ from fl_lightning.data.catalogue import Catalogue, label_indices
 from fl_lightning.data.federated import FederatedData
 from fl_lightning.data.images import PathLike, is_image_name, read_image
 from fl_lightning.data.partition import InOrder, Partition
+from fl_lightning.errors import MissingFile
 from fl_lightning.models.classifier import ImageShape
 
 
@@ -54,14 +55,14 @@ def folder_catalogue(root: Path, image_shape: ImageShape) -> Catalogue:
     """The images at `root/<class>/<name>`.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no image in it.
+        MissingFile: there is no such folder, or no image in it.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder '{root}'. Set `data.root` to a folder of class folders.")
+        raise MissingFile(f"There is no folder '{root}'. Set `data.root` to a folder of class folders.")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     paths = [path for folder in folders for path in sorted(folder.iterdir()) if is_image_name(path.name)]
     if not paths:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"The folder '{root}' has no images in class folders. Lay them out as {root}/<class>/<name>.jpg."
         )
     channels, image_size, _ = image_shape

@@ -10,11 +10,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
+from fl_lightning.errors import SettingError
+
 PathLike = str | os.PathLike
 """What a user may give as a path."""
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(SettingError):
     """A file that was to be an image and cannot be read as one."""
 
 
@@ -51,7 +53,7 @@ def to_pixels(image: Image.Image, image_size: int, channels: int) -> Tensor:
     is resized by an antialiased Lanczos filter; an image that already has the size keeps its pixels.
 
     Raises:
-        ValueError: the pixels are floats or integers above 65535, so nobody can say what white is.
+        SettingError: the pixels are floats or integers above 65535, so nobody can say what white is.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floats, whose range is unknown; save it with 8 or 16 bits")
@@ -82,7 +84,7 @@ class ImageSet(Dataset):
 
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
         if len(pixels) != len(labels):
-            raise ValueError(f"{len(pixels)} images came with {len(labels)} labels. Give one label an image.")
+            raise SettingError(f"{len(pixels)} images came with {len(labels)} labels. Give one label an image.")
         self.pixels = pixels
         self.labels = labels
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fl_lightning.data.catalogue import Catalogue, label_indices
 from fl_lightning.data.images import PathLike, UnreadableImage, read_image
+from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.models.classifier import ImageShape
 
 ATTACKER = "attacker"
@@ -57,22 +58,22 @@ def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifes
         num_classes: labels must be below it; None: any number of classes.
 
     Raises:
-        FileNotFoundError: the CSV, or an image that it names, does not exist.
-        ValueError: the text is not such a table; the message names the line.
+        MissingFile: the CSV, or an image that it names, does not exist.
+        SettingError: the text is not such a table; the message names the line.
     """
     path = Path(csv_path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file '{path}'. Set `data.csv` to a CSV file with columns path,label.")
+        raise MissingFile(f"There is no file '{path}'. Set `data.csv` to a CSV file with columns path,label.")
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")  # spreadsheets like to put a mark at the start
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as CSV in UTF-8.") from error
+        raise SettingError(f"{path} is not UTF-8 text ({error}). Save it as CSV in UTF-8.") from error
 
     table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
     columns = [name.strip() for name in table.fieldnames or []]
     if sorted(columns) not in (["label", "path"], ["client", "label", "path"]):
-        raise ValueError(
+        raise SettingError(
             f"{path}, line 1: the columns are '{','.join(columns)}', but a manifest has path,label or "
             "path,label,client. Name them so in the first line."
         )
@@ -81,21 +82,21 @@ def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifes
     lines: list[int] = []
     for row in table:
         if None in row:
-            raise ValueError(
+            raise SettingError(
                 f"{path}, line {table.line_num}: there are more values than the {len(columns)} columns. "
                 "Put a value that contains a comma in double quotes."
             )
         rows.append({name: (value or "").strip() for name, value in row.items()})
         lines.append(table.line_num)
     if not rows:
-        raise ValueError(f"{path} has no rows. List one image a line, under a first line path,label.")
+        raise SettingError(f"{path} has no rows. List one image a line, under a first line path,label.")
 
     paths = [path.parent / row["path"] for row in rows]
     for row, image, line in zip(rows, paths, lines, strict=True):
         if not row["label"]:
-            raise ValueError(f"{path}, line {line}: '{row['path']}' has no label. Give a class index or a name.")
+            raise SettingError(f"{path}, line {line}: '{row['path']}' has no label. Give a class index or a name.")
         if not image.is_file():
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{path}, line {line}: there is no image '{image}'. Correct the path; a relative one starts at the "
                 "CSV's folder."
             )
@@ -103,7 +104,7 @@ def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifes
     for row, label, line in zip(rows, labels.tolist(), lines, strict=True):
         if label < 0 or (num_classes is not None and label >= num_classes):
             highest = "" if num_classes is None else f" to {num_classes - 1}"
-            raise ValueError(
+            raise SettingError(
                 f"{path}, line {line}: the label {row['label']} is class {label}, but classes are numbered from 0"
                 f"{highest}. Correct the label or raise `data.num_classes`."
             )
@@ -124,14 +125,14 @@ def _shares(path: Path, values: list[str], lines: list[int]) -> list[Tensor]:
     """Rows of each client, the attacker last."""
     for value, line in zip(values, lines, strict=True):
         if value != ATTACKER and not re.fullmatch(r"\d+", value):
-            raise ValueError(
+            raise SettingError(
                 f"{path}, line {line}: the client is '{value}', but it is a victim's number, from 0, or "
                 f"'{ATTACKER}'. Correct it, or leave the whole column out to let `data.partition` deal the images."
             )
     clients = [-1 if value == ATTACKER else int(value) for value in values]
     for victim in range(max(*clients, 0) + 1):
         if victim not in clients:
-            raise ValueError(
+            raise SettingError(
                 f"{path}, line {lines[clients.index(max(clients))]}: client {victim} has no images, although "
                 f"{'only the attacker is' if max(clients) < 0 else f'client {max(clients)} is'} named. "
                 "Number the victims from 0 without a gap."

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fl_lightning.errors import SettingError
+
 
 class Partition(ABC):
     """Deals images to clients by their labels; nobody gets an image that somebody else has."""
@@ -25,12 +27,12 @@ class Partition(ABC):
             ValueError: there are too few images, or a client would be left without.
         """
         if sizes is None and len(labels) < num_clients:
-            raise ValueError(
+            raise SettingError(
                 f"There are {len(labels)} images for {num_clients} clients, so some would have none. "
                 "Lower `data.num_clients` or give more images."
             )
         if sizes is not None and sum(sizes) > len(labels):
-            raise ValueError(
+            raise SettingError(
                 f"There are {len(labels)} images, but {num_clients} clients ask for {sum(sizes)} "
                 f"({', '.join(map(str, sizes))}). Lower `data.images_per_client` or `data.num_clients`, set "
                 "`data.images_per_client` to null to divide what there is, or give more images."
@@ -75,7 +77,7 @@ class Dirichlet(Partition):
 
     def __init__(self, alpha: float) -> None:
         if alpha <= 0:
-            raise ValueError(f"`data.partition.alpha` is {alpha}, but a Dirichlet concentration is positive.")
+            raise SettingError(f"`data.partition.alpha` is {alpha}, but a Dirichlet concentration is positive.")
         self.alpha = alpha
 
     def divide(
@@ -112,7 +114,7 @@ class ByClass(Partition):
 
     def __init__(self, classes_per_client: int) -> None:
         if classes_per_client < 1:
-            raise ValueError(
+            raise SettingError(
                 f"`data.partition.classes_per_client` is {classes_per_client}, but a client needs at least one class."
             )
         self.classes_per_client = classes_per_client
@@ -122,7 +124,7 @@ class ByClass(Partition):
     ) -> list[Tensor]:
         classes = labels.unique()
         if self.classes_per_client > len(classes):
-            raise ValueError(
+            raise SettingError(
                 f"`data.partition.classes_per_client` is {self.classes_per_client}, but the images have only "
                 f"{len(classes)} classes. Lower it."
             )
@@ -139,14 +141,14 @@ class ByClass(Partition):
             else:
                 wanted = [even_sizes(sizes[client], self.classes_per_client)[place] for client, place in holders]
             if sum(wanted) > len(pile):
-                raise ValueError(
+                raise SettingError(
                     f"Class {label} has {len(pile)} images, but its {len(holders)} holders ask for {sum(wanted)}. "
                     "Raise `data.partition.classes_per_client`, or lower `data.images_per_client` or set it to null."
                 )
             for (client, _), piece in zip(holders, cut(pile, wanted, len(wanted)), strict=True):
                 shares[client].append(piece)
         if sizes is None and (empty := [client for client, share in enumerate(shares) if not sum(map(len, share))]):
-            raise ValueError(
+            raise SettingError(
                 f"Client {empty[0]} would have no images: its classes have fewer images than holders. "
                 "Raise `data.partition.classes_per_client` or lower `data.num_clients`."
             )

@@ -6,8 +6,11 @@ import torch
 from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor, nn
 
+from fl_lightning.errors import SettingError
+
 ImageShape = tuple[int, int, int]
 """(C, H, W) of one image."""
+
 
 class ImageClassifier(nn.Module, HyperparametersMixin):
     """Logits `head(features((x - mean) / std))` of images `x` in [0, 1].
@@ -29,7 +32,7 @@ class ImageClassifier(nn.Module, HyperparametersMixin):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if min(std) <= 0:
-            raise ValueError(f"A model's `std` must be positive, but it is {list(std)}. Give one value a channel.")
+            raise SettingError(f"A model's `std` must be positive, but it is {list(std)}. Give one value a channel.")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -55,7 +58,7 @@ def feature_width(features: nn.Module, image_shape: ImageShape) -> int:
     try:
         return features(torch.zeros(1, *image_shape)).shape[1]
     except RuntimeError as error:
-        raise ValueError(
+        raise SettingError(
             f"Images of shape {tuple(image_shape)} do not fit this model ({error}). "
             "Give larger images (`data.image_size`) or another `federation.model`."
         ) from error

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from fl_lightning.errors import SettingError
 from fl_lightning.models.classifier import ImageClassifier, ImageShape
 
 
@@ -26,7 +27,7 @@ class TorchvisionClassifier(ImageClassifier):
             [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225].
 
     Raises:
-        ValueError: the name is not a torchvision classifier, or its head is not linear.
+        SettingError: the name is not a torchvision classifier, or its head is not linear.
     """
 
     def __init__(
@@ -42,14 +43,14 @@ class TorchvisionClassifier(ImageClassifier):
         self.save_hyperparameters()
         classifiers = torchvision.models.list_models(module=torchvision.models)
         if name not in classifiers:
-            raise ValueError(
+            raise SettingError(
                 f"torchvision has no classifier named '{name}'. `federation.model.name` is one of "
                 f"{', '.join(classifiers)}."
             )
         self.features = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
         layer_name, layer = [pair for pair in self.features.named_modules() if not list(pair[1].children())][-1]
         if not isinstance(layer, nn.Linear):
-            raise ValueError(
+            raise SettingError(
                 f"torchvision's '{name}' ends in {type(layer).__name__}, not in a linear layer, so it cannot be "
                 "split into features and head. Name another model, e.g. resnet18."
             )
@@ -66,7 +67,7 @@ class TorchvisionClassifier(ImageClassifier):
         try:
             logits = trial(torch.zeros(2, *image_shape))
         except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
-            raise ValueError(
+            raise SettingError(
                 f"Images of shape {tuple(image_shape)} do not fit torchvision's '{self.hparams['name']}' in train mode "
                 f"({error}). Give 3 channels and larger images (`data.image_size`), or name another model."
             ) from error

@@ -99,9 +99,7 @@ def test_rounds_sample_clients_and_truth_names_them(tmp_path: Path) -> None:
         assert bool(seen.own_update) == bool(seen.own_weight)
 
 
-def test_another_federation_in_the_same_directory_is_refused(
-    tmp_path: Path, noise_images: type[FederatedData]
-) -> None:
+def test_another_federation_in_the_same_directory_is_refused(tmp_path: Path, noise_images: type[FederatedData]) -> None:
     data = noise_images(num_clients=2, images_per_client=1, image_size=16)
     data.setup()
     Federation().run(data, Knowledge(), tmp_path)

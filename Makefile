@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test test-slow lint tensorboard clean
+
+demo: .venv/installed
+	$(BIN)/python cli.py fit --config configs/demo.yaml
+
+test: .venv/installed
+	$(BIN)/python -m pytest --cov=fl_lightning --cov=attack_modules --cov-report=term:skip-covered
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+tensorboard: .venv/installed
+	$(BIN)/tensorboard --logdir runs
+
+# Made anew only when the dependencies change.
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache

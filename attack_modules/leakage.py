@@ -1,0 +1,541 @@
+"""Closed-form leakage: what the linear head of a classifier tells about every image in an aggregated update.
+
+The head is `features f (D) -> W1 (H x D) -> ReLU -> W2 (C x H) -> softmax cross entropy`, or `W2` alone. N images are
+spread over an unknown number of peers; each peer takes `steps` full-batch SGD steps of rate `lr`, and the server
+averages the peers by number of images. The head's *update* (before minus after) times `N / (lr * steps)` is the sum
+over the images of the time-mean gradient, `G1 = Delta^T F` and `G2 = (P - Y)^T H`. This module solves both for the
+rows:
+
+1. The rank of `G1` is N; the row sums of `G2` tell the labels.
+2. `G2` gives hidden activations `H`, probabilities `P`, and so the back-propagated errors `E = (P - Y) W2`.
+3. `Delta = gates * E`, a gate being the share of the steps in which a unit was active. Every row of `Delta` lies in the
+   column space of `G1`: that linear constraint settles the gates that `H` leaves uncertain (`GateRegression`).
+4. `F = lstsq(Delta^T, G1)`; rows (hidden units) that contradict the others count less.
+5. Beyond first order, the head's own training is simulated from `F`: gates become functions of time. Images of one peer
+   move each other's activations, so the difference between the activations that `G2` shows and `W1 f` tells who trained
+   together (`co_members`), and with it the partition of the aggregate into peers.
+
+Nothing here knows the images. Everything is float64 and works in the row space of `G1` (D may be 1e5, H is 500).
+A bias is one more feature that is always 1. Features come out as their mean over the local steps; seen from the
+model half way (`before - (steps - 1) / (2 * steps) * update`) they are the images' features to second order.
+
+Extends "Federated Learning Nodes Can Reconstruct Peers' Image Data" (arXiv 2410.04661).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.special import ndtr
+
+
+@dataclass(frozen=True)
+class Beliefs:
+    """What the attacker holds true of its peers' training.
+
+    Attributes:
+        lr: rate of the peers' SGD.
+        steps: full-batch steps that each peer takes.
+        num_images: N, or None to take the rank of the first layer's update.
+        labels: (N,) long in any order, or None to infer them.
+    """
+
+    lr: float
+    steps: int
+    num_images: int | None = None
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """How far to trust a leakage, from quantities that the attacker has.
+
+    Attributes:
+        num_images: N, given or found.
+        gap: singular value N of the first layer's update over singular value N + 1. Near 1, N is a guess.
+        residual: relative Frobenius norm of what `Delta^T F` leaves unexplained of the first layer's update.
+        conditioning: condition number of `Delta`, by which errors in the gates are amplified.
+        drift: rms mismatch between activations seen by the last layer and simulated, over their mean; 0 for one layer.
+            Large where lr, steps or the kind of local training are not as believed.
+    """
+
+    num_images: int
+    gap: float
+    residual: float
+    conditioning: float
+    drift: float
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """The images of one aggregate, as the head saw them.
+
+    Attributes:
+        labels: (N,) long.
+        features: (N, D) mean over the local steps of each image's features.
+        peers: (N,) long; images with one number were trained by one peer. All 0 where nothing tells (one step).
+        uncertainty: (N,) expected relative error of each row of `features`.
+        diagnosis: of the whole.
+    """
+
+    labels: Tensor
+    features: Tensor
+    peers: Tensor
+    uncertainty: Tensor
+    diagnosis: Diagnosis
+
+
+def leak(
+    updates: Mapping[str, Tensor], weights: Mapping[str, Tensor], beliefs: Beliefs, iterations: int = 5
+) -> Leakage:
+    """Read labels and features out of the head's part of an aggregated update.
+
+    Args:
+        updates: name -> aggregated update (before minus after) of each head parameter, in the order of the layers;
+            `X.weight` (out, in) and, if there is one, `X.bias` (out,) belong to one layer.
+        weights: name -> the same parameters before the round.
+        beliefs: how the peers trained.
+        iterations: rounds of features -> simulated trajectory -> gates -> features.
+
+    Raises:
+        ValueError: the head is not one or two linear layers.
+    """
+    layers, before = augmented(updates), augmented(weights)
+    if len(layers) not in (1, 2):
+        raise ValueError(
+            f"The head has {len(layers)} linear layers ({', '.join(updates)}), but leakage reads heads of one or two. "
+            "Attack this model by gradient matching instead."
+        )
+    space = RowSpace.of(layers[0], before[0])
+    given = None if beliefs.labels is None else len(beliefs.labels)
+    num_images = beliefs.num_images or given or space.rank
+    scale = num_images / (beliefs.lr * beliefs.steps)
+    last, weight = layers[-1].double(), before[-1].double()
+    labels = infer_labels(last, num_images) if beliefs.labels is None else beliefs.labels
+    targets = F.one_hot(labels, len(last)).to(last)
+    if len(layers) == 1:
+        found = read_single(space, targets, beliefs, scale)
+    else:
+        found = read_stack(space, last, weight, targets, beliefs, scale, iterations)
+    width = next(weight.shape[1] for weight in weights.values() if weight.ndim == 2)
+    singular = space.singular
+    below = singular[num_images].item() if num_images < len(singular) else space.floor
+    spread = torch.linalg.pinv(found.errors).norm(dim=0) * below * scale / math.sqrt(len(space.rows))
+    return Leakage(
+        labels=labels,
+        features=(found.coordinates @ space.basis.T)[:, :width].float(),
+        peers=found.peers,
+        uncertainty=(spread / found.coordinates.norm(dim=1)).float(),
+        diagnosis=Diagnosis(
+            num_images=num_images,
+            gap=singular[num_images - 1].item() / below,
+            residual=found.residual,
+            conditioning=torch.linalg.cond(found.errors).item(),
+            drift=found.drift,
+        ),
+    )
+
+
+def augmented(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """One (out, in) matrix a layer, (out, in + 1) with a bias: it is the weight of a feature that is always 1."""
+    layers: list[Tensor] = []
+    for parameter in parameters.values():
+        if parameter.ndim == 2:
+            layers.append(parameter)
+        else:
+            layers[-1] = torch.cat([layers[-1], parameter[:, None]], 1)
+    return layers
+
+
+@dataclass(frozen=True)
+class RowSpace:
+    """A layer's update `rows @ basis.T`, and the layer's weights seen through the same basis.
+
+    Attributes:
+        basis: (D, r) orthonormal, float64.
+        rows: (out, r) the update in that basis.
+        weight: (out, r) the layer's weight before the round, in that basis.
+        floor: smallest singular value that the weights' precision can show.
+    """
+
+    basis: Tensor
+    rows: Tensor
+    weight: Tensor
+    floor: float
+
+    @classmethod
+    def of(cls, update: Tensor, weight: Tensor) -> "RowSpace":
+        basis, rows = torch.linalg.qr(update.double().T)
+        floor = torch.finfo(weight.dtype).eps * rows.norm().item()
+        return cls(basis, rows.T, weight.double() @ basis, floor)
+
+    @property
+    def singular(self) -> Tensor:
+        """Singular values of the update, one for each unit that ever was active, none under the floor."""
+        return torch.linalg.svdvals(self.rows[(self.rows != 0).any(1)]).clamp_min(self.floor)
+
+    @property
+    def rank(self) -> int:
+        """Where the singular values fall most steeply: the number of images."""
+        singular = self.singular
+        return int((singular[:-1] / singular[1:]).argmax()) + 1
+
+
+def infer_labels(gradient: Tensor, num_images: int) -> Tensor:
+    """(N,) labels in ascending order from the last layer's summed gradient (C, H).
+
+    Activations are not negative, so a row sums to `sum_m p_mc |h_m| - sum_{y_n = c} |h_n|`: classes that nobody holds
+    give the positive part, and the deficit below it counts a class's images in units of a mean activation. Classes that
+    nobody holds scatter as far below their median as above it. Without such classes there is no such yardstick.
+    """
+    sums = gradient.sum(1)
+    empty = sums[sums > 0].median()
+    deficit = (empty - sums).clamp_min(0)
+    held = deficit > 2 * (sums.max() - empty)
+    counts = held.long()
+    quota = deficit * held * num_images / (deficit * held).sum()
+    while counts.sum() < num_images:  # Sainte-Lague: the next image goes to the class with the largest quotient
+        counts[(quota / (2 * counts + 1)).argmax()] += 1
+    while counts.sum() > num_images:
+        held_once = torch.where(counts > 0, quota, math.inf)
+        counts[held_once.argmin()] -= 1
+    return torch.arange(len(counts)).repeat_interleave(counts)
+
+
+def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: int = 30) -> tuple[Tensor, Tensor]:
+    """Inputs (N, H) and probabilities (N, C) of a softmax layer from its summed gradient `(P - Y)^T inputs`.
+
+    Args:
+        gradient: (C, H), in any basis of the input space.
+        weight: (C, H) in the same basis, half way through the local steps.
+        targets: (N, C) one-hot. Images of one class come out as their common mean.
+        iterations: of the fixed point between inputs and probabilities.
+    """
+    probabilities = torch.full_like(targets, 1 / targets.shape[1])
+    for _ in range(iterations):
+        inputs = torch.linalg.lstsq((probabilities - targets).T, gradient, driver="gelsd").solution
+        probabilities = (inputs @ weight.T).softmax(1)
+    return inputs, probabilities
+
+
+@dataclass(frozen=True)
+class Gates:
+    """A belief about every gate: mean and variance (N, H) of the share of the steps in which a unit was active."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class GateRegression:
+    """Gates that agree with the first layer's update: `gates * errors` must lie in its column space.
+
+    Args:
+        rows: (H, r) the first layer's summed gradient.
+        num_images: its rank, N.
+    """
+
+    def __init__(self, rows: Tensor, num_images: int) -> None:
+        vectors, singular, _ = torch.linalg.svd(rows, full_matrices=True)
+        left_null = vectors[:, num_images:]
+        self.num_constraints = left_null.shape[1]
+        self.outside = left_null @ left_null.T
+        live = int((rows != 0).any(1).sum())
+        #: variance of one entry of `rows` that no rank-N product explains
+        self.noise = singular[num_images:].square().sum().item() / max(live - num_images, 1) ** 2
+
+    def posterior(self, prior: Gates, errors: Tensor, noise: Tensor) -> tuple[Gates, float]:
+        """Gates given the constraint, and the log evidence of the prior.
+
+        Args:
+            prior: independent Gaussian gates.
+            errors: (N, H) back-propagated errors with every gate open.
+            noise: (N,) variance to which a constraint on image n holds; raised where the prior leaves more.
+        """
+        count = int((prior.variance > 1e-7).sum(1).max())  # the rest cannot move by 1e-3
+        if not count:
+            return prior, -math.inf
+        units = prior.variance.topk(count, 1).indices
+        spread = (prior.variance.gather(1, units).sqrt() * errors.gather(1, units))[..., None]  # (N, u, 1)
+        gram = self.outside[units[:, :, None], units[:, None]] * spread * spread.mT
+        violation = (prior.mean * errors) @ self.outside
+        pull = violation.gather(1, units)[..., None] * spread
+        total = (violation * prior.mean * errors).sum(1)
+        identity = torch.eye(count, dtype=gram.dtype)
+        noise = noise.clamp_min(1e-12 * errors.square().mean().item())  # what float64 resolves
+        for _ in range(3):
+            factor = torch.linalg.cholesky(gram / noise[:, None, None] + identity)
+            shift = -torch.cholesky_solve(pull, factor) / noise[:, None, None]
+            misfit = (total + (pull * shift).sum((1, 2))) / noise
+            log_evidence = -0.5 * (misfit + self.num_constraints * noise.log()).sum() - (
+                factor.diagonal(dim1=1, dim2=2).log().sum()
+            )
+            noise = noise * (misfit / self.num_constraints).clamp_min(1)
+        deviation = prior.variance.gather(1, units).sqrt()
+        mean = prior.mean.scatter_add(1, units, deviation * shift[..., 0])
+        shrunk = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
+        variance = prior.variance.scatter(1, units, deviation**2 * shrunk)
+        return Gates(mean, variance), log_evidence.item()
+
+    def best(self, prior: Callable[[float], Gates], errors: Tensor, noise: Tensor, width: float = 0.01) -> Gates:
+        """Posterior under the prior of greatest evidence, climbing from `width` in factors of 2."""
+        best, evidence = self.posterior(prior(width), errors, noise)
+        for factor in (2.0, 0.5):
+            while 1e-5 < (trial := width * factor) < 1:
+                gates, trial_evidence = self.posterior(prior(trial), errors, noise)
+                if trial_evidence <= evidence:
+                    break
+                best, evidence, width = gates, trial_evidence, trial
+        return best
+
+
+def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: float, iterations: int = 3) -> Tensor:
+    """(N, r) features from `rows = errors^T features`; hidden units weigh by the inverse of their residual variance.
+
+    Args:
+        rows: (H, r) summed gradient of the first layer.
+        errors: (N, H) gated errors `Delta`.
+        variance: (N, H) of its entries, by which units are weighted at first.
+        noise: variance of an entry of `rows`.
+    """
+    energy = rows.square().sum() / errors.square().sum()
+    noise = noise + torch.finfo(rows.dtype).eps * rows.square().mean().item()
+    residual = variance.sum(0) * energy / rows.shape[1]
+    for _ in range(iterations + 1):
+        weight = (noise + residual).rsqrt()
+        features = torch.linalg.lstsq((errors * weight).T, rows * weight[:, None], driver="gelsd").solution
+        residual = (rows - errors.T @ features).square().mean(1)
+    return features
+
+
+def probably_active(activations: Tensor) -> Tensor:
+    """(N, H) probability that a unit was active in any step, given its mean activation with noise.
+
+    An activation is never negative, so the negative values show each image's noise.
+    """
+    noise = activations.clamp_max(0).square().sum(1, keepdim=True) / (activations < 0).sum(1, keepdim=True).clamp_min(1)
+    noise = noise.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    standard = activations / noise
+    log_on = torch.special.log_ndtr(standard) - mean_activation(activations).log()
+    log_off = -standard.square() / 2 - noise.log() - math.log(2 * math.pi) / 2
+    return torch.sigmoid(log_on - log_off)
+
+
+def gates_of_activations(activations: Tensor, width: float) -> Gates:
+    """Gates from mean activations (N, H) alone.
+
+    A unit that was active was so in all steps if its activation is large; near zero, in some steps only. `width`, in
+    mean activations of the image, is what counts as near.
+    """
+    active = probably_active(activations)
+    share = -torch.expm1(-activations.clamp_min(0) / (width * mean_activation(activations)))
+    return Gates(active * share, active * share * (1 - share) / 3 + share.square() * active * (1 - active))
+
+
+def mean_activation(activations: Tensor) -> Tensor:
+    """(N, 1) mean of each image's positive activations."""
+    return activations.clamp_min(0).sum(1, keepdim=True) / (activations > 0).sum(1, keepdim=True).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The head's training as simulated from a features estimate; T steps, N images.
+
+    Attributes:
+        preactivations: (T, N, H).
+        errors: (T, N, H) back-propagated errors with every gate open.
+        activations: (N, H) mean over the steps.
+        past: (N, H) mean over the steps of the summed gated errors before each: what moves other images.
+        residuals: (N, C) mean of `p - y`.
+    """
+
+    preactivations: Tensor
+    errors: Tensor
+    activations: Tensor
+    past: Tensor
+    residuals: Tensor
+
+
+def simulate(
+    gram: Tensor, start: Tensor, weight: Tensor, targets: Tensor, influence: Tensor, lr: float, steps: int, bias: bool
+) -> Trajectory:
+    """Full-batch SGD of the head on fixed features, every image in its own peer's company.
+
+    Args:
+        gram: (N, N) inner products of the features.
+        start: (N, H) pre-activations before the round.
+        weight: (C, H) of the last layer before the round, (C, H + 1) with `bias`.
+        targets: (N, C) one-hot.
+        influence: (N, N) weight of image m in the gradient that moves image n: 1 / peer size, or 0 for strangers.
+        bias: whether the last layer has one.
+    """
+    past_errors, total = torch.zeros_like(start), torch.zeros_like(start)
+    inputs, residuals, preactivations, errors = [], [], [], []
+    width = start.shape[1]
+    for _ in range(steps):
+        past_errors = past_errors + total / steps
+        preactivation = start - lr * (gram * influence) @ total
+        active = F.pad(preactivation.relu(), (0, int(bias)), value=1.0)
+        logits = active @ weight.T
+        for earlier, residual in zip(inputs, residuals, strict=True):
+            logits = logits - lr * (active @ earlier.T * influence) @ residual
+        now = logits.softmax(1) - targets
+        error = now @ weight[:, :width]
+        for earlier, residual in zip(inputs, residuals, strict=True):
+            error = error - lr * (now @ residual.T * influence) @ earlier[:, :width]
+        total = total + error * (preactivation > 0)
+        inputs.append(active)
+        residuals.append(now)
+        preactivations.append(preactivation)
+        errors.append(error)
+    stack = torch.stack
+    return Trajectory(
+        stack(preactivations), stack(errors), stack(inputs).mean(0)[:, :width], past_errors, stack(residuals).mean(0)
+    )
+
+
+def co_members(
+    drift: Tensor, seen: Tensor, gram: Tensor, past: Tensor, lr: float, influence: Tensor, iterations: int = 200
+) -> Tensor:
+    """(N, N) symmetric, non-negative influence of images on each other that best explains their activations' drift.
+
+    Least squares `drift ~ lr * (influence * gram) @ past` on the entries `seen`, by accelerated projected gradient.
+
+    Args:
+        drift: (N, H) pre-activation before the round minus mean activation during it.
+        seen: (N, H) where a unit was active throughout, so that the drift shows.
+        gram, past, lr: as in `simulate`.
+        influence: (N, N) first guess.
+    """
+
+    def gradient(matrix: Tensor, target: Tensor | float) -> Tensor:
+        slope = (seen * ((matrix * gram) @ past * lr - target)) @ past.T * gram * lr
+        return (slope + slope.T) / 2
+
+    direction = gram
+    for _ in range(50):
+        direction = gradient(direction / direction.norm(), 0.0)
+    step = 1 / (1.05 * direction.norm())
+    ahead, momentum = influence, 1.0
+    for _ in range(iterations):
+        new = (ahead - step * gradient(ahead, drift)).clamp_min(0)
+        next_momentum = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = new + (momentum - 1) / next_momentum * (new - influence)
+        influence, momentum = new, next_momentum
+    return influence
+
+
+def group_peers(influence: Tensor) -> Tensor:
+    """(N,) peer of each image: those whose rows of `influence` (N, N) point the same way, linked transitively."""
+    unit = F.normalize(influence, dim=1)
+    linked = unit @ unit.T > 0.5
+    peers = torch.arange(len(influence))
+    while not torch.equal(peers, merged := torch.where(linked, peers[None], len(peers)).amin(1)):
+        peers = merged
+    return peers.unique(return_inverse=True)[1]
+
+
+def offset_to_match(preactivations: Tensor, activations: Tensor) -> Tensor:
+    """(N, H) shift `o`, nearest to 0, after which `mean_t relu(preactivations + o)` is `activations` (N, H)."""
+    steps = len(preactivations)
+    ordered = preactivations.sort(0, descending=True).values
+    target = activations.clamp_min(0)
+    count = torch.arange(1, steps + 1, dtype=ordered.dtype)[:, None, None]
+    shifts = (steps * target - ordered.cumsum(0)) / count  # row k: if just the k largest are active
+    after = torch.cat([ordered[1:], torch.full_like(ordered[:1], -math.inf)])
+    consistent = (ordered + shifts >= 0) & (after + shifts <= 0)
+    shift = shifts.gather(0, consistent.double().argmax(0, keepdim=True))[0]
+    return torch.where(target > 0, shift, (-ordered[0]).clamp_max(0))
+
+
+def gates_of_trajectory(path: Trajectory, activations: Tensor, width: float) -> Gates:
+    """Gates from a simulated trajectory, shifted unit by unit to give the mean activations (N, H) that were seen.
+
+    `width`, in mean activations of the image, is the standard deviation of a pre-activation that is left after that.
+    """
+    matched = path.preactivations + offset_to_match(path.preactivations, activations)
+    active = ndtr(matched / (width * mean_activation(activations))) * probably_active(activations)
+    return Gates((path.errors * active).mean(0) / path.errors.mean(0), (active * (1 - active)).mean(0))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one solver found: `coordinates` (N, r) of the features, `errors` (N, out), `peers` (N,), two residuals."""
+
+    coordinates: Tensor
+    errors: Tensor
+    peers: Tensor
+    residual: float
+    drift: float
+
+
+def read_single(space: RowSpace, targets: Tensor, beliefs: Beliefs, scale: float) -> Reading:
+    """Features of a head of one linear layer: they are its inputs."""
+    rows = space.rows * scale
+    middle = space.weight - space.rows * (beliefs.steps - 1) / (2 * beliefs.steps)
+    features, probabilities = head_inputs(rows, middle, targets)
+    errors = probabilities - targets
+    residual = ((rows - errors.T @ features).norm() / rows.norm()).item()
+    return Reading(features, errors, torch.zeros(len(targets), dtype=torch.long), residual, 0.0)
+
+
+def read_stack(
+    space: RowSpace, last: Tensor, weight: Tensor, targets: Tensor, beliefs: Beliefs, scale: float, iterations: int
+) -> Reading:
+    """Features of a head of two linear layers with a ReLU between.
+
+    Args:
+        space: of the first layer's update.
+        last, weight: (C, H) update and weight before the round of the last layer, (C, H + 1) with a bias.
+        targets: (N, C) one-hot.
+        scale: N / (lr * steps).
+    """
+    hidden, steps, rows = len(space.rows), beliefs.steps, space.rows * scale
+    middle = weight - last * (steps - 1) / (2 * steps)
+    inputs, probabilities = head_inputs(last * scale, middle, targets)
+    activations = inputs[:, :hidden]
+    errors = ((probabilities - targets) @ middle)[:, :hidden]
+
+    regression = GateRegression(rows, len(targets))
+    noise = (errors.square().sum() / rows.square().sum() * regression.noise * len(targets)).expand(len(targets))
+    prior = partial(gates_of_activations, activations)
+    for _ in range(2 if steps > 1 else iterations):
+        gates = regression.best(prior, errors, noise)
+        features = regress_features(rows, gates.mean * errors, gates.variance * errors**2, regression.noise)
+        noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
+    for _ in range(iterations if steps == 1 else 0):  # in one step a gate is open or shut: draw it to the nearer
+        open_ = gates.mean.clamp(0, 1)
+        gates, _ = regression.posterior(Gates(open_, open_ * (1 - open_)), errors, noise)
+        features = regress_features(rows, gates.mean * errors, gates.variance * errors**2, regression.noise)
+        noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
+    influence = torch.full((len(targets), len(targets)), 1 / len(targets), dtype=rows.dtype)
+    peers = torch.zeros(len(targets), dtype=torch.long)
+    bias = weight.shape[1] > hidden
+
+    def train(features: Tensor, influence: Tensor) -> Trajectory:
+        gram, start = features @ features.T, features @ space.weight.T
+        return simulate(gram, start, weight, targets, influence, beliefs.lr, steps, bias)
+
+    path = train(features, influence)
+    for _ in range(iterations if steps > 1 else 0):
+        seen = (path.preactivations > 0).all(0).to(rows)
+        drift = path.preactivations[0] - activations
+        influence = co_members(drift, seen, features @ features.T, path.past, beliefs.lr, influence)
+        peers = group_peers(influence)
+        together = (peers[:, None] == peers).to(rows)
+        influence = together / together.sum(1, keepdim=True)
+        path = train(features, influence)
+        activations = torch.linalg.lstsq(path.residuals.T, last * scale, driver="gelsd").solution[:, :hidden]
+        errors = path.errors.mean(0)
+        gates = regression.best(partial(gates_of_trajectory, path, activations), errors, noise)
+        features = regress_features(rows, gates.mean * errors, gates.variance * errors**2, regression.noise)
+        noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
+        path = train(features, influence)
+    gated = gates.mean * errors
+    throughout = (path.preactivations > 0).all(0)
+    mismatch = (path.activations - activations)[throughout].square().mean().sqrt() / activations[throughout].mean()
+    residual = ((rows - gated.T @ features).norm() / rows.norm()).item()
+    return Reading(features, gated, peers, residual, mismatch.item())

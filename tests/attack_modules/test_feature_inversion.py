@@ -1,0 +1,46 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from attack_modules import FeatureInversion
+from attack_modules.assignment import match
+from attack_modules.attack import Attack
+from fl_lightning.client import LocalTraining
+from fl_lightning.federation import Federation
+from fl_lightning.knowledge import Knowledge
+from fl_lightning.observation import Observation
+
+Observe = Callable[..., Observation]
+Run = Callable[..., Attack]
+BLIND = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred")
+WIDE = {"num_clients": 3, "images_per_client": 2, "num_classes": 50}
+
+
+def test_images_of_an_aggregate_are_read_blindly(observe: Observe, attack: Run, noise_images: type) -> None:
+    """Neither labels nor the number of images are told; nothing but the head's update is used."""
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
+    module = attack(FeatureInversion(lr=0.1, anneal=(0.3, 0.001), chunk_size=3), seen, steps=200)
+    images, labels = module.reconstruction()
+    assert labels.sort().values.tolist() == [0, 1, 2, 3]
+    data = noise_images(**WIDE, image_size=16)
+    data.setup()
+    originals = torch.cat([peer.images for peer in data.clients[:2]])
+    order = match(images, originals)
+    features = seen.build_model().embed(originals)
+    error = (module.leakage.features[order] - features).norm(dim=1) / features.norm(dim=1)
+    assert error.max() < 1e-2
+    psnr = -10 * (images[order] - originals).square().mean((1, 2, 3)).log10()
+    assert psnr.min() > 20
+    assert "holds 4 images" in module.introduction()
+
+
+def test_images_do_not_feel_each_other_and_chunks_do_not_matter(observe: Observe, attack: Run) -> None:
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
+    whole, chunked = (attack(FeatureInversion(chunk_size=size), seen, steps=5) for size in (4, 1))
+    torch.testing.assert_close(whole.images, chunked.images, rtol=1e-3, atol=1e-3)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="chunk_size >= 1"):
+        FeatureInversion(chunk_size=0)

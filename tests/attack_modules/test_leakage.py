@@ -1,0 +1,176 @@
+"""Closed-form leakage on tiny heads, where the answer is known."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from leakage import (
+    Beliefs,
+    RowSpace,
+    augmented,
+    co_members,
+    group_peers,
+    head_inputs,
+    infer_labels,
+    leak,
+    offset_to_match,
+    simulate,
+)
+
+CLASSES, HIDDEN, WIDTH = 40, 48, 60
+
+
+def make_head(bias: bool = False, single: bool = False, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    if single:
+        return nn.Sequential(nn.Linear(WIDTH, CLASSES, bias=bias)).double()
+    layers = [nn.Linear(WIDTH, HIDDEN, bias=bias), nn.ReLU(), nn.Linear(HIDDEN, CLASSES, bias=bias)]
+    return nn.Sequential(*layers).double()
+
+
+def make_features(count: int, seed: int = 1) -> Tensor:
+    return torch.rand(count, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def weights_of(head: nn.Sequential) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+
+
+def train(
+    head: nn.Sequential, features: Tensor, labels: Tensor, lr: float, steps: int, peers: int = 1
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mean over equal peers of (before - after) of full-batch SGD on fixed features."""
+    before = weights_of(head)
+    total = {name: torch.zeros_like(value) for name, value in before.items()}
+    for part in torch.arange(len(labels)).chunk(peers):
+        head.load_state_dict(before)
+        optimizer = torch.optim.SGD(head.parameters(), lr)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(head(features[part]), labels[part]).backward()
+            optimizer.step()
+        for name, value in weights_of(head).items():
+            total[name] += (before[name] - value) / peers
+    head.load_state_dict(before)
+    return total, before
+
+
+def relative_error(found: Tensor, truth: Tensor) -> Tensor:
+    return (found.double() - truth).norm(dim=1) / truth.norm(dim=1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+def test_one_step_is_exact(bias: bool, single: bool) -> None:
+    labels = torch.tensor([3, 7, 8, 15, 22, 39])
+    features = make_features(len(labels))
+    head = make_head(bias, single)
+    update, before = train(head, features, labels, lr=0.01, steps=1)
+    found = leak(update, before, Beliefs(lr=0.01, steps=1))
+    assert found.labels.tolist() == labels.tolist()
+    assert relative_error(found.features, features).max() < 1e-6
+    assert found.diagnosis.num_images == len(labels)
+    assert found.diagnosis.gap > 1e6
+    assert found.diagnosis.residual < 1e-6
+
+
+def test_several_steps_beat_first_order() -> None:
+    labels = torch.arange(0, 24, 3)
+    features = make_features(len(labels))
+    head = make_head()
+    update, before = train(head, features, labels, lr=0.02, steps=4)
+    found = leak(update, before, Beliefs(lr=0.02, steps=4))
+    assert relative_error(found.features, features).max() < 2e-3
+    assert found.diagnosis.drift < 0.01
+
+
+def test_given_labels_keep_their_order() -> None:
+    labels = torch.tensor([22, 3, 39, 7])
+    features = make_features(len(labels))
+    update, before = train(make_head(), features, labels, lr=0.01, steps=1)
+    found = leak(update, before, Beliefs(lr=0.01, steps=1, labels=labels))
+    assert found.labels.tolist() == labels.tolist()
+    assert relative_error(found.features, features).max() < 1e-6
+
+
+def test_wrong_rate_shows_in_the_diagnosis() -> None:
+    labels = torch.arange(0, 24, 3)
+    update, before = train(make_head(), make_features(len(labels)), labels, lr=0.02, steps=4)
+    right = leak(update, before, Beliefs(lr=0.02, steps=4)).diagnosis
+    wrong = leak(update, before, Beliefs(lr=0.04, steps=4)).diagnosis
+    assert wrong.drift > 10 * right.drift
+
+
+def test_rejects_deeper_heads() -> None:
+    head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="3 linear layers"):
+        leak(weights_of(head), weights_of(head), Beliefs(lr=0.1, steps=1))
+
+
+def test_augmented_appends_biases() -> None:
+    layers = augmented({"a.weight": torch.ones(2, 3), "a.bias": torch.zeros(2), "b.weight": torch.ones(4, 2)})
+    assert [tuple(layer.shape) for layer in layers] == [(2, 4), (4, 2)]
+    assert layers[0][:, 3].tolist() == [0, 0]
+
+
+def test_rank_counts_images() -> None:
+    torch.manual_seed(0)
+    update = torch.rand(30, 5, dtype=torch.float64) @ torch.rand(5, 50, dtype=torch.float64)
+    update[7] = 0  # a unit that was never active
+    assert RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).rank == 5
+
+
+def test_infer_labels_counts_duplicates() -> None:
+    activations = torch.full((7, 10), 1.0)
+    labels = torch.tensor([0, 4, 4, 4, 9, 11, 11])
+    targets = nn.functional.one_hot(labels, 30).float()
+    assert infer_labels((1 / 30 - targets).T @ activations, 7).tolist() == labels.tolist()
+
+
+def test_head_inputs_is_exact() -> None:
+    torch.manual_seed(0)
+    inputs = torch.rand(4, 10, dtype=torch.float64)
+    weight = torch.randn(12, 10, dtype=torch.float64)
+    targets = nn.functional.one_hot(torch.tensor([1, 5, 6, 11]), 12).double()
+    probabilities = (inputs @ weight.T).softmax(1)
+    found, found_probabilities = head_inputs((probabilities - targets).T @ inputs, weight, targets, 200)
+    torch.testing.assert_close(found, inputs)
+    torch.testing.assert_close(found_probabilities, probabilities)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_simulation_is_the_training(bias: bool) -> None:
+    labels = torch.arange(6)
+    features = make_features(6)
+    head = make_head(bias)
+    update, before = train(head, features, labels, lr=0.05, steps=3, peers=2)
+    first, last = augmented(before)
+    inputs = nn.functional.pad(features, (0, int(bias)), value=1.0)
+    influence = torch.block_diag(torch.full((3, 3), 1 / 3), torch.full((3, 3), 1 / 3)).double()
+    targets = nn.functional.one_hot(labels, CLASSES).double()
+    path = simulate(inputs @ inputs.T, inputs @ first.T, last, targets, influence, 0.05, 3, bias)
+    gated = (path.errors * (path.preactivations > 0)).mean(0)
+    torch.testing.assert_close(augmented(update)[0], gated.T @ inputs * 0.05 * 3 / 6)
+
+
+def test_co_members_finds_peers() -> None:
+    torch.manual_seed(0)
+    features, past = torch.rand(6, 20, dtype=torch.float64), torch.randn(6, 30, dtype=torch.float64)
+    gram = features @ features.T
+    truth = torch.block_diag(torch.full((2, 2), 0.5), torch.full((4, 4), 0.25)).double()
+    guess = torch.full((6, 6), 1 / 6, dtype=torch.float64)
+    drift = 0.1 * (truth * gram) @ past
+    found = co_members(drift, torch.ones_like(drift), gram, past, 0.1, guess)
+    torch.testing.assert_close(found, truth, atol=1e-3, rtol=0)
+    assert group_peers(found).tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_offset_matches_mean_activation() -> None:
+    torch.manual_seed(0)
+    path = torch.randn(5, 3, 7, dtype=torch.float64)
+    wanted = torch.rand(3, 7, dtype=torch.float64)
+    torch.testing.assert_close((path + offset_to_match(path, wanted)).relu().mean(0), wanted)
+    silent = path + offset_to_match(path, torch.zeros(3, 7, dtype=torch.float64))
+    assert silent.max() <= 1e-12 and math.isfinite(silent.min())

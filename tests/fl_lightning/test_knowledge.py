@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from fl_lightning.client import LocalTraining
+from fl_lightning.knowledge import Knowledge, KnowledgeError
+from fl_lightning.truth import Truth
+
+
+@pytest.fixture
+def truth() -> Truth:
+    return Truth(
+        pixels=torch.zeros(5, 3, 8, 8, dtype=torch.uint8),
+        labels=torch.tensor([4, 1, 1, 0, 2]),
+        clients=torch.tensor([0, 0, 3, 3, 3]),
+        training=LocalTraining(lr=0.01, local_epochs=2, batch_size=3, momentum=0.5),
+        server_lr=0.7,
+        class_names=[str(i) for i in range(5)],
+        imagenet_labels=False,
+    )
+
+
+def test_all_known_is_the_truth(truth: Truth) -> None:
+    beliefs = Knowledge().beliefs(truth)
+    assert (beliefs.labels, beliefs.client_sizes, beliefs.num_images) == ([4, 1, 1, 0, 2], [2, 3], 5)
+    assert (beliefs.client_lr, beliefs.server_lr, beliefs.local_epochs, beliefs.batch_size) == (0.01, 0.7, 2, 3)
+    assert set(Knowledge().sources.values()) == {"known"}
+
+
+def test_counts_alone_do_not_tell_whose_image_it_is(truth: Truth) -> None:
+    knowledge = Knowledge(labels="inferred")
+    assert knowledge.beliefs(truth).labels == [0, 1, 1, 2, 4]
+    assert knowledge.sources["labels"] == "inferred"
+
+
+def test_nothing_known_but_guesses(truth: Truth) -> None:
+    knowledge = Knowledge("inferred", "inferred", 7, 2, client_lr=0.5, server_lr=1.0, local_epochs=1, batch_size=None)
+    beliefs = knowledge.beliefs(truth)
+    assert (beliefs.labels, beliefs.num_images, beliefs.client_sizes) == (None, 7, [4, 3])
+    assert (beliefs.client_lr, beliefs.local_epochs, beliefs.batch_size) == (0.5, 1, None)
+    assert knowledge.sources["client_lr"] == "guessed"
+    assert knowledge.beliefs(None).num_images == 7  # no truth is needed
+
+
+def test_no_truth_no_known(truth: Truth) -> None:
+    with pytest.raises(KnowledgeError, match="no truth lies beside this Observation"):
+        Knowledge().beliefs(None)
+
+
+def test_contradictions_and_nonsense_are_refused() -> None:
+    with pytest.raises(KnowledgeError, match="known labels or label counts tell it"):
+        Knowledge(num_images=3)
+    with pytest.raises(KnowledgeError, match="must be positive"):
+        Knowledge(client_lr=-1.0)

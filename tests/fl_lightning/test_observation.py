@@ -1,0 +1,85 @@
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fl_lightning import storage
+from fl_lightning.federation import Federation
+from fl_lightning.models import LeNet5
+from fl_lightning.observation import Observation, describe_model
+from fl_lightning.storage import StorageError, write_json, write_text
+
+Observe = Callable[..., Observation]
+
+
+@pytest.fixture
+def stem(observe: Observe, tmp_path: Path) -> Path:
+    observe(Federation()).save(tmp_path / "seen")
+    return tmp_path / "seen"
+
+
+def test_saved_and_loaded_is_the_same(observe: Observe, tmp_path: Path) -> None:
+    observation = observe(Federation())
+    observation.save(tmp_path / "copy")
+    again = Observation.load(tmp_path / "copy")
+    for group in ("before", "after", "own_update"):
+        saved, loaded = getattr(observation, group), getattr(again, group)
+        assert saved.keys() == loaded.keys()
+        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert again.beliefs == observation.beliefs
+    assert again.model == describe_model(LeNet5(10, (3, 16, 16)))
+    assert (again.own_weight, again.image_shape, again.num_classes) == (observation.own_weight, (3, 16, 16), 10)
+
+
+def test_truncated_tensors_are_refused(stem: Path) -> None:
+    path = stem.with_suffix(".safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(StorageError, match=r"SHA-256 differs.*cut short"):
+        Observation.load(stem)
+
+
+def test_foreign_and_missing_files_are_refused(stem: Path, tmp_path: Path) -> None:
+    facts = json.loads(stem.with_suffix(".json").read_text())
+    for damage, sentence in [
+        ({"version": 99}, "format version 99"),
+        ({"model": {"class_path": "os.system", "init_args": {}}}, "not an `ImageClassifier`"),
+        ({"model": {"class_path": "no_such_package.Model", "init_args": {}}}, "cannot be imported"),
+        ({"model": describe_model(LeNet5(11, (3, 16, 16)))}, "do not fit LeNet5"),
+        ({"beliefs": {"weather": "fine"}}, "not an Observation"),
+    ]:
+        write_json(stem.with_suffix(".json"), {**facts, **damage})
+        with pytest.raises(StorageError, match=sentence):
+            Observation.load(stem)
+    stem.with_suffix(".json").write_text("[1, 2]")
+    with pytest.raises(StorageError, match="an object is needed"):
+        Observation.load(stem)
+    with pytest.raises(StorageError, match="cannot be read as JSON"):
+        Observation.load(tmp_path / "nowhere")
+
+
+def test_full_disk_leaves_the_old_file_and_says_what_to_do(stem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = stem.with_suffix(".safetensors").read_bytes()
+    observation = Observation.load(stem)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(StorageError, match=r"No space left on device.*Free disk space"):
+        observation.save(stem)
+    assert stem.with_suffix(".safetensors").read_bytes() == old
+    assert not list(stem.parent.glob(".*.tmp"))
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="Could not write"):
+        write_text(tmp_path / "file" / "below", "text")
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "numbers.json", {"psnr": float("inf"), "lpips": float("nan"), "ssim": 0.5})
+    assert json.loads((tmp_path / "numbers.json").read_text()) == {"psnr": None, "lpips": None, "ssim": 0.5}

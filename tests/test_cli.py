@@ -1,0 +1,162 @@
+"""The commands of the README, in-process, on small images."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from attack_modules.labels import pink_noise
+from attack_modules.panels import save_png
+from cli import main
+from fl_lightning.storage import StorageError
+from fl_lightning.truth import Truth
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data.image_size", "16", "--trainer.max_steps", "4", "--trainer.val_check_interval", "2",
+         "--trainer.accelerator", "cpu"]  # fmt: skip
+DEMO = ["fit", "--config", str(ROOT / "configs/demo.yaml"), *SMALL]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    for index, image in enumerate(pink_noise(80, (3, 16, 16))):
+        save_png(image, tmp_path / "photos" / f"class_{index:02d}" / "a.png")
+    return tmp_path / "photos"
+
+
+def results(version: int, name: str = "demo") -> dict:
+    return json.loads(Path(f"runs/{name}/version_{version}/results.json").read_text())
+
+
+def test_a_run_leaves_numbers_pictures_and_its_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    main(DEMO)
+    run = Path("runs/demo/version_0")
+    rows = list(csv.DictReader((run / "per_image.csv").open()))
+    assert len(rows) == 12
+    assert rows[0]["class"] == "astronaut"
+    mean = sum(float(row["psnr"]) for row in rows) / 12
+    assert results(0)["scores"]["psnr_mean"] == pytest.approx(mean, rel=1e-4)
+    assert results(0)["knowledge"]["labels"] == "known"
+    assert results(0)["steps"] == 4
+    assert len(list((run / "images").glob("*.png"))) == 12
+    assert Image.open(run / "images/000.png").size == (16, 16)
+    assert Image.open(run / "panel.png").width > 12 * 16
+    assert list((run / "checkpoints").glob("*.ckpt"))
+    assert not (run / "run.lock").exists()
+    printed = capsys.readouterr().out
+    assert "Client 3, with 4 images of its own, is honest but curious" in printed
+    assert "9,216 unknown numbers" in printed
+    assert "Pictures and numbers: runs/demo/version_0" in printed
+
+
+def test_panels_and_scores_reach_tensorboard() -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    main(DEMO)
+    events = EventAccumulator("runs/demo/version_0")
+    events.Reload()
+    assert "panel" in events.Tags()["images"]
+    assert {"loss", "psnr_mean", "final/psnr_mean"} <= set(events.Tags()["scalars"])
+
+
+def test_the_record_is_reused_and_the_saved_configuration_runs_again() -> None:
+    main(DEMO)
+    (record,) = Path("runs/federations").iterdir()
+    written = (record / "observed/round_0000.safetensors").stat().st_mtime_ns
+    main(["fit", "--config", "runs/demo/version_0/config.yaml"])
+    assert (record / "observed/round_0000.safetensors").stat().st_mtime_ns == written
+    assert results(0)["scores"] == results(1)["scores"]
+
+
+def test_scores_are_recomputed_from_a_checkpoint() -> None:
+    main(DEMO)
+    main(["test", *DEMO[1:], "--ckpt_path", "runs/demo/version_0/checkpoints/last.ckpt"])
+    assert results(1)["scores"] == pytest.approx(results(0)["scores"], rel=1e-4)
+
+
+def test_a_seed_makes_another_federation() -> None:
+    main(DEMO)
+    main([*DEMO, "--seed_everything", "1"])
+    assert len(list(Path("runs/federations").iterdir())) == 2
+    assert results(1)["seed"] == 1
+
+
+def test_the_attack_never_reads_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the truth taken away after the federation, the attack ends with the same images."""
+    main(DEMO)
+    (record,) = Path("runs/federations").iterdir()
+    for path in record.glob("truth/*"):
+        path.unlink()
+    (record / "settings.json").unlink()  # what is left is as if it came from a real system
+
+    def refuse(stem: Path) -> None:
+        raise AssertionError(f"the truth was opened at {stem}")
+
+    monkeypatch.setattr(Truth, "load", refuse)
+    guesses = {"labels": "inferred", "label_counts": "inferred", "num_images": 12, "num_clients": 3,
+               "client_lr": 0.003, "server_lr": 1.0, "local_epochs": 3, "batch_size": "null"}  # fmt: skip
+    knowledge = [f"--knowledge.{name}={value}" for name, value in guesses.items()]
+    main([*DEMO, *knowledge, "--observation", str(record)])
+    assert results(1)["scores"] == {}
+    assert results(1)["knowledge"]["client_lr"] == "guessed"
+    for path in Path("runs/demo/version_0/images").iterdir():  # 12 photographs of 12 classes: the labels are found
+        assert (Path("runs/demo/version_1/images") / path.name).read_bytes() == path.read_bytes()
+
+
+def test_paper_configuration(image_folder: Path) -> None:
+    main(["fit", "--config", str(ROOT / "configs/paper.yaml"), "--data.root", str(image_folder), *SMALL])
+    assert results(0, "paper")["scores"]["originals"] == 64
+    assert results(0, "paper")["scores"]["label_accuracy"] <= 1
+
+
+def test_own_images_under_any_attack_configuration(tmp_path: Path) -> None:
+    for index, image in enumerate(pink_noise(5, (3, 20, 24))):
+        save_png(image, tmp_path / f"own/{index}.png")
+    rows = ["path,label,client", "0.png,cat,0", "1.png,dog,0", "2.png,cat,1", "3.png,bird,attacker"]
+    (tmp_path / "own/manifest.csv").write_text("\n".join(rows))
+    main([*DEMO, "--data.csv", str(tmp_path / "own/manifest.csv")])
+    assert results(0)["scores"]["originals"] == 3
+    (tmp_path / "own/manifest.csv").write_text("\n".join([*rows, "gone.png,cat,1"]))
+    with pytest.raises((ValueError, SystemExit)):
+        main([*DEMO, "--data.csv", str(tmp_path / "own/manifest.csv")])
+
+
+def test_federate_shows_accuracy_by_round(tmp_path: Path) -> None:
+    for split, count in (("train", 4), ("test", 2)):
+        for label in ("cat", "dog"):
+            for index, image in enumerate(pink_noise(count, (3, 32, 32), seed=len(label + split))):
+                save_png(image, tmp_path / "cifar" / split / label / f"{index}.png")
+    main(["federate", "--config", str(ROOT / "configs/federate_cifar10.yaml"), "--data.root", str(tmp_path / "cifar"),
+          "--data.num_clients", "2", "--data.images_per_client", "null", "--federation.rounds", "2",
+          "--data.partition", "IID", "--observation", "record"])  # fmt: skip
+    assert Path("record/federation.ckpt").exists()
+    assert Path("record/observed/round_0001.safetensors").exists()
+    assert list(Path("record/tensorboard").glob("events*"))
+
+
+def test_damaged_and_foreign_checkpoints_are_refused_before_work_starts() -> None:
+    Path("broken.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(StorageError, match="cannot be read as a checkpoint"):
+        main([*DEMO, "--ckpt_path", "broken.ckpt"])
+    assert not Path("runs").exists()
+    main(DEMO)
+    with pytest.raises(Exception, match="does not belong to this attack on this Observation"):
+        main([*DEMO, "--seed_everything", "1", "--ckpt_path", "runs/demo/version_0/checkpoints/last.ckpt"])
+
+
+def test_an_attack_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    configuration = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
+    del configuration["model"]
+    Path("no_model.yaml").write_text(yaml.safe_dump(configuration))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "no_model.yaml"])
+    assert "`fit` needs a `model:`" in capsys.readouterr().err
