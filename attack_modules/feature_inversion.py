@@ -1,11 +1,12 @@
 """Closed-form leakage, then each image alone from its own features."""
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.labels import local_steps
-from attack_modules.leakage import Beliefs, Leakage, leak
+from attack_modules.leakage import Leakage, PeerTraining, leak
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from fl_lightning.client import parameters
 from fl_lightning.errors import SettingError
@@ -23,6 +24,7 @@ class FeatureInversion(Attack):
         lr: the attacker's own learning rate, of Adam on the pixels, with cosine decay to zero.
         priors: penalties that are added to the relative feature error; null for `ChromaTotalVariation`.
         anneal: factor on the priors' weights at the first and at the last step, geometric between.
+        betas: of Adam. The second is short, because the gradient falls by orders of magnitude within a hundred steps.
         subtract_own: take the attacker's own update out of the aggregate first.
         chunk_size: images that are passed through the model at once, which bounds memory.
         checkpoint_every: steps between checkpoints.
@@ -30,9 +32,10 @@ class FeatureInversion(Attack):
 
     def __init__(
         self,
-        lr: float = 0.3,
+        lr: float = 0.8,
         priors: list[Prior] | None = None,
         anneal: tuple[float, float] = (1.0, 0.01),
+        betas: tuple[float, float] = (0.8, 0.99),
         subtract_own: bool = True,
         chunk_size: int = 16,
         checkpoint_every: int = 25,
@@ -47,6 +50,7 @@ class FeatureInversion(Attack):
         self.lr = lr
         self.priors = [ChromaTotalVariation(weight=1.0)] if priors is None else priors
         self.anneal = anneal
+        self.betas = betas
         self.subtract_own = subtract_own
         self.chunk_size = chunk_size
 
@@ -61,13 +65,18 @@ class FeatureInversion(Attack):
         self.leakage: Leakage = leak(
             {name: tensor for name, tensor in update.items() if name.startswith("head.")},
             {name: tensor for name, tensor in parameters(model).items() if name.startswith("head.")},
-            Beliefs(
+            PeerTraining(
                 lr=beliefs.client_lr,
                 steps=steps,
                 num_images=beliefs.num_images,
                 labels=None if beliefs.labels is None else torch.tensor(beliefs.labels),
             ),
         )
+        if len(self.leakage.labels.unique()) < len(self.leakage.labels) and len(model.head) > 1:
+            rank_zero_warn(
+                "Several images share a class. The last layer shows only the sum of their activations, so the features "
+                "of such images come out mixed; images that are alone in their class are not affected."
+            )
         # Features come as their mean over the local steps, which is nearly that of the weights half way.
         with torch.no_grad():
             for name, tensor in model.named_parameters():
@@ -85,7 +94,7 @@ class FeatureInversion(Attack):
         return self.embedder[0]
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
-        optimizer = torch.optim.Adam([self.images], lr=self.lr)
+        optimizer = torch.optim.Adam([self.images], lr=self.lr, betas=self.betas)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.trainer.max_steps, 1))]
 
     def training_step(self, batch: int, batch_idx: int) -> None:

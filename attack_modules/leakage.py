@@ -32,9 +32,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.special import ndtr
 
+from attack_modules.attack import AttackError
+
 
 @dataclass(frozen=True)
-class Beliefs:
+class PeerTraining:
     """What the attacker holds true of its peers' training.
 
     Attributes:
@@ -78,19 +80,17 @@ class Leakage:
         labels: (N,) long.
         features: (N, D) mean over the local steps of each image's features.
         peers: (N,) long; images with one number were trained by one peer. All 0 where nothing tells (one step).
-        uncertainty: (N,) expected relative error of each row of `features`.
         diagnosis: of the whole.
     """
 
     labels: Tensor
     features: Tensor
     peers: Tensor
-    uncertainty: Tensor
     diagnosis: Diagnosis
 
 
 def leak(
-    updates: Mapping[str, Tensor], weights: Mapping[str, Tensor], beliefs: Beliefs, iterations: int = 5
+    updates: Mapping[str, Tensor], weights: Mapping[str, Tensor], beliefs: PeerTraining, iterations: int = 5
 ) -> Leakage:
     """Read labels and features out of the head's part of an aggregated update.
 
@@ -102,11 +102,11 @@ def leak(
         iterations: rounds of features -> simulated trajectory -> gates -> features.
 
     Raises:
-        ValueError: the head is not one or two linear layers.
+        AttackError: the head is not one or two linear layers.
     """
     layers, before = augmented(updates), augmented(weights)
     if len(layers) not in (1, 2):
-        raise ValueError(
+        raise AttackError(
             f"The head has {len(layers)} linear layers ({', '.join(updates)}), but leakage reads heads of one or two. "
             "Attack this model by gradient matching instead."
         )
@@ -124,12 +124,10 @@ def leak(
     width = next(weight.shape[1] for weight in weights.values() if weight.ndim == 2)
     singular = space.singular
     below = singular[num_images].item() if num_images < len(singular) else space.floor
-    spread = torch.linalg.pinv(found.errors).norm(dim=0) * below * scale / math.sqrt(len(space.rows))
     return Leakage(
         labels=labels,
         features=(found.coordinates @ space.basis.T)[:, :width].float(),
         peers=found.peers,
-        uncertainty=(spread / found.coordinates.norm(dim=1)).float(),
         diagnosis=Diagnosis(
             num_images=num_images,
             gap=singular[num_images - 1].item() / below,
@@ -300,6 +298,7 @@ def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: floa
         errors: (N, H) gated errors `Delta`.
         variance: (N, H) of its entries, by which units are weighted at first.
         noise: variance of an entry of `rows`.
+        iterations: of the weights of the units.
     """
     energy = rows.square().sum() / errors.square().sum()
     noise = noise + torch.finfo(rows.dtype).eps * rows.square().mean().item()
@@ -370,6 +369,8 @@ def simulate(
         weight: (C, H) of the last layer before the round, (C, H + 1) with `bias`.
         targets: (N, C) one-hot.
         influence: (N, N) weight of image m in the gradient that moves image n: 1 / peer size, or 0 for strangers.
+        lr: of the peers.
+        steps: that each of them takes.
         bias: whether the last layer has one.
     """
     past_errors, total = torch.zeros_like(start), torch.zeros_like(start)
@@ -407,8 +408,11 @@ def co_members(
     Args:
         drift: (N, H) pre-activation before the round minus mean activation during it.
         seen: (N, H) where a unit was active throughout, so that the drift shows.
-        gram, past, lr: as in `simulate`.
+        gram: (N, N) inner products of the features.
+        past: (N, H) as in `Trajectory`.
+        lr: of the peers.
         influence: (N, N) first guess.
+        iterations: of the projected gradient.
     """
 
     def gradient(matrix: Tensor, target: Tensor | float) -> Tensor:
@@ -472,7 +476,7 @@ class Reading:
     drift: float
 
 
-def read_single(space: RowSpace, targets: Tensor, beliefs: Beliefs, scale: float) -> Reading:
+def read_single(space: RowSpace, targets: Tensor, beliefs: PeerTraining, scale: float) -> Reading:
     """Features of a head of one linear layer: they are its inputs."""
     rows = space.rows * scale
     middle = space.weight - space.rows * (beliefs.steps - 1) / (2 * beliefs.steps)
@@ -483,15 +487,18 @@ def read_single(space: RowSpace, targets: Tensor, beliefs: Beliefs, scale: float
 
 
 def read_stack(
-    space: RowSpace, last: Tensor, weight: Tensor, targets: Tensor, beliefs: Beliefs, scale: float, iterations: int
+    space: RowSpace, last: Tensor, weight: Tensor, targets: Tensor, beliefs: PeerTraining, scale: float, iterations: int
 ) -> Reading:
     """Features of a head of two linear layers with a ReLU between.
 
     Args:
         space: of the first layer's update.
-        last, weight: (C, H) update and weight before the round of the last layer, (C, H + 1) with a bias.
+        last: (C, H) update of the last layer, (C, H + 1) with a bias.
+        weight: of the last layer before the round, of the same shape.
         targets: (N, C) one-hot.
+        beliefs: how the peers trained.
         scale: N / (lr * steps).
+        iterations: rounds of features -> simulated trajectory -> gates -> features.
     """
     hidden, steps, rows = len(space.rows), beliefs.steps, space.rows * scale
     middle = weight - last * (steps - 1) / (2 * steps)

@@ -17,6 +17,7 @@ from fl_lightning.truth import Truth
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data.image_size", "16", "--trainer.max_steps", "4", "--trainer.val_check_interval", "2",
          "--trainer.accelerator", "cpu"]  # fmt: skip
+INVERSION = ["fit", "--config", str(ROOT / "configs/inversion.yaml"), *SMALL]
 DEMO = ["fit", "--config", str(ROOT / "configs/demo.yaml"), *SMALL]
 
 
@@ -33,13 +34,13 @@ def image_folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def results(version: int, name: str = "demo") -> dict:
+def results(version: int, name: str = "inversion") -> dict:
     return json.loads(Path(f"runs/{name}/version_{version}/results.json").read_text())
 
 
 def test_a_run_leaves_numbers_pictures_and_its_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    main(DEMO)
-    run = Path("runs/demo/version_0")
+    main(INVERSION)
+    run = Path("runs/inversion/version_0")
     rows = list(csv.DictReader((run / "per_image.csv").open()))
     assert len(rows) == 12
     assert rows[0]["class"] == "astronaut"
@@ -54,45 +55,45 @@ def test_a_run_leaves_numbers_pictures_and_its_configuration(capsys: pytest.Capt
     assert not (run / "run.lock").exists()
     printed = capsys.readouterr().out
     assert "Client 3, with 4 images of its own, is honest but curious" in printed
-    assert "9,216 unknown numbers" in printed
-    assert "Pictures and numbers: runs/demo/version_0" in printed
+    assert "2,304 unknown numbers" in printed
+    assert "Pictures and numbers: runs/inversion/version_0" in printed
 
 
 def test_panels_and_scores_reach_tensorboard() -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    main(DEMO)
-    events = EventAccumulator("runs/demo/version_0")
+    main(INVERSION)
+    events = EventAccumulator("runs/inversion/version_0")
     events.Reload()
     assert "panel" in events.Tags()["images"]
     assert {"loss", "psnr_mean", "final/psnr_mean"} <= set(events.Tags()["scalars"])
 
 
 def test_the_record_is_reused_and_the_saved_configuration_runs_again() -> None:
-    main(DEMO)
+    main(INVERSION)
     (record,) = Path("runs/federations").iterdir()
     written = (record / "observed/round_0000.safetensors").stat().st_mtime_ns
-    main(["fit", "--config", "runs/demo/version_0/config.yaml"])
+    main(["fit", "--config", "runs/inversion/version_0/config.yaml"])
     assert (record / "observed/round_0000.safetensors").stat().st_mtime_ns == written
     assert results(0)["scores"] == results(1)["scores"]
 
 
 def test_scores_are_recomputed_from_a_checkpoint() -> None:
-    main(DEMO)
-    main(["test", *DEMO[1:], "--ckpt_path", "runs/demo/version_0/checkpoints/last.ckpt"])
+    main(INVERSION)
+    main(["test", *INVERSION[1:], "--ckpt_path", "runs/inversion/version_0/checkpoints/last.ckpt"])
     assert results(1)["scores"] == pytest.approx(results(0)["scores"], rel=1e-4)
 
 
 def test_a_seed_makes_another_federation() -> None:
-    main(DEMO)
-    main([*DEMO, "--seed_everything", "1"])
+    main(INVERSION)
+    main([*INVERSION, "--seed_everything", "1"])
     assert len(list(Path("runs/federations").iterdir())) == 2
     assert results(1)["seed"] == 1
 
 
 def test_the_attack_never_reads_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the truth taken away after the federation, the attack ends with the same images."""
-    main(DEMO)
+    main(INVERSION)
     (record,) = Path("runs/federations").iterdir()
     for path in record.glob("truth/*"):
         path.unlink()
@@ -105,11 +106,33 @@ def test_the_attack_never_reads_the_truth(monkeypatch: pytest.MonkeyPatch) -> No
     guesses = {"labels": "inferred", "label_counts": "inferred", "num_images": 12, "num_clients": 3,
                "client_lr": 0.003, "server_lr": 1.0, "local_epochs": 3, "batch_size": "null"}  # fmt: skip
     knowledge = [f"--knowledge.{name}={value}" for name, value in guesses.items()]
-    main([*DEMO, *knowledge, "--observation", str(record)])
+    main([*INVERSION, *knowledge, "--observation", str(record)])
     assert results(1)["scores"] == {}
     assert results(1)["knowledge"]["client_lr"] == "guessed"
-    for path in Path("runs/demo/version_0/images").iterdir():  # 12 photographs of 12 classes: the labels are found
+    for path in Path("runs/inversion/version_0/images").iterdir():  # 12 photographs of 12 classes: the labels are found
+        assert (Path("runs/inversion/version_1/images") / path.name).read_bytes() == path.read_bytes()
+
+
+def test_demo_is_blind_and_never_reads_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    main([*DEMO, "--trainer.max_steps", "40"])
+    assert results(0, "demo")["scores"]["label_accuracy"] == 1
+    assert results(0, "demo")["scores"]["psnr_mean"] > 18
+    assert results(0, "demo")["knowledge"]["num_images"] == "inferred"
+    (record,) = Path("runs/federations").iterdir()
+    (record / "settings.json").unlink()
+    monkeypatch.setattr(Truth, "load", lambda stem: pytest.fail(f"the truth was opened at {stem}"))
+    for path in record.glob("truth/*"):
+        path.unlink()
+    guesses = {"client_lr": 0.003, "server_lr": 1.0, "local_epochs": 3, "batch_size": "null"}
+    knowledge = [f"--knowledge.{name}={value}" for name, value in guesses.items()]
+    main([*DEMO, "--trainer.max_steps", "40", *knowledge, "--observation", str(record)])
+    for path in Path("runs/demo/version_0/images").iterdir():
         assert (Path("runs/demo/version_1/images") / path.name).read_bytes() == path.read_bytes()
+
+
+def test_leakage_configuration(image_folder: Path) -> None:
+    main(["fit", "--config", str(ROOT / "configs/leakage.yaml"), "--data.root", str(image_folder), *SMALL])
+    assert results(0, "leakage")["scores"]["originals"] == 64
 
 
 def test_paper_configuration(image_folder: Path) -> None:
@@ -123,11 +146,11 @@ def test_own_images_under_any_attack_configuration(tmp_path: Path) -> None:
         save_png(image, tmp_path / f"own/{index}.png")
     rows = ["path,label,client", "0.png,cat,0", "1.png,dog,0", "2.png,cat,1", "3.png,bird,attacker"]
     (tmp_path / "own/manifest.csv").write_text("\n".join(rows))
-    main([*DEMO, "--data.csv", str(tmp_path / "own/manifest.csv")])
+    main([*INVERSION, "--data.csv", str(tmp_path / "own/manifest.csv")])
     assert results(0)["scores"]["originals"] == 3
     (tmp_path / "own/manifest.csv").write_text("\n".join([*rows, "gone.png,cat,1"]))
     with pytest.raises((ValueError, SystemExit)):
-        main([*DEMO, "--data.csv", str(tmp_path / "own/manifest.csv")])
+        main([*INVERSION, "--data.csv", str(tmp_path / "own/manifest.csv")])
 
 
 def test_federate_shows_accuracy_by_round(tmp_path: Path) -> None:
@@ -146,15 +169,15 @@ def test_federate_shows_accuracy_by_round(tmp_path: Path) -> None:
 def test_damaged_and_foreign_checkpoints_are_refused_before_work_starts() -> None:
     Path("broken.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(StorageError, match="cannot be read as a checkpoint"):
-        main([*DEMO, "--ckpt_path", "broken.ckpt"])
+        main([*INVERSION, "--ckpt_path", "broken.ckpt"])
     assert not Path("runs").exists()
-    main(DEMO)
+    main(INVERSION)
     with pytest.raises(Exception, match="does not belong to this attack on this Observation"):
-        main([*DEMO, "--seed_everything", "1", "--ckpt_path", "runs/demo/version_0/checkpoints/last.ckpt"])
+        main([*INVERSION, "--seed_everything", "1", "--ckpt_path", "runs/inversion/version_0/checkpoints/last.ckpt"])
 
 
 def test_an_attack_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
-    configuration = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
+    configuration = yaml.safe_load((ROOT / "configs/inversion.yaml").read_text())
     del configuration["model"]
     Path("no_model.yaml").write_text(yaml.safe_dump(configuration))
     with pytest.raises(SystemExit):

@@ -30,8 +30,8 @@ def test_images_of_an_aggregate_are_read_blindly(observe: Observe, attack: Run, 
     features = seen.build_model().embed(originals)
     error = (module.leakage.features[order] - features).norm(dim=1) / features.norm(dim=1)
     assert error.max() < 1e-2
-    psnr = -10 * (images[order] - originals).square().mean((1, 2, 3)).log10()
-    assert psnr.min() > 20
+    with torch.no_grad():  # noise has no natural colours, so its features are what can be judged
+        assert module.feature_error(images, module.features).max() < 0.03
     assert "holds 4 images" in module.introduction()
 
 

@@ -100,7 +100,7 @@ def test_unfit_settings_are_refused(observe: Observe, attack: Run) -> None:
         attack(GradientInversion(objective=SquaredL2({"fc": 2.0})), seen, steps=1)
 
 
-CLI = [sys.executable, "-W", "ignore", str(ROOT / "cli.py"), "fit", "--config", str(ROOT / "configs/demo.yaml")]
+CLI = [sys.executable, "-W", "ignore", str(ROOT / "cli.py"), "fit", "--config", str(ROOT / "configs/inversion.yaml")]
 SMALL = ["--data.image_size", "16", "--trainer.max_steps", "12", "--trainer.val_check_interval", "6",
          "--model.checkpoint_every", "1", "--model.restarts", "2", "--trainer.accelerator", "cpu"]  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_killed_and_resumed_ends_with_bitwise_the_same_images(tmp_path: Path) ->
     """Issue: kill -9 at any step, `--ckpt_path`, bitwise the same images."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*CLI, *SMALL], cwd=tmp_path, env=environment, check=True, timeout=240, capture_output=True)
-    checkpoint = tmp_path / "runs/demo/version_1/checkpoints/last.ckpt"
+    checkpoint = tmp_path / "runs/inversion/version_1/checkpoints/last.ckpt"
     process = subprocess.Popen([*CLI, *SMALL], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None and not checkpoint.exists():
         pass
@@ -120,7 +120,7 @@ def test_killed_and_resumed_ends_with_bitwise_the_same_images(tmp_path: Path) ->
     resumed = [*CLI, *SMALL, "--ckpt_path", str(checkpoint)]
     subprocess.run(resumed, cwd=tmp_path, env=environment, check=True, timeout=240, capture_output=True)
     ends = [
-        torch.load(tmp_path / f"runs/demo/version_{version}/checkpoints/last.ckpt", weights_only=True)
+        torch.load(tmp_path / f"runs/inversion/version_{version}/checkpoints/last.ckpt", weights_only=True)
         for version in (0, 2)
     ]
     assert ends[0]["global_step"] == ends[1]["global_step"] == 12

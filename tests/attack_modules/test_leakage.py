@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leakage import (
-    Beliefs,
+from attack_modules.attack import AttackError
+from attack_modules.leakage import (
+    PeerTraining,
     RowSpace,
     augmented,
     co_members,
@@ -68,7 +69,7 @@ def test_one_step_is_exact(bias: bool, single: bool) -> None:
     features = make_features(len(labels))
     head = make_head(bias, single)
     update, before = train(head, features, labels, lr=0.01, steps=1)
-    found = leak(update, before, Beliefs(lr=0.01, steps=1))
+    found = leak(update, before, PeerTraining(lr=0.01, steps=1))
     assert found.labels.tolist() == labels.tolist()
     assert relative_error(found.features, features).max() < 1e-6
     assert found.diagnosis.num_images == len(labels)
@@ -81,7 +82,7 @@ def test_several_steps_beat_first_order() -> None:
     features = make_features(len(labels))
     head = make_head()
     update, before = train(head, features, labels, lr=0.02, steps=4)
-    found = leak(update, before, Beliefs(lr=0.02, steps=4))
+    found = leak(update, before, PeerTraining(lr=0.02, steps=4))
     assert relative_error(found.features, features).max() < 2e-3
     assert found.diagnosis.drift < 0.01
 
@@ -90,7 +91,7 @@ def test_given_labels_keep_their_order() -> None:
     labels = torch.tensor([22, 3, 39, 7])
     features = make_features(len(labels))
     update, before = train(make_head(), features, labels, lr=0.01, steps=1)
-    found = leak(update, before, Beliefs(lr=0.01, steps=1, labels=labels))
+    found = leak(update, before, PeerTraining(lr=0.01, steps=1, labels=labels))
     assert found.labels.tolist() == labels.tolist()
     assert relative_error(found.features, features).max() < 1e-6
 
@@ -98,15 +99,15 @@ def test_given_labels_keep_their_order() -> None:
 def test_wrong_rate_shows_in_the_diagnosis() -> None:
     labels = torch.arange(0, 24, 3)
     update, before = train(make_head(), make_features(len(labels)), labels, lr=0.02, steps=4)
-    right = leak(update, before, Beliefs(lr=0.02, steps=4)).diagnosis
-    wrong = leak(update, before, Beliefs(lr=0.04, steps=4)).diagnosis
+    right = leak(update, before, PeerTraining(lr=0.02, steps=4)).diagnosis
+    wrong = leak(update, before, PeerTraining(lr=0.04, steps=4)).diagnosis
     assert wrong.drift > 10 * right.drift
 
 
 def test_rejects_deeper_heads() -> None:
     head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="3 linear layers"):
-        leak(weights_of(head), weights_of(head), Beliefs(lr=0.1, steps=1))
+    with pytest.raises(AttackError, match="3 linear layers"):
+        leak(weights_of(head), weights_of(head), PeerTraining(lr=0.1, steps=1))
 
 
 def test_augmented_appends_biases() -> None:
