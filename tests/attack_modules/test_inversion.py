@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,29 +102,29 @@ def test_unfit_settings_are_refused(observe: Observe, attack: Run) -> None:
 
 
 CLI = [sys.executable, "-W", "ignore", str(ROOT / "cli.py"), "fit", "--config", str(ROOT / "configs/inversion.yaml")]
-SMALL = ["--data.image_size", "16", "--trainer.max_steps", "12", "--trainer.val_check_interval", "6",
+SMALL = ["--data.image_size", "16", "--trainer.max_steps", "30", "--trainer.val_check_interval", "15",
          "--model.checkpoint_every", "1", "--model.restarts", "2", "--trainer.accelerator", "cpu"]  # fmt: skip
 
 
 def test_killed_and_resumed_ends_with_bitwise_the_same_images(tmp_path: Path) -> None:
     """Issue: kill -9 at any step, `--ckpt_path`, bitwise the same images."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*CLI, *SMALL], cwd=tmp_path, env=environment, check=True, timeout=240, capture_output=True)
+    subprocess.run([*CLI, *SMALL], cwd=tmp_path, env=environment, check=True, timeout=600, capture_output=True)
     checkpoint = tmp_path / "runs/inversion/version_1/checkpoints/last.ckpt"
     process = subprocess.Popen([*CLI, *SMALL], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None and not checkpoint.exists():
-        pass
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     step = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert 0 < step < 12
+    assert 0 < step < 30
     resumed = [*CLI, *SMALL, "--ckpt_path", str(checkpoint)]
-    subprocess.run(resumed, cwd=tmp_path, env=environment, check=True, timeout=240, capture_output=True)
+    subprocess.run(resumed, cwd=tmp_path, env=environment, check=True, timeout=600, capture_output=True)
     ends = [
         torch.load(tmp_path / f"runs/inversion/version_{version}/checkpoints/last.ckpt", weights_only=True)
         for version in (0, 2)
     ]
-    assert ends[0]["global_step"] == ends[1]["global_step"] == 12
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 30
     whole, killed = (end["state_dict"] for end in ends)
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
