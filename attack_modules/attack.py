@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from fl_lightning.client import Tensors
 from fl_lightning.errors import AuditError
 from fl_lightning.observation import Observation
 
@@ -31,11 +32,13 @@ class Attack(LightningModule, ABC):
     A subclass builds its parameters in `configure_model`, and gives `reconstruction`.
 
     Args:
+        subtract_own: take the attacker's own update out of the aggregate first.
         checkpoint_every: steps between checkpoints, from which `--ckpt_path` resumes.
     """
 
-    def __init__(self, checkpoint_every: int = 10) -> None:
+    def __init__(self, subtract_own: bool = True, checkpoint_every: int = 10) -> None:
         super().__init__()
+        self.subtract_own = subtract_own
         self.checkpoint_every = checkpoint_every
 
     @abstractmethod
@@ -63,6 +66,11 @@ class Attack(LightningModule, ABC):
                 "Name one in `federation.observed_rounds`."
             )
         return self.observations[0]
+
+    def observed_update(self) -> Tensors:
+        """What the attack inverts: the update of the peers alone, or with the attacker's own left in."""
+        observation = self.the_observation()
+        return observation.peers_update() if self.subtract_own else observation.aggregated_update()
 
     def configure_callbacks(self) -> list[Callback]:
         return [

@@ -40,7 +40,7 @@ class FeatureInversion(Attack):
         chunk_size: int = 16,
         checkpoint_every: int = 25,
     ) -> None:
-        super().__init__(checkpoint_every)
+        super().__init__(subtract_own, checkpoint_every)
         if lr <= 0 or chunk_size < 1 or min(anneal) < 0:
             raise SettingError(
                 "`model` needs lr > 0, chunk_size >= 1 and anneal >= 0, but got "
@@ -51,7 +51,6 @@ class FeatureInversion(Attack):
         self.priors = [ChromaTotalVariation(weight=1.0)] if priors is None else priors
         self.anneal = anneal
         self.betas = betas
-        self.subtract_own = subtract_own
         self.chunk_size = chunk_size
 
     def configure_model(self) -> None:
@@ -59,7 +58,7 @@ class FeatureInversion(Attack):
             return
         observation = self.the_observation()
         device = self.trainer.strategy.root_device
-        update = observation.peers_update() if self.subtract_own else observation.aggregated_update()
+        update = self.observed_update()
         model = observation.build_model()
         beliefs, steps = observation.beliefs, local_steps(observation)
         self.leakage: Leakage = leak(

@@ -52,7 +52,7 @@ class GradientInversion(Attack):
         checkpoint_every: int = 10,
         seed: int = 0,
     ) -> None:
-        super().__init__(checkpoint_every)
+        super().__init__(subtract_own, checkpoint_every)
         if lr <= 0 or scale_factor < 1 or restarts < 1 or divergence_factor <= 1:
             raise SettingError(
                 "`model` needs lr > 0, scale_factor >= 1, restarts >= 1 and divergence_factor > 1, but got "
@@ -66,7 +66,6 @@ class GradientInversion(Attack):
         self.anneal = anneal
         self.betas = betas
         self.merged = merged
-        self.subtract_own = subtract_own
         self.restarts = restarts
         self.divergence_factor = divergence_factor
         self.seed = seed
@@ -77,7 +76,7 @@ class GradientInversion(Attack):
         observation = self.the_observation()
         device = self.trainer.strategy.root_device
         self.peers = SimulatedPeers(observation, self.merged, device)
-        update = observation.peers_update() if self.subtract_own else observation.aggregated_update()
+        update = self.observed_update()
         self.target = {name: tensor.to(device) for name, tensor in update.items()}
         self.objective.weights(list(self.target))  # refuse unknown layers now
         labels = observation.beliefs.labels
