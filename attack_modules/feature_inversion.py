@@ -41,9 +41,9 @@ class FeatureInversion(Attack):
         checkpoint_every: int = 25,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
-        if lr <= 0 or chunk_size < 1 or min(anneal) < 0:
+        if lr <= 0 or chunk_size < 1 or min(anneal) <= 0:
             raise SettingError(
-                "`model` needs lr > 0, chunk_size >= 1 and anneal >= 0, but got "
+                "`model` needs lr > 0, chunk_size >= 1 and anneal > 0, but got "
                 f"lr={lr}, chunk_size={chunk_size}, anneal={anneal}."
             )
         self.automatic_optimization = False  # one backward pass a chunk, so that memory holds one graph

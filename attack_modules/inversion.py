@@ -53,10 +53,11 @@ class GradientInversion(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
-        if lr <= 0 or scale_factor < 1 or restarts < 1 or divergence_factor <= 1:
+        if min(lr, *anneal) <= 0 or scale_factor < 1 or restarts < 1 or divergence_factor <= 1:
             raise SettingError(
-                "`model` needs lr > 0, scale_factor >= 1, restarts >= 1 and divergence_factor > 1, but got "
-                f"lr={lr}, scale_factor={scale_factor}, restarts={restarts}, divergence_factor={divergence_factor}."
+                "`model` needs lr > 0, anneal > 0, scale_factor >= 1, restarts >= 1 and divergence_factor > 1, but got "
+                f"lr={lr}, anneal={anneal}, scale_factor={scale_factor}, restarts={restarts}, "
+                f"divergence_factor={divergence_factor}."
             )
         self.automatic_optimization = False  # one backward pass a start, so that memory holds one graph
         self.lr = lr

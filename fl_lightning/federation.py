@@ -130,9 +130,11 @@ class Federation:
                     record.checkpoint,
                     {"rounds_done": round_ + 1, "model": model.state_dict(), "kept_buffers": kept_buffers},
                 )
-                logger.log_metrics(self._evaluate(model, data), step=round_ + 1)
+                scores = self._evaluate(model, data)
+                logger.log_metrics(scores, step=round_ + 1)
                 logger.save()
-                progress.advance(task)
+                shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
+                progress.update(task, advance=1, description=f"Federation, rounds ({shown})")
         logger.finalize("success")
 
     def _round(

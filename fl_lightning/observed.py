@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
@@ -41,7 +42,7 @@ class ObservedRounds(LightningDataModule):
         self.directory = directory
         self.observations: list[Observation] = []
 
-    @property
+    @cached_property
     def record(self) -> Record:
         """The federation's record on disk."""
         if self.directory is None:
