@@ -9,7 +9,8 @@ rows:
 1. The rank of `G1` is N; the row sums of `G2` tell the labels.
 2. `G2` gives hidden activations `H`, probabilities `P`, and so the back-propagated errors `E = (P - Y) W2`.
 3. `Delta = gates * E`, a gate being the share of the steps in which a unit was active. Every row of `Delta` lies in the
-   column space of `G1`: that linear constraint settles the gates that `H` leaves uncertain (`GateRegression`).
+   column space of `G1`: that linear constraint settles the gates that `H` leaves uncertain (`GateRegression`; with one
+   step, where a gate is open or shut, `binary_gates`).
 4. `F = lstsq(Delta^T, G1)`; rows (hidden units) that contradict the others count less.
 5. Beyond first order, the head's own training is simulated from `F`: gates become functions of time. Images of one peer
    move each other's activations, so the difference between the activations that `G2` shows and `W1 f` tells who trained
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 from torch.special import ndtr
 
 from attack_modules.attack import AttackError
+from attack_modules.binary_gates import binary_gates
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,10 @@ def leak(
         )
     space = RowSpace.of(layers[0], before[0])
     given = None if beliefs.labels is None else len(beliefs.labels)
-    num_images = beliefs.num_images or given or space.rank
-    scale = num_images / (beliefs.lr * beliefs.steps)
     last, weight = layers[-1].double(), before[-1].double()
+    held = int(class_deficits(last)[1].sum())
+    num_images = beliefs.num_images or given or count_images(space.singular, held, beliefs.steps)
+    scale = num_images / (beliefs.lr * beliefs.steps)
     labels = infer_labels(last, num_images) if beliefs.labels is None else beliefs.labels
     targets = F.one_hot(labels, len(last)).to(last)
     if len(layers) == 1:
@@ -176,24 +179,35 @@ class RowSpace:
         """Singular values of the update, one for each unit that ever was active, none under the floor."""
         return torch.linalg.svdvals(self.rows[(self.rows != 0).any(1)]).clamp_min(self.floor)
 
-    @property
-    def rank(self) -> int:
-        """Where the singular values fall most steeply: the number of images."""
-        singular = self.singular
-        return int((singular[:-1] / singular[1:]).argmax()) + 1
+
+def count_images(singular: Tensor, held: int, steps: int) -> int:
+    """Number of images: where the singular values (r,) of the first layer's update fall most steeply.
+
+    Every class that somebody holds has an image, and the steepest fall is sought from there: the largest singular
+    value, that of the images' mean, is far above all others. Where features drift much during the local steps, each
+    image adds one direction a step; then the steepest fall of all is at `steps` times the steepest fall before it.
+
+    Args:
+        singular: falling, positive.
+        held: number of classes that somebody holds, as far as the last layer tells.
+        steps: that each peer takes.
+    """
+    least = max(held, 1)
+    if least >= len(singular):  # more images than units that were ever active: only their classes count them
+        return least
+    falls = singular[least - 1 : -1] / singular[least:]
+    rank = least + int(falls.argmax())
+    if rank > least and rank % steps == 0 and least + int(falls[: rank - least].argmax()) == rank // steps:
+        return rank // steps
+    return rank
 
 
 def infer_labels(gradient: Tensor, num_images: int) -> Tensor:
     """(N,) labels in ascending order from the last layer's summed gradient (C, H).
 
-    Activations are not negative, so a row sums to `sum_m p_mc |h_m| - sum_{y_n = c} |h_n|`: classes that nobody holds
-    give the positive part, and the deficit below it counts a class's images in units of a mean activation. Classes that
-    nobody holds scatter as far below their median as above it. Without such classes there is no such yardstick.
+    A class's deficit counts its images in units of a mean activation.
     """
-    sums = gradient.sum(1)
-    empty = sums[sums > 0].median()
-    deficit = (empty - sums).clamp_min(0)
-    held = deficit > 2 * (sums.max() - empty)
+    deficit, held = class_deficits(gradient)
     counts = held.long()
     quota = deficit * held * num_images / (deficit * held).sum()
     while counts.sum() < num_images:  # Sainte-Lague: the next image goes to the class with the largest quotient
@@ -202,6 +216,22 @@ def infer_labels(gradient: Tensor, num_images: int) -> Tensor:
         held_once = torch.where(counts > 0, quota, math.inf)
         counts[held_once.argmin()] -= 1
     return torch.arange(len(counts)).repeat_interleave(counts)
+
+
+def class_deficits(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """How far each class's row sum of the last layer's gradient (C, H) lies below that of classes that nobody holds.
+
+    Activations are not negative, so a row sums to `sum_m p_mc |h_m| - sum_{y_n = c} |h_n|`: classes that nobody holds
+    give the positive part. They scatter as far below their median as above it. Without such classes there is no such
+    yardstick.
+
+    Returns:
+        Deficits (C,), and whether somebody holds the class (C,).
+    """
+    sums = gradient.sum(1)
+    empty = sums[sums > 0].median()
+    deficit = (empty - sums).clamp_min(0)
+    return deficit, deficit > 2 * (sums.max() - empty)
 
 
 def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: int = 30) -> tuple[Tensor, Tensor]:
@@ -509,15 +539,13 @@ def read_stack(
     regression = GateRegression(rows, len(targets))
     noise = (errors.square().sum() / rows.square().sum() * regression.noise * len(targets)).expand(len(targets))
     prior = partial(gates_of_activations, activations)
-    for _ in range(2 if steps > 1 else iterations):
+    for _ in range(2 if steps > 1 else 0):
         gates = regression.best(prior, errors, noise)
         features = regress_features(rows, gates.mean * errors, gates.variance * errors**2, regression.noise)
         noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
-    for _ in range(iterations if steps == 1 else 0):  # in one step a gate is open or shut: draw it to the nearer
-        open_ = gates.mean.clamp(0, 1)
-        gates, _ = regression.posterior(Gates(open_, open_ * (1 - open_)), errors, noise)
-        features = regress_features(rows, gates.mean * errors, gates.variance * errors**2, regression.noise)
-        noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
+    if steps == 1:
+        open_, features = binary_gates(rows, space.weight, errors, activations, len(space.basis))
+        gates = Gates(open_, torch.zeros_like(open_))
     influence = torch.full((len(targets), len(targets)), 1 / len(targets), dtype=rows.dtype)
     peers = torch.zeros(len(targets), dtype=torch.long)
     bias = weight.shape[1] > hidden

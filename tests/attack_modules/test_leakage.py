@@ -12,6 +12,7 @@ from attack_modules.leakage import (
     RowSpace,
     augmented,
     co_members,
+    count_images,
     group_peers,
     head_inputs,
     infer_labels,
@@ -120,7 +121,15 @@ def test_rank_counts_images() -> None:
     torch.manual_seed(0)
     update = torch.rand(30, 5, dtype=torch.float64) @ torch.rand(5, 50, dtype=torch.float64)
     update[7] = 0  # a unit that was never active
-    assert RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).rank == 5
+    singular = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).singular
+    assert count_images(singular, held=0, steps=1) == count_images(singular, held=3, steps=3) == 5
+
+
+def test_count_knows_drifting_features_and_full_rank() -> None:
+    singular = torch.tensor([90.0, 9, 8, 7, 3, 2.9, 2.8, 2.7, 0.01, 0.009])  # 4 images, 2 steps
+    assert count_images(singular, held=4, steps=2) == 4
+    assert count_images(singular, held=4, steps=3) == 8
+    assert count_images(singular, held=12, steps=1) == 12
 
 
 def test_infer_labels_counts_duplicates() -> None:
