@@ -1,10 +1,13 @@
 """Closed-form leakage, then each image alone from its own features."""
 
+import math
+
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.attack import Attack, Reconstruction
+from attack_modules.feature_drift import mean_features
 from attack_modules.labels import local_steps
 from attack_modules.leakage import Leakage, PeerTraining, leak
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
@@ -20,12 +23,16 @@ class FeatureInversion(Attack):
     is N separate problems: Adam on `|features(x) - f|^2 / |f|^2` plus priors, with one forward and one backward pass of
     the convolutional part a step. `trainer.max_steps` is the number of steps.
 
+    Features leak as their mean over the peers' local steps, which is nearly that of the model half way. The rest of
+    the difference is simulated now and then from the images so far, peer by peer (`mean_features`).
+
     Args:
         lr: the attacker's own learning rate, of Adam on the pixels, with cosine decay to zero.
         priors: penalties that are added to the relative feature error; null for `ChromaTotalVariation`.
         anneal: factor on the priors' weights at the first and at the last step, geometric between.
         betas: of Adam. The second is short, because the gradient falls by orders of magnitude within a hundred steps.
         subtract_own: take the attacker's own update out of the aggregate first.
+        resimulations: times, spread evenly over the steps, at which the peers' training is simulated; 0 for never.
         chunk_size: images that are passed through the model at once, which bounds memory.
         checkpoint_every: steps between checkpoints.
     """
@@ -37,20 +44,22 @@ class FeatureInversion(Attack):
         anneal: tuple[float, float] = (1.0, 0.01),
         betas: tuple[float, float] = (0.8, 0.99),
         subtract_own: bool = True,
+        resimulations: int = 2,
         chunk_size: int = 16,
         checkpoint_every: int = 25,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
-        if lr <= 0 or chunk_size < 1 or min(anneal) < 0:
+        if lr <= 0 or chunk_size < 1 or min(anneal) < 0 or resimulations < 0:
             raise SettingError(
-                "`model` needs lr > 0, chunk_size >= 1 and anneal >= 0, but got "
-                f"lr={lr}, chunk_size={chunk_size}, anneal={anneal}."
+                "`model` needs lr > 0, chunk_size >= 1, anneal >= 0 and resimulations >= 0, but got "
+                f"lr={lr}, chunk_size={chunk_size}, anneal={anneal}, resimulations={resimulations}."
             )
         self.automatic_optimization = False  # one backward pass a chunk, so that memory holds one graph
         self.lr = lr
         self.priors = [ChromaTotalVariation(weight=1.0)] if priors is None else priors
         self.anneal = anneal
         self.betas = betas
+        self.resimulations = resimulations
         self.chunk_size = chunk_size
 
     def configure_model(self) -> None:
@@ -76,12 +85,12 @@ class FeatureInversion(Attack):
                 "Several images share a class. The last layer shows only the sum of their activations, so the features "
                 "of such images come out mixed; images that are alone in their class are not affected."
             )
-        # Features come as their mean over the local steps, which is nearly that of the weights half way.
+        self.steps = steps
         with torch.no_grad():
             for name, tensor in model.named_parameters():
                 tensor -= (steps - 1) / (2 * steps) * update[name]
         self.embedder = (model.requires_grad_(False).to(device, memory_format=torch.channels_last),)  # no submodule
-        self.features = self.leakage.features.to(device)
+        self.register_buffer("features", self.leakage.features.clone())  # those of the model half way
         self.register_buffer("labels", self.leakage.labels)
         self.images = nn.Parameter(torch.full((len(self.labels), *observation.image_shape), 0.5))
         self.register_buffer("best", self.images.detach().clone())
@@ -99,6 +108,8 @@ class FeatureInversion(Attack):
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.zero_grad()
+        if self.steps > 1 and self.global_step and self.global_step % self._simulate_every == 0:
+            self._resimulate()
         factor = annealed(self.anneal, self.global_step, self.trainer.max_steps)
         errors = []
         for chunk in torch.arange(len(self.images), device=self.device).split(self.chunk_size):
@@ -113,6 +124,22 @@ class FeatureInversion(Attack):
         with torch.no_grad():
             self.images.clamp_(0, 1)
         self.log("feature_error", torch.cat(errors).mean(), prog_bar=True)
+
+    @property
+    def _simulate_every(self) -> int:
+        return math.ceil(max(self.trainer.max_steps, 1) / (self.resimulations + 1))
+
+    @torch.no_grad()
+    def _resimulate(self) -> None:
+        """Take from the leaked features what the local steps add to those of the model half way, by the best images."""
+        before = self.the_observation().build_model().to(self.device, memory_format=torch.channels_last)
+        lr, peers = self.the_observation().beliefs.client_lr, self.leakage.peers.to(self.device)
+        means = mean_features(before, self.best, self.labels, peers, lr, self.steps)
+        for chunk in torch.arange(len(self.best), device=self.device).split(self.chunk_size):
+            images = self.best[chunk].contiguous(memory_format=torch.channels_last)
+            leaked = self.leakage.features[chunk.cpu()].to(self.device)
+            self.features[chunk] = leaked - means[chunk] + self.model.embed(images)
+        self.best_loss.fill_(torch.inf)  # of another target
 
     def feature_error(self, images: Tensor, features: Tensor) -> Tensor:
         """(N,) relative squared distance of the images' features (N, D) to those that leaked."""
