@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.feature_drift import mean_features
 from attack_modules.labels import local_steps
-from attack_modules.leakage import Leakage, PeerTraining, leak
+from attack_modules.leakage import Leakage, PeerTraining, leak_rounds
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
-from fl_lightning.client import parameters
+from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError
 from fl_lightning.models import ImageClassifier
 
@@ -22,6 +22,8 @@ class FeatureInversion(Attack):
     The head's part of the peers' update gives every image's features (`attack_modules.leakage`), so that what is left
     is N separate problems: Adam on `|features(x) - f|^2 / |f|^2` plus priors, with one forward and one backward pass of
     the convolutional part a step. `trainer.max_steps` is the number of steps.
+
+    Several observed rounds are read together (`leak_rounds`): the same peers must have trained on the same images.
 
     Features leak as their mean over the peers' local steps, which is nearly that of the model half way. The rest of
     the difference is simulated now and then from the images so far, peer by peer (`mean_features`).
@@ -65,17 +67,17 @@ class FeatureInversion(Attack):
     def configure_model(self) -> None:
         if hasattr(self, "images"):
             return
-        observation = self.the_observation()
+        observation = self.observations[0]
         device = self.trainer.strategy.root_device
-        update = self.observed_update()
+        updates = [self.update_of(observation) for observation in self.observations]
         model = observation.build_model()
-        beliefs, steps = observation.beliefs, local_steps(observation)
-        self.leakage: Leakage = leak(
-            {name: tensor for name, tensor in update.items() if name.startswith("head.")},
-            {name: tensor for name, tensor in parameters(model).items() if name.startswith("head.")},
+        beliefs, self.steps = observation.beliefs, local_steps(observation)
+        self.leakage: Leakage = leak_rounds(
+            [_head(update) for update in updates],
+            [_head(observation.before) for observation in self.observations],
             PeerTraining(
                 lr=beliefs.client_lr,
-                steps=steps,
+                steps=self.steps,
                 num_images=beliefs.num_images,
                 labels=None if beliefs.labels is None else torch.tensor(beliefs.labels),
             ),
@@ -85,10 +87,11 @@ class FeatureInversion(Attack):
                 "Several images share a class. The last layer shows only the sum of their activations, so the features "
                 "of such images come out mixed; images that are alone in their class are not affected."
             )
-        self.steps = steps
+        elapsed = (self.steps - 1) / (2 * self.steps)
         with torch.no_grad():
             for name, tensor in model.named_parameters():
-                tensor -= (steps - 1) / (2 * steps) * update[name]
+                halves = [o.before[name] - elapsed * u[name] for o, u in zip(self.observations, updates, strict=True)]
+                tensor.copy_(sum(halves) / len(halves))
         self.embedder = (model.requires_grad_(False).to(device, memory_format=torch.channels_last),)  # no submodule
         self.register_buffer("features", self.leakage.features.clone())  # those of the model half way
         self.register_buffer("labels", self.leakage.labels)
@@ -98,7 +101,7 @@ class FeatureInversion(Attack):
 
     @property
     def model(self) -> ImageClassifier:
-        """The global model half way through the peers' training."""
+        """The global model half way through the peers' training; of several rounds, the mean of these."""
         return self.embedder[0]
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
@@ -108,7 +111,11 @@ class FeatureInversion(Attack):
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.zero_grad()
-        if self.steps > 1 and self.global_step and self.global_step % self._simulate_every == 0:
+        if (
+            len(self.observations) * self.steps > 1
+            and self.global_step
+            and self.global_step % self._simulate_every == 0
+        ):
             self._resimulate()
         factor = annealed(self.anneal, self.global_step, self.trainer.max_steps)
         errors = []
@@ -132,9 +139,12 @@ class FeatureInversion(Attack):
     @torch.no_grad()
     def _resimulate(self) -> None:
         """Take from the leaked features what the local steps add to those of the model half way, by the best images."""
-        before = self.the_observation().build_model().to(self.device, memory_format=torch.channels_last)
-        lr, peers = self.the_observation().beliefs.client_lr, self.leakage.peers.to(self.device)
-        means = mean_features(before, self.best, self.labels, peers, lr, self.steps)
+        peers = self.leakage.peers.to(self.device)
+        means = torch.zeros_like(self.features)
+        for observation in self.observations:
+            before = observation.build_model().to(self.device, memory_format=torch.channels_last)
+            lr = observation.beliefs.client_lr
+            means += mean_features(before, self.best, self.labels, peers, lr, self.steps) / len(self.observations)
         for chunk in torch.arange(len(self.best), device=self.device).split(self.chunk_size):
             images = self.best[chunk].contiguous(memory_format=torch.channels_last)
             leaked = self.leakage.features[chunk.cpu()].to(self.device)
@@ -156,13 +166,20 @@ class FeatureInversion(Attack):
         return Reconstruction(self.best.float().clamp(0, 1), self.labels)
 
     def introduction(self) -> str:
-        found, observation = self.leakage.diagnosis, self.the_observation()
+        found, observation = self.leakage.diagnosis, self.observations[0]
+        several = len(self.observations) > 1
+        subject = f"updates of {len(self.observations)} rounds hold" if several else "update holds"
         unknown = self.images[0].numel()
         return (
-            f"Attack: closed-form leakage. The head's update holds {found.num_images} images (singular value gap "
+            f"Attack: closed-form leakage. The head's {subject} {found.num_images} images (singular value gap "
             f"{found.gap:.3g}, residual {found.residual:.2%}, condition number {found.conditioning:.3g}, drift "
             f"{found.drift:.2%}), trained by {len(self.leakage.peers.unique())} peer(s) as far as it shows; labels "
             f"{observation.sources['labels']}.\n"
             f"From {self.features.shape[1]:,} features each, {unknown:,} unknown numbers an image are found by Adam at "
             f"rate {self.lr:g} for {self.trainer.max_steps} steps."
         )
+
+
+def _head(state: Tensors) -> Tensors:
+    """The parameters of the head, in the order of its layers."""
+    return {name: tensor for name, tensor in state.items() if name.startswith("head.")}
