@@ -375,6 +375,9 @@ class GateRegression:
 def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: float, iterations: int = 3) -> Tensor:
     """(N, r) features from `rows = errors^T features`; hidden units weigh by the inverse of their residual variance.
 
+    Images resemble each other, so what `rows` leave open is drawn to the images' mean: features are taken as Gaussian
+    about it. That matters only where there are nearly as many images as units.
+
     Args:
         rows: (H, r) summed gradient of the first layer.
         errors: (N, H) gated errors `Delta`.
@@ -382,13 +385,22 @@ def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: floa
         noise: variance of an entry of `rows`.
         iterations: of the weights of the units.
     """
-    energy = rows.square().sum() / errors.square().sum()
-    noise = noise + torch.finfo(rows.dtype).eps * rows.square().mean().item()
-    residual = variance.sum(0) * energy / rows.shape[1]
+    count, live = len(errors), int((rows != 0).any(1).sum())
+    spread = rows.square().sum() / errors.square().sum() / rows.shape[1]
+    eps = torch.finfo(rows.dtype).eps
+    noise = noise + eps * rows.square().mean().item()
+    residual = variance.sum(0) * spread
+    identity = torch.eye(count, dtype=rows.dtype)
     for _ in range(iterations + 1):
         weight = (noise + residual).rsqrt()
-        features = torch.linalg.lstsq((errors * weight).T, rows * weight[:, None], driver="gelsd").solution
-        residual = (rows - errors.T @ features).square().mean(1)
+        weighted = errors * weight
+        gram = weighted @ weighted.T
+        prior = (identity - 1 / count) / spread + count * eps * gram.trace() * identity
+        factor = torch.linalg.cholesky(gram + prior)
+        features = torch.cholesky_solve(weighted @ (rows * weight[:, None]), factor)
+        spent = torch.cholesky_solve(gram, factor).trace()  # degrees of freedom that the fit took from the residual
+        residual = (rows - errors.T @ features).square().mean(1) / (1 - spent / live).clamp_min(1 / live)
+        spread = (features - features.mean(0)).square().mean().clamp_min(eps * features.square().mean())
     return features
 
 
