@@ -69,7 +69,10 @@ class Attack(LightningModule, ABC):
 
     def observed_update(self) -> Tensors:
         """What the attack inverts: the update of the peers alone, or with the attacker's own left in."""
-        observation = self.the_observation()
+        return self.update_of(self.the_observation())
+
+    def update_of(self, observation: Observation) -> Tensors:
+        """One round's update of the peers alone, or with the attacker's own left in."""
         return observation.peers_update() if self.subtract_own else observation.aggregated_update()
 
     def configure_callbacks(self) -> list[Callback]:

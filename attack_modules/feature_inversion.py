@@ -1,14 +1,17 @@
 """Closed-form leakage, then each image alone from its own features."""
 
+import math
+
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.attack import Attack, Reconstruction
+from attack_modules.feature_drift import mean_features
 from attack_modules.labels import local_steps
-from attack_modules.leakage import Leakage, PeerTraining, leak
+from attack_modules.leakage import Leakage, PeerTraining, leak_rounds
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
-from fl_lightning.client import parameters
+from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError
 from fl_lightning.models import ImageClassifier
 
@@ -20,12 +23,18 @@ class FeatureInversion(Attack):
     is N separate problems: Adam on `|features(x) - f|^2 / |f|^2` plus priors, with one forward and one backward pass of
     the convolutional part a step. `trainer.max_steps` is the number of steps.
 
+    Several observed rounds are read together (`leak_rounds`): the same peers must have trained on the same images.
+
+    Features leak as their mean over the peers' local steps, which is nearly that of the model half way. The rest of
+    the difference is simulated now and then from the images so far, peer by peer (`mean_features`).
+
     Args:
         lr: the attacker's own learning rate, of Adam on the pixels, with cosine decay to zero.
         priors: penalties that are added to the relative feature error; null for `ChromaTotalVariation`.
         anneal: factor on the priors' weights at the first and at the last step, geometric between.
         betas: of Adam. The second is short, because the gradient falls by orders of magnitude within a hundred steps.
         subtract_own: take the attacker's own update out of the aggregate first.
+        resimulations: times, spread evenly over the steps, at which the peers' training is simulated; 0 for never.
         chunk_size: images that are passed through the model at once, which bounds memory.
         checkpoint_every: steps between checkpoints.
     """
@@ -37,36 +46,38 @@ class FeatureInversion(Attack):
         anneal: tuple[float, float] = (1.0, 0.01),
         betas: tuple[float, float] = (0.8, 0.99),
         subtract_own: bool = True,
+        resimulations: int = 2,
         chunk_size: int = 16,
         checkpoint_every: int = 25,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
-        if lr <= 0 or chunk_size < 1 or min(anneal) <= 0:
+        if min(lr, *anneal) <= 0 or chunk_size < 1 or resimulations < 0:
             raise SettingError(
-                "`model` needs lr > 0, chunk_size >= 1 and anneal > 0, but got "
-                f"lr={lr}, chunk_size={chunk_size}, anneal={anneal}."
+                "`model` needs lr > 0, anneal > 0, chunk_size >= 1 and resimulations >= 0, but got "
+                f"lr={lr}, anneal={anneal}, chunk_size={chunk_size}, resimulations={resimulations}."
             )
         self.automatic_optimization = False  # one backward pass a chunk, so that memory holds one graph
         self.lr = lr
         self.priors = [ChromaTotalVariation(weight=1.0)] if priors is None else priors
         self.anneal = anneal
         self.betas = betas
+        self.resimulations = resimulations
         self.chunk_size = chunk_size
 
     def configure_model(self) -> None:
         if hasattr(self, "images"):
             return
-        observation = self.the_observation()
+        observation = self.observations[0]
         device = self.trainer.strategy.root_device
-        update = self.observed_update()
+        updates = [self.update_of(observation) for observation in self.observations]
         model = observation.build_model()
-        beliefs, steps = observation.beliefs, local_steps(observation)
-        self.leakage: Leakage = leak(
-            {name: tensor for name, tensor in update.items() if name.startswith("head.")},
-            {name: tensor for name, tensor in parameters(model).items() if name.startswith("head.")},
+        beliefs, self.steps = observation.beliefs, local_steps(observation)
+        self.leakage: Leakage = leak_rounds(
+            [_head(update) for update in updates],
+            [_head(observation.before) for observation in self.observations],
             PeerTraining(
                 lr=beliefs.client_lr,
-                steps=steps,
+                steps=self.steps,
                 num_images=beliefs.num_images,
                 labels=None if beliefs.labels is None else torch.tensor(beliefs.labels),
             ),
@@ -76,12 +87,13 @@ class FeatureInversion(Attack):
                 "Several images share a class. The last layer shows only the sum of their activations, so the features "
                 "of such images come out mixed; images that are alone in their class are not affected."
             )
-        # Features come as their mean over the local steps, which is nearly that of the weights half way.
+        elapsed = (self.steps - 1) / (2 * self.steps)
         with torch.no_grad():
             for name, tensor in model.named_parameters():
-                tensor -= (steps - 1) / (2 * steps) * update[name]
+                halves = [o.before[name] - elapsed * u[name] for o, u in zip(self.observations, updates, strict=True)]
+                tensor.copy_(sum(halves) / len(halves))
         self.embedder = (model.requires_grad_(False).to(device, memory_format=torch.channels_last),)  # no submodule
-        self.features = self.leakage.features.to(device)
+        self.register_buffer("features", self.leakage.features.clone())  # those of the model half way
         self.register_buffer("labels", self.leakage.labels)
         self.images = nn.Parameter(torch.full((len(self.labels), *observation.image_shape), 0.5))
         self.register_buffer("best", self.images.detach().clone())
@@ -89,7 +101,7 @@ class FeatureInversion(Attack):
 
     @property
     def model(self) -> ImageClassifier:
-        """The global model half way through the peers' training."""
+        """The global model half way through the peers' training; of several rounds, the mean of these."""
         return self.embedder[0]
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
@@ -99,6 +111,12 @@ class FeatureInversion(Attack):
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.zero_grad()
+        if (
+            len(self.observations) * self.steps > 1
+            and self.global_step
+            and self.global_step % self._simulate_every == 0
+        ):
+            self._resimulate()
         factor = annealed(self.anneal, self.global_step, self.trainer.max_steps)
         errors = []
         for chunk in torch.arange(len(self.images), device=self.device).split(self.chunk_size):
@@ -113,6 +131,25 @@ class FeatureInversion(Attack):
         with torch.no_grad():
             self.images.clamp_(0, 1)
         self.log("feature_error", torch.cat(errors).mean(), prog_bar=True)
+
+    @property
+    def _simulate_every(self) -> int:
+        return math.ceil(max(self.trainer.max_steps, 1) / (self.resimulations + 1))
+
+    @torch.no_grad()
+    def _resimulate(self) -> None:
+        """Take from the leaked features what the local steps add to those of the model half way, by the best images."""
+        peers = self.leakage.peers.to(self.device)
+        means = torch.zeros_like(self.features)
+        for observation in self.observations:
+            before = observation.build_model().to(self.device, memory_format=torch.channels_last)
+            lr = observation.beliefs.client_lr
+            means += mean_features(before, self.best, self.labels, peers, lr, self.steps) / len(self.observations)
+        for chunk in torch.arange(len(self.best), device=self.device).split(self.chunk_size):
+            images = self.best[chunk].contiguous(memory_format=torch.channels_last)
+            leaked = self.leakage.features[chunk.cpu()].to(self.device)
+            self.features[chunk] = leaked - means[chunk] + self.model.embed(images)
+        self.best_loss.fill_(torch.inf)  # of another target
 
     def feature_error(self, images: Tensor, features: Tensor) -> Tensor:
         """(N,) relative squared distance of the images' features (N, D) to those that leaked."""
@@ -129,13 +166,20 @@ class FeatureInversion(Attack):
         return Reconstruction(self.best.float().clamp(0, 1), self.labels)
 
     def introduction(self) -> str:
-        found, observation = self.leakage.diagnosis, self.the_observation()
+        found, observation = self.leakage.diagnosis, self.observations[0]
+        several = len(self.observations) > 1
+        subject = f"updates of {len(self.observations)} rounds hold" if several else "update holds"
         unknown = self.images[0].numel()
         return (
-            f"Attack: closed-form leakage. The head's update holds {found.num_images} images (singular value gap "
+            f"Attack: closed-form leakage. The head's {subject} {found.num_images} images (singular value gap "
             f"{found.gap:.3g}, residual {found.residual:.2%}, condition number {found.conditioning:.3g}, drift "
             f"{found.drift:.2%}), trained by {len(self.leakage.peers.unique())} peer(s) as far as it shows; labels "
             f"{observation.sources['labels']}.\n"
             f"From {self.features.shape[1]:,} features each, {unknown:,} unknown numbers an image are found by Adam at "
             f"rate {self.lr:g} for {self.trainer.max_steps} steps."
         )
+
+
+def _head(state: Tensors) -> Tensors:
+    """The parameters of the head, in the order of its layers."""
+    return {name: tensor for name, tensor in state.items() if name.startswith("head.")}

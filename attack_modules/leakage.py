@@ -9,7 +9,8 @@ rows:
 1. The rank of `G1` is N; the row sums of `G2` tell the labels.
 2. `G2` gives hidden activations `H`, probabilities `P`, and so the back-propagated errors `E = (P - Y) W2`.
 3. `Delta = gates * E`, a gate being the share of the steps in which a unit was active. Every row of `Delta` lies in the
-   column space of `G1`: that linear constraint settles the gates that `H` leaves uncertain (`GateRegression`).
+   column space of `G1`: that linear constraint settles the gates that `H` leaves uncertain (`GateRegression`; with one
+   step, where a gate is open or shut, `binary_gates`).
 4. `F = lstsq(Delta^T, G1)`; rows (hidden units) that contradict the others count less.
 5. Beyond first order, the head's own training is simulated from `F`: gates become functions of time. Images of one peer
    move each other's activations, so the difference between the activations that `G2` shows and `W1 f` tells who trained
@@ -23,8 +24,8 @@ Extends "Federated Learning Nodes Can Reconstruct Peers' Image Data" (arXiv 2410
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 from torch.special import ndtr
 
 from attack_modules.attack import AttackError
+from attack_modules.binary_gates import binary_gates
 
 
 @dataclass(frozen=True)
@@ -92,50 +94,90 @@ class Leakage:
 def leak(
     updates: Mapping[str, Tensor], weights: Mapping[str, Tensor], beliefs: PeerTraining, iterations: int = 5
 ) -> Leakage:
-    """Read labels and features out of the head's part of an aggregated update.
+    """Read labels and features out of the head's part of an aggregated update: `leak_rounds` of one round."""
+    return leak_rounds([updates], [weights], beliefs, iterations)
+
+
+def leak_rounds(
+    updates: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[Mapping[str, Tensor]],
+    beliefs: PeerTraining,
+    iterations: int = 5,
+) -> Leakage:
+    """Read labels and features out of the head's part of one or several rounds' aggregated updates.
+
+    Several rounds in which the same peers trained on the same images are more equations for the same features, because
+    the gates of hidden units change from round to round; so there may be more images than hidden units.
 
     Args:
-        updates: name -> aggregated update (before minus after) of each head parameter, in the order of the layers;
-            `X.weight` (out, in) and, if there is one, `X.bias` (out,) belong to one layer.
-        weights: name -> the same parameters before the round.
+        updates: of each round, name -> aggregated update (before minus after) of each head parameter, in the order of
+            the layers; `X.weight` (out, in) and, if there is one, `X.bias` (out,) belong to one layer.
+        weights: of each round, name -> the same parameters before it.
         beliefs: how the peers trained.
         iterations: rounds of features -> simulated trajectory -> gates -> features.
 
     Raises:
-        AttackError: the head is not one or two linear layers.
+        AttackError: the head is not one or two linear layers, or rounds do not hold the same classes.
     """
-    layers, before = augmented(updates), augmented(weights)
-    if len(layers) not in (1, 2):
+    layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
+    if len(layers[0]) not in (1, 2):
         raise AttackError(
-            f"The head has {len(layers)} linear layers ({', '.join(updates)}), but leakage reads heads of one or two. "
-            "Attack this model by gradient matching instead."
+            f"The head has {len(layers[0])} linear layers ({', '.join(updates[0])}), but leakage reads heads of one or "
+            "two. Attack this model by gradient matching instead."
         )
-    space = RowSpace.of(layers[0], before[0])
+    if len(layers[0]) == 1 and len(layers) > 1:
+        raise AttackError(
+            f"{len(layers)} rounds were observed, but a head of one linear layer is read from one round alone. "
+            "Name one in `federation.observed_rounds`."
+        )
+    space = RowSpace.of(torch.cat([layer[0] for layer in layers]), torch.cat([layer[0] for layer in before]))
     given = None if beliefs.labels is None else len(beliefs.labels)
-    num_images = beliefs.num_images or given or space.rank
+    last, weight = [layer[-1].double() for layer in layers], [layer[-1].double() for layer in before]
+    held = int(class_deficits(last[0])[1].sum())
+    singular = space.singular if len(layers) == 1 else space.part(len(layers[0][0])).singular
+    num_images = beliefs.num_images or given or count_images(singular, held, beliefs.steps)
     scale = num_images / (beliefs.lr * beliefs.steps)
-    last, weight = layers[-1].double(), before[-1].double()
-    labels = infer_labels(last, num_images) if beliefs.labels is None else beliefs.labels
-    targets = F.one_hot(labels, len(last)).to(last)
-    if len(layers) == 1:
+    labels = beliefs.labels if beliefs.labels is not None else common_labels(last, num_images)
+    targets = F.one_hot(labels, len(last[0])).to(last[0])
+    if len(layers[0]) == 1:
         found = read_single(space, targets, beliefs, scale)
     else:
         found = read_stack(space, last, weight, targets, beliefs, scale, iterations)
-    width = next(weight.shape[1] for weight in weights.values() if weight.ndim == 2)
+    width = next(weight.shape[1] for weight in weights[0].values() if weight.ndim == 2)
     singular = space.singular
-    below = singular[num_images].item() if num_images < len(singular) else space.floor
+    at, below = (singular[i].item() if i < len(singular) else space.floor for i in (num_images - 1, num_images))
     return Leakage(
         labels=labels,
         features=(found.coordinates @ space.basis.T)[:, :width].float(),
         peers=found.peers,
         diagnosis=Diagnosis(
             num_images=num_images,
-            gap=singular[num_images - 1].item() / below,
+            gap=at / below,
             residual=found.residual,
             conditioning=torch.linalg.cond(found.errors).item(),
             drift=found.drift,
         ),
     )
+
+
+def common_labels(last: Sequence[Tensor], num_images: int) -> Tensor:
+    """(N,) labels that every round's last layer (C, H) shows.
+
+    Raises:
+        AttackError: they differ.
+    """
+    labels = [infer_labels(layer, num_images) for layer in last]
+    for number, others in enumerate(labels[1:], 2):
+        if not torch.equal(labels[0], others):
+            differing = int(
+                (labels[0].bincount(minlength=len(last[0])) != others.bincount(minlength=len(last[0]))).sum()
+            )
+            raise AttackError(
+                f"The observed rounds do not hold the same images: number {number} shows other counts than the first "
+                f"in {differing} classes. Several rounds are read together only if the same peers train in each; name "
+                "one in `federation.observed_rounds`."
+            )
+    return labels[0]
 
 
 def augmented(parameters: Mapping[str, Tensor]) -> list[Tensor]:
@@ -171,29 +213,44 @@ class RowSpace:
         floor = torch.finfo(weight.dtype).eps * rows.norm().item()
         return cls(basis, rows.T, weight.double() @ basis, floor)
 
+    def part(self, count: int) -> "RowSpace":
+        """The first `count` rows alone."""
+        return replace(self, rows=self.rows[:count], weight=self.weight[:count])
+
     @property
     def singular(self) -> Tensor:
         """Singular values of the update, one for each unit that ever was active, none under the floor."""
         return torch.linalg.svdvals(self.rows[(self.rows != 0).any(1)]).clamp_min(self.floor)
 
-    @property
-    def rank(self) -> int:
-        """Where the singular values fall most steeply: the number of images."""
-        singular = self.singular
-        return int((singular[:-1] / singular[1:]).argmax()) + 1
+
+def count_images(singular: Tensor, held: int, steps: int) -> int:
+    """Number of images: where the singular values (r,) of the first layer's update fall most steeply.
+
+    Every class that somebody holds has an image, and the steepest fall is sought from there: the largest singular
+    value, that of the images' mean, is far above all others. Where features drift much during the local steps, each
+    image adds one direction a step; then the steepest fall of all is at `steps` times the steepest fall before it.
+
+    Args:
+        singular: falling, positive.
+        held: number of classes that somebody holds, as far as the last layer tells.
+        steps: that each peer takes.
+    """
+    least = max(held, 1)
+    if least >= len(singular):  # more images than units that were ever active: only their classes count them
+        return least
+    falls = singular[least - 1 : -1] / singular[least:]
+    rank = least + int(falls.argmax())
+    if rank > least and rank % steps == 0 and least + int(falls[: rank - least].argmax()) == rank // steps:
+        return rank // steps
+    return rank
 
 
 def infer_labels(gradient: Tensor, num_images: int) -> Tensor:
     """(N,) labels in ascending order from the last layer's summed gradient (C, H).
 
-    Activations are not negative, so a row sums to `sum_m p_mc |h_m| - sum_{y_n = c} |h_n|`: classes that nobody holds
-    give the positive part, and the deficit below it counts a class's images in units of a mean activation. Classes that
-    nobody holds scatter as far below their median as above it. Without such classes there is no such yardstick.
+    A class's deficit counts its images in units of a mean activation.
     """
-    sums = gradient.sum(1)
-    empty = sums[sums > 0].median()
-    deficit = (empty - sums).clamp_min(0)
-    held = deficit > 2 * (sums.max() - empty)
+    deficit, held = class_deficits(gradient)
     counts = held.long()
     quota = deficit * held * num_images / (deficit * held).sum()
     while counts.sum() < num_images:  # Sainte-Lague: the next image goes to the class with the largest quotient
@@ -202,6 +259,22 @@ def infer_labels(gradient: Tensor, num_images: int) -> Tensor:
         held_once = torch.where(counts > 0, quota, math.inf)
         counts[held_once.argmin()] -= 1
     return torch.arange(len(counts)).repeat_interleave(counts)
+
+
+def class_deficits(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """How far each class's row sum of the last layer's gradient (C, H) lies below that of classes that nobody holds.
+
+    Activations are not negative, so a row sums to `sum_m p_mc |h_m| - sum_{y_n = c} |h_n|`: classes that nobody holds
+    give the positive part. They scatter as far below their median as above it. Without such classes there is no such
+    yardstick.
+
+    Returns:
+        Deficits (C,), and whether somebody holds the class (C,).
+    """
+    sums = gradient.sum(1)
+    empty = sums[sums > 0].median()
+    deficit = (empty - sums).clamp_min(0)
+    return deficit, deficit > 2 * (sums.max() - empty)
 
 
 def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: int = 30) -> tuple[Tensor, Tensor]:
@@ -254,8 +327,17 @@ class GateRegression:
             noise: (N,) variance to which a constraint on image n holds; raised where the prior leaves more.
         """
         count = int((prior.variance > 1e-7).sum(1).max())  # the rest cannot move by 1e-3
-        if not count:
+        if not count or not self.num_constraints:
             return prior, -math.inf
+        parts = [
+            self._posterior(Gates(prior.mean[part], prior.variance[part]), errors[part], noise[part], count)
+            for part in torch.arange(len(errors)).split(max(2**24 // count**2, 1))  # bounds memory
+        ]
+        means, variances = ([getattr(gates, name) for gates, _ in parts] for name in ("mean", "variance"))
+        return Gates(torch.cat(means), torch.cat(variances)), sum(evidence for _, evidence in parts)
+
+    def _posterior(self, prior: Gates, errors: Tensor, noise: Tensor, count: int) -> tuple[Gates, float]:
+        """`posterior` with the `count` most uncertain gates of each image free."""
         units = prior.variance.topk(count, 1).indices
         spread = (prior.variance.gather(1, units).sqrt() * errors.gather(1, units))[..., None]  # (N, u, 1)
         gram = self.outside[units[:, :, None], units[:, None]] * spread * spread.mT
@@ -293,6 +375,9 @@ class GateRegression:
 def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: float, iterations: int = 3) -> Tensor:
     """(N, r) features from `rows = errors^T features`; hidden units weigh by the inverse of their residual variance.
 
+    Images resemble each other, so what `rows` leave open is drawn to the images' mean: features are taken as Gaussian
+    about it. That matters only where there are nearly as many images as units.
+
     Args:
         rows: (H, r) summed gradient of the first layer.
         errors: (N, H) gated errors `Delta`.
@@ -300,13 +385,22 @@ def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: floa
         noise: variance of an entry of `rows`.
         iterations: of the weights of the units.
     """
-    energy = rows.square().sum() / errors.square().sum()
-    noise = noise + torch.finfo(rows.dtype).eps * rows.square().mean().item()
-    residual = variance.sum(0) * energy / rows.shape[1]
+    count, live = len(errors), int((rows != 0).any(1).sum())
+    spread = rows.square().sum() / errors.square().sum() / rows.shape[1]
+    eps = torch.finfo(rows.dtype).eps
+    noise = noise + eps * rows.square().mean().item()
+    residual = variance.sum(0) * spread
+    identity = torch.eye(count, dtype=rows.dtype)
     for _ in range(iterations + 1):
         weight = (noise + residual).rsqrt()
-        features = torch.linalg.lstsq((errors * weight).T, rows * weight[:, None], driver="gelsd").solution
-        residual = (rows - errors.T @ features).square().mean(1)
+        weighted = errors * weight
+        gram = weighted @ weighted.T
+        prior = (identity - 1 / count) / spread + count * eps * gram.trace() * identity
+        factor = torch.linalg.cholesky(gram + prior)
+        features = torch.cholesky_solve(weighted @ (rows * weight[:, None]), factor)
+        spent = torch.cholesky_solve(gram, factor).trace()  # degrees of freedom that the fit took from the residual
+        residual = (rows - errors.T @ features).square().mean(1) / (1 - spent / live).clamp_min(1 / live)
+        spread = (features - features.mean(0)).square().mean().clamp_min(eps * features.square().mean())
     return features
 
 
@@ -356,6 +450,12 @@ class Trajectory:
     activations: Tensor
     past: Tensor
     residuals: Tensor
+
+
+def side_by_side(paths: Sequence[Trajectory]) -> Trajectory:
+    """Several rounds as one, their units (and classes, in `residuals`) side by side."""
+    names = [field.name for field in fields(Trajectory)]
+    return Trajectory(*(torch.cat([getattr(path, name) for path in paths], -1) for name in names))
 
 
 def simulate(
@@ -487,46 +587,69 @@ def read_single(space: RowSpace, targets: Tensor, beliefs: PeerTraining, scale: 
 
 
 def read_stack(
-    space: RowSpace, last: Tensor, weight: Tensor, targets: Tensor, beliefs: PeerTraining, scale: float, iterations: int
+    space: RowSpace,
+    last: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    targets: Tensor,
+    beliefs: PeerTraining,
+    scale: float,
+    iterations: int,
 ) -> Reading:
     """Features of a head of two linear layers with a ReLU between.
 
+    The hidden units of all rounds stand side by side, as if they were units of one wide layer.
+
     Args:
-        space: of the first layer's update.
-        last: (C, H) update of the last layer, (C, H + 1) with a bias.
-        weight: of the last layer before the round, of the same shape.
+        space: of the first layer's updates, round under round.
+        last: of each round, (C, H) update of the last layer, (C, H + 1) with a bias.
+        weight: of each round, the last layer before it, of the same shape.
         targets: (N, C) one-hot.
         beliefs: how the peers trained.
         scale: N / (lr * steps).
         iterations: rounds of features -> simulated trajectory -> gates -> features.
     """
-    hidden, steps, rows = len(space.rows), beliefs.steps, space.rows * scale
-    middle = weight - last * (steps - 1) / (2 * steps)
-    inputs, probabilities = head_inputs(last * scale, middle, targets)
-    activations = inputs[:, :hidden]
-    errors = ((probabilities - targets) @ middle)[:, :hidden]
+    steps, rows = beliefs.steps, space.rows * scale
+    hidden = len(rows) // len(last)
+    activations, errors = [], []
+    for gradient, before in zip(last, weight, strict=True):
+        middle = before - gradient * (steps - 1) / (2 * steps)
+        inputs, probabilities = head_inputs(gradient * scale, middle, targets)
+        activations.append(inputs[:, :hidden])
+        errors.append(((probabilities - targets) @ middle)[:, :hidden])
+    activations, errors = torch.cat(activations, 1), torch.cat(errors, 1)
 
     regression = GateRegression(rows, len(targets))
     noise = (errors.square().sum() / rows.square().sum() * regression.noise * len(targets)).expand(len(targets))
     prior = partial(gates_of_activations, activations)
-    for _ in range(2 if steps > 1 else iterations):
+    for _ in range(2 if steps > 1 else 0):
         gates = regression.best(prior, errors, noise)
         features = regress_features(rows, gates.mean * errors, gates.variance * errors**2, regression.noise)
         noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
-    for _ in range(iterations if steps == 1 else 0):  # in one step a gate is open or shut: draw it to the nearer
-        open_ = gates.mean.clamp(0, 1)
-        gates, _ = regression.posterior(Gates(open_, open_ * (1 - open_)), errors, noise)
-        features = regress_features(rows, gates.mean * errors, gates.variance * errors**2, regression.noise)
-        noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
+    if steps == 1:
+        open_, features = binary_gates(rows, space.weight, errors, activations, len(space.basis))
+        gates = Gates(open_, torch.zeros_like(open_))
     influence = torch.full((len(targets), len(targets)), 1 / len(targets), dtype=rows.dtype)
     peers = torch.zeros(len(targets), dtype=torch.long)
-    bias = weight.shape[1] > hidden
+    bias = weight[0].shape[1] > hidden
 
     def train(features: Tensor, influence: Tensor) -> Trajectory:
-        gram, start = features @ features.T, features @ space.weight.T
-        return simulate(gram, start, weight, targets, influence, beliefs.lr, steps, bias)
+        gram, starts = features @ features.T, (features @ space.weight.T).split(hidden, 1)
+        return side_by_side(
+            [
+                simulate(gram, start, before, targets, influence, beliefs.lr, steps, bias)
+                for start, before in zip(starts, weight, strict=True)
+            ]
+        )
+
+    def reading(path: Trajectory) -> Reading:
+        gated = gates.mean * errors
+        throughout = (path.preactivations > 0).all(0)
+        mismatch = (path.activations - activations)[throughout].square().mean().sqrt() / activations[throughout].mean()
+        residual = ((rows - gated.T @ features).norm() / rows.norm()).item()
+        return Reading(features, gated, peers, residual, mismatch.item())
 
     path = train(features, influence)
+    readings = [reading(path)]
     for _ in range(iterations if steps > 1 else 0):
         seen = (path.preactivations > 0).all(0).to(rows)
         drift = path.preactivations[0] - activations
@@ -535,14 +658,18 @@ def read_stack(
         together = (peers[:, None] == peers).to(rows)
         influence = together / together.sum(1, keepdim=True)
         path = train(features, influence)
-        activations = torch.linalg.lstsq(path.residuals.T, last * scale, driver="gelsd").solution[:, :hidden]
+        residuals = path.residuals.split(targets.shape[1], 1)
+        activations = torch.cat(
+            [
+                torch.linalg.lstsq(residual.T, gradient * scale, driver="gelsd").solution[:, :hidden]
+                for residual, gradient in zip(residuals, last, strict=True)
+            ],
+            1,
+        )
         errors = path.errors.mean(0)
         gates = regression.best(partial(gates_of_trajectory, path, activations), errors, noise)
         features = regress_features(rows, gates.mean * errors, gates.variance * errors**2, regression.noise)
         noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
         path = train(features, influence)
-    gated = gates.mean * errors
-    throughout = (path.preactivations > 0).all(0)
-    mismatch = (path.activations - activations)[throughout].square().mean().sqrt() / activations[throughout].mean()
-    residual = ((rows - gated.T @ features).norm() / rows.norm()).item()
-    return Reading(features, gated, peers, residual, mismatch.item())
+        readings.append(reading(path))
+    return min(readings, key=lambda found: found.drift)  # a simulation from poor features leads away

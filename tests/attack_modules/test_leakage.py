@@ -12,10 +12,12 @@ from attack_modules.leakage import (
     RowSpace,
     augmented,
     co_members,
+    count_images,
     group_peers,
     head_inputs,
     infer_labels,
     leak,
+    leak_rounds,
     offset_to_match,
     simulate,
 )
@@ -120,7 +122,15 @@ def test_rank_counts_images() -> None:
     torch.manual_seed(0)
     update = torch.rand(30, 5, dtype=torch.float64) @ torch.rand(5, 50, dtype=torch.float64)
     update[7] = 0  # a unit that was never active
-    assert RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).rank == 5
+    singular = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).singular
+    assert count_images(singular, held=0, steps=1) == count_images(singular, held=3, steps=3) == 5
+
+
+def test_count_knows_drifting_features_and_full_rank() -> None:
+    singular = torch.tensor([90.0, 9, 8, 7, 3, 2.9, 2.8, 2.7, 0.01, 0.009])  # 4 images, 2 steps
+    assert count_images(singular, held=4, steps=2) == 4
+    assert count_images(singular, held=4, steps=3) == 8
+    assert count_images(singular, held=12, steps=1) == 12
 
 
 def test_infer_labels_counts_duplicates() -> None:
@@ -175,3 +185,43 @@ def test_offset_matches_mean_activation() -> None:
     torch.testing.assert_close((path + offset_to_match(path, wanted)).relu().mean(0), wanted)
     silent = path + offset_to_match(path, torch.zeros(3, 7, dtype=torch.float64))
     assert silent.max() <= 1e-12 and math.isfinite(silent.min())
+
+
+def rounds(
+    count: int, features: Tensor, labels: Tensor, lr: float, steps: int, hidden: int
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Updates and weights of rounds that follow each other, all on the same images."""
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(features.shape[1], hidden, bias=False), nn.ReLU(), nn.Linear(hidden, 90, bias=False))
+    head = head.double()
+    updates, weights = [], []
+    for _ in range(count):
+        update, before = train(head, features, labels, lr, steps, peers=2)
+        updates.append(update)
+        weights.append(before)
+        head.load_state_dict({name: before[name] - update[name] for name in before})
+    return updates, weights
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_rounds_reach_beyond_the_width(steps: int) -> None:
+    """30 images through 24 units: one round cannot tell them apart, three can."""
+    features = torch.rand(30, 400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = torch.arange(0, 90, 3)
+    lr = 0.1 if steps == 1 else 0.01
+    updates, weights = rounds(3, features, labels, lr, steps, hidden=24)
+    beliefs = PeerTraining(lr, steps)
+    alone = leak(updates[0], weights[0], beliefs)
+    together = leak_rounds(updates, weights, beliefs)
+    assert relative_error(alone.features, features).median() > 0.1
+    assert relative_error(together.features, features).median() < 0.03
+    assert together.labels.tolist() == labels.tolist()
+    assert together.diagnosis.conditioning < alone.diagnosis.conditioning / 10
+
+
+def test_rounds_of_other_images_are_refused() -> None:
+    features = torch.rand(30, 400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    first = rounds(1, features, torch.arange(0, 90, 3), lr=0.1, steps=1, hidden=24)
+    second = rounds(1, features, torch.arange(1, 90, 3), lr=0.1, steps=1, hidden=24)
+    with pytest.raises(AttackError, match="do not hold the same images"):
+        leak_rounds(first[0] + second[0], first[1] + second[1], PeerTraining(lr=0.1, steps=1))
