@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from torch.special import ndtr
 
 from attack_modules.attack import AttackError
+from attack_modules.separation import separate
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Diagnosis:
 
     Attributes:
         num_images: N, given or found.
+        separated: images that could be told apart. If fewer than N, what is missing contaminates all features.
         gap: singular value N of the first layer's update over singular value N + 1. Near 1, N is a guess.
         residual: relative Frobenius norm of what `Delta^T F` leaves unexplained of the first layer's update.
         conditioning: condition number of `Delta`, by which errors in the gates are amplified.
@@ -66,6 +68,7 @@ class Diagnosis:
     """
 
     num_images: int
+    separated: int
     gap: float
     residual: float
     conditioning: float
@@ -77,7 +80,7 @@ class Leakage:
     """The images of one aggregate, as the head saw them.
 
     Attributes:
-        labels: (N,) long.
+        labels: (N,) long; fewer rows, here and below, if not all images could be told apart.
         features: (N, D) mean over the local steps of each image's features.
         peers: (N,) long; images with one number were trained by one peer. All 0 where nothing tells (one step).
         diagnosis: of the whole.
@@ -116,11 +119,12 @@ def leak(
     scale = num_images / (beliefs.lr * beliefs.steps)
     last, weight = layers[-1].double(), before[-1].double()
     labels = infer_labels(last, num_images) if beliefs.labels is None else beliefs.labels
-    targets = F.one_hot(labels, len(last)).to(last)
     if len(layers) == 1:
-        found = read_single(space, targets, beliefs, scale)
+        found = read_single(space, F.one_hot(labels, len(last)).to(last), beliefs, scale)
+    elif len(labels.unique()) == num_images:
+        found = read_stack(space, last, weight, F.one_hot(labels, len(last)).to(last), beliefs, scale, iterations)
     else:
-        found = read_stack(space, last, weight, targets, beliefs, scale, iterations)
+        labels, found = read_shared(space, last, weight, num_images, beliefs, scale, iterations)
     width = next(weight.shape[1] for weight in weights.values() if weight.ndim == 2)
     singular = space.singular
     below = singular[num_images].item() if num_images < len(singular) else space.floor
@@ -130,6 +134,7 @@ def leak(
         peers=found.peers,
         diagnosis=Diagnosis(
             num_images=num_images,
+            separated=len(labels),
             gap=singular[num_images - 1].item() / below,
             residual=found.residual,
             conditioning=torch.linalg.cond(found.errors).item(),
@@ -455,13 +460,16 @@ def offset_to_match(preactivations: Tensor, activations: Tensor) -> Tensor:
     return torch.where(target > 0, shift, (-ordered[0]).clamp_max(0))
 
 
-def gates_of_trajectory(path: Trajectory, activations: Tensor, width: float) -> Gates:
-    """Gates from a simulated trajectory, shifted unit by unit to give the mean activations (N, H) that were seen.
+def gates_of_trajectory(path: Trajectory, activations: Tensor | None, width: float) -> Gates:
+    """Gates from a simulated trajectory, shifted unit by unit to give the mean activations (N, H), if they were seen.
 
     `width`, in mean activations of the image, is the standard deviation of a pre-activation that is left after that.
     """
-    matched = path.preactivations + offset_to_match(path.preactivations, activations)
-    active = ndtr(matched / (width * mean_activation(activations))) * probably_active(activations)
+    if activations is None:
+        active = ndtr(path.preactivations / (width * mean_activation(path.activations)))
+    else:
+        matched = path.preactivations + offset_to_match(path.preactivations, activations)
+        active = ndtr(matched / (width * mean_activation(activations))) * probably_active(activations)
     return Gates((path.errors * active).mean(0) / path.errors.mean(0), (active * (1 - active)).mean(0))
 
 
@@ -546,3 +554,46 @@ def read_stack(
     mismatch = (path.activations - activations)[throughout].square().mean().sqrt() / activations[throughout].mean()
     residual = ((rows - gated.T @ features).norm() / rows.norm()).item()
     return Reading(features, gated, peers, residual, mismatch.item())
+
+
+def read_shared(
+    space: RowSpace, last: Tensor, weight: Tensor, num_images: int, beliefs: PeerTraining, scale: float, iterations: int
+) -> tuple[Tensor, Reading]:
+    """Labels and features of a head of two linear layers where images share classes, as few classes must.
+
+    The last layer then shows only sums of activations. So the first layer alone tells the images apart (`separate`), and
+    gates follow from the features: `W1 f` through simulated training.
+
+    Args:
+        space, last, weight, beliefs, scale, iterations: as in `read_stack`.
+        num_images: N.
+    """
+    hidden, steps, rows = len(space.rows), beliefs.steps, space.rows * scale
+    half_way = (steps - 1) / (2 * steps)
+    middle = (weight - last * half_way)[:, :hidden]
+    if beliefs.labels is None:
+        sums = last.sum(1)  # falls with each image that a class has
+        quota = num_images / len(last) * (1 - sums / (2 * sums.max()))
+    else:
+        quota = beliefs.labels.bincount(minlength=len(last))
+    first = space.weight - space.rows * half_way
+    exact = beliefs.labels is not None
+    separation = separate(rows, first, middle.mean(0) - middle, num_images, quota, exact)
+    labels = separation.labels
+    targets = F.one_hot(labels, len(last)).to(last)
+    regression = GateRegression(rows, num_images)
+    gated = separation.gates * (middle.mean(0) - middle)[labels]
+    features = torch.linalg.lstsq(gated.T, rows, driver="gelsd").solution
+    influence = torch.full((len(labels), len(labels)), 1 / num_images, dtype=rows.dtype)
+    peers = torch.zeros(len(labels), dtype=torch.long)
+    for iteration in range(iterations):
+        gram, start = features @ features.T, features @ space.weight.T
+        path = simulate(gram, start, weight, targets, influence, beliefs.lr, steps, weight.shape[1] > hidden)
+        errors = path.errors.mean(0)
+        noise = regression.noise * torch.linalg.pinv(gram, hermitian=True).diagonal()
+        gates = regression.best(partial(gates_of_trajectory, path, None), errors, noise)
+        gated = gates.mean * errors
+        features = regress_features(rows, gated, gates.variance * errors**2, regression.noise)
+    residual = ((rows - gated.T @ features).norm() / rows.norm()).item()
+    sums = path.residuals.T @ path.activations
+    return labels, Reading(features, gated, peers, residual, ((sums - last * scale).norm() / sums.norm()).item())
