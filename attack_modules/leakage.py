@@ -65,6 +65,8 @@ class Diagnosis:
         conditioning: condition number of `Delta`, by which errors in the gates are amplified.
         drift: rms mismatch between activations seen by the last layer and simulated, over their mean; 0 for one layer.
             Large where lr, steps or the kind of local training are not as believed.
+        outside: of the images that were told apart by their gates, the largest `Separation.outside`: near 0 is sure,
+            1 is chance. 0 where the last layer tells them apart.
     """
 
     num_images: int
@@ -73,6 +75,7 @@ class Diagnosis:
     residual: float
     conditioning: float
     drift: float
+    outside: float
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def leak(
             residual=found.residual,
             conditioning=torch.linalg.cond(found.errors).item(),
             drift=found.drift,
+            outside=found.outside,
         ),
     )
 
@@ -404,7 +408,14 @@ def simulate(
 
 
 def co_members(
-    drift: Tensor, seen: Tensor, gram: Tensor, past: Tensor, lr: float, influence: Tensor, iterations: int = 200
+    drift: Tensor,
+    seen: Tensor,
+    gram: Tensor,
+    past: Tensor,
+    lr: float,
+    influence: Tensor,
+    iterations: int = 200,
+    mixing: Tensor | None = None,
 ) -> Tensor:
     """(N, N) symmetric, non-negative influence of images on each other that best explains their activations' drift.
 
@@ -418,10 +429,12 @@ def co_members(
         lr: of the peers.
         influence: (N, N) first guess.
         iterations: of the projected gradient.
+        mixing: (N, N) metric of the misfit, where the drift of some images shows only in sums; None: of each alone.
     """
 
     def gradient(matrix: Tensor, target: Tensor | float) -> Tensor:
-        slope = (seen * ((matrix * gram) @ past * lr - target)) @ past.T * gram * lr
+        misfit = seen * ((matrix * gram) @ past * lr - target)
+        slope = seen * (misfit if mixing is None else mixing @ misfit) @ past.T * gram * lr
         return (slope + slope.T) / 2
 
     direction = gram
@@ -475,13 +488,14 @@ def gates_of_trajectory(path: Trajectory, activations: Tensor | None, width: flo
 
 @dataclass(frozen=True)
 class Reading:
-    """What one solver found: `coordinates` (N, r) of the features, `errors` (N, out), `peers` (N,), two residuals."""
+    """What one solver found: `coordinates` (N, r) of the features, `errors` (N, out), `peers` (N,), residuals."""
 
     coordinates: Tensor
     errors: Tensor
     peers: Tensor
     residual: float
     drift: float
+    outside: float = 0.0
 
 
 def read_single(space: RowSpace, targets: Tensor, beliefs: PeerTraining, scale: float) -> Reading:
@@ -559,41 +573,73 @@ def read_stack(
 def read_shared(
     space: RowSpace, last: Tensor, weight: Tensor, num_images: int, beliefs: PeerTraining, scale: float, iterations: int
 ) -> tuple[Tensor, Reading]:
-    """Labels and features of a head of two linear layers where images share classes, as few classes must.
+    """Labels (N,) and features of a head of two linear layers where images share classes, as they must if few.
 
-    The last layer then shows only sums of activations. So the first layer alone tells the images apart (`separate`), and
-    gates follow from the features: `W1 f` through simulated training.
+    The last layer then shows only sums of activations. So the first layer alone tells the images apart (`separate`),
+    the gates follow from the features by simulated training, and the sums tell who trained together.
 
     Args:
-        space, last, weight, beliefs, scale, iterations: as in `read_stack`.
+        space: of the first layer's update.
+        last: (C, H) update of the last layer, (C, H + 1) with a bias.
+        weight: of the last layer before the round, of the same shape.
         num_images: N.
+        beliefs: how the peers trained.
+        scale: N / (lr * steps).
+        iterations: rounds of features -> simulated trajectory -> gates -> features.
+
+    Raises:
+        AttackError: not one image can be told apart.
     """
     hidden, steps, rows = len(space.rows), beliefs.steps, space.rows * scale
     half_way = (steps - 1) / (2 * steps)
     middle = (weight - last * half_way)[:, :hidden]
+    class_errors = middle.mean(0) - middle  # of a model that knows nothing yet
     if beliefs.labels is None:
-        sums = last.sum(1)  # falls with each image that a class has
+        sums = last[:, :hidden].sum(1)  # falls with each image that a class has
         quota = num_images / len(last) * (1 - sums / (2 * sums.max()))
     else:
         quota = beliefs.labels.bincount(minlength=len(last))
     first = space.weight - space.rows * half_way
-    exact = beliefs.labels is not None
-    separation = separate(rows, first, middle.mean(0) - middle, num_images, quota, exact)
-    labels = separation.labels
+    separation = separate(rows, first, class_errors, num_images, quota, exact=beliefs.labels is not None)
+    if not len(separation.labels):
+        raise AttackError(
+            f"Images of the {num_images} in this aggregate share classes, and none of them can be told apart: no gates "
+            "agree with the first layer's update. The model may be too well trained, the learning rate or the number "
+            "of local steps too high, or the number of images wrong. Attack it by gradient matching instead."
+        )
+    order = separation.labels.argsort(stable=True)
+    if beliefs.labels is not None and len(order) == len(beliefs.labels):
+        order = order[beliefs.labels.argsort(stable=True).argsort()]
+    labels, gates = separation.labels[order], separation.gates[order]
     targets = F.one_hot(labels, len(last)).to(last)
-    regression = GateRegression(rows, num_images)
-    gated = separation.gates * (middle.mean(0) - middle)[labels]
-    features = torch.linalg.lstsq(gated.T, rows, driver="gelsd").solution
-    influence = torch.full((len(labels), len(labels)), 1 / num_images, dtype=rows.dtype)
-    peers = torch.zeros(len(labels), dtype=torch.long)
-    for iteration in range(iterations):
+
+    def train(features: Tensor, influence: Tensor) -> Trajectory:
         gram, start = features @ features.T, features @ space.weight.T
-        path = simulate(gram, start, weight, targets, influence, beliefs.lr, steps, weight.shape[1] > hidden)
+        return simulate(gram, start, weight, targets, influence, beliefs.lr, steps, weight.shape[1] > hidden)
+
+    regression = GateRegression(rows, num_images)
+    features = torch.linalg.lstsq((gates * class_errors[labels]).T, rows, driver="gelsd").solution
+    influence = torch.full((len(labels), len(labels)), 1 / num_images, dtype=rows.dtype)
+    path = train(features, influence)
+    for _ in range(iterations):
+        gram = features @ features.T
+        if steps > 1:
+            # differences between the probabilities of one class's images are too small to tell them apart
+            missing = last[:, :hidden] * scale - path.residuals.T @ path.activations
+            shown = path.activations + torch.linalg.pinv(path.residuals.T, rtol=0.1) @ missing
+            seen = (path.preactivations > 0).all(0).to(rows)
+            mixing = path.residuals @ path.residuals.T
+            drift = path.preactivations[0] - shown
+            influence = co_members(drift, seen, gram, path.past, beliefs.lr, influence, mixing=mixing)
+            path = train(features, influence)
         errors = path.errors.mean(0)
         noise = regression.noise * torch.linalg.pinv(gram, hermitian=True).diagonal()
-        gates = regression.best(partial(gates_of_trajectory, path, None), errors, noise)
-        gated = gates.mean * errors
-        features = regress_features(rows, gated, gates.variance * errors**2, regression.noise)
+        belief = regression.best(partial(gates_of_trajectory, path, None), errors, noise)
+        gated = belief.mean * errors
+        features = regress_features(rows, gated, belief.variance * errors**2, regression.noise)
+        path = train(features, influence)
+    peers = group_peers(influence) if steps > 1 else torch.zeros_like(labels)
     residual = ((rows - gated.T @ features).norm() / rows.norm()).item()
     sums = path.residuals.T @ path.activations
-    return labels, Reading(features, gated, peers, residual, ((sums - last * scale).norm() / sums.norm()).item())
+    drift = ((sums - last[:, :hidden] * scale).norm() / sums.norm()).item()
+    return labels, Reading(features, gated, peers, residual, drift, separation.outside.max().item())

@@ -1,10 +1,10 @@
 """Which units every image of an aggregate opened, when the last layer does not tell: shared classes, few classes.
 
-The first layer's update is `G1 = Delta^T F`, so each row of `Delta` (N x H) lies in the column space of `G1`, and it is a
-gate in {0, 1} times the error that its class sends back, one of C vectors. So the gates of class c are points of the
-polytope of all vectors `gate` with `0 <= gate <= 1` and `gate * error_c` in that space, and corners of a rare kind: all
-their constraints are tight, 2 H of them where N make a corner. A linear programme with a random objective lands there
-nearly always. Sums of two images' gates exceed 1, and a class that nobody holds has no such corner. What is not an
+The first layer's update is `G1 = Delta^T F`, so each row of `Delta` (N x H) lies in the column space of `G1`, and it is
+a gate in {0, 1} times the error that its class sends back, one of C vectors. So the gates of class c are points of the
+polytope of all vectors `gate` with `0 <= gate <= 1` and `gate * error_c` in that space, and corners of a rare kind: one
+constraint is tight for each of H units, where N of them make a corner. A linear programme with a random objective often
+lands there. Sums of two images' gates exceed 1, and a class that nobody holds has no such corner. What is not an
 image's gates shows: snapped to {0, 1} it leaves the space. Labels and their counts come along, and the search is over
 when N gate vectors are found.
 """
@@ -62,31 +62,35 @@ def separate(
     live = (rows != 0).any(1)  # units that were active for any image
     search = CornerSearch(rows[live], weight[live], num_images, seed)
     error, expected = errors[:, live].numpy(), quota.double().numpy()
+    rounding = math.sqrt(np.finfo(error.dtype).eps)
     chance = math.sqrt(max(1 - num_images / len(search.space), 0.0))
     labels: list[int] = []
     gates: list[np.ndarray] = []
     outsides: list[float] = []
     found, failures, fruitless = np.zeros_like(expected), np.zeros_like(expected), 0
-    while len(labels) < num_images and fruitless < patience:
+    wanted = min(num_images, int(quota.sum())) if exact else num_images
+    while len(labels) < wanted and fruitless < patience:
         priority = expected / (2 * found + 1) / (1 + failures)  # Sainte-Lague, but classes that disappoint wait
         label = int(np.where((found < expected) | (not exact), priority, -1).argmax())
         gate = search.corner(error[label])
         gated = gate * error[label]
         inside = gated @ search.space
-        outside = math.sqrt(max(gated @ gated - inside @ inside, 0.0))
+        size = np.linalg.norm(gated)
+        outside = np.linalg.norm(gated - search.space @ inside)
+        fresh = np.linalg.norm(search.beyond(inside))
         # another version of a corner that is known differs from it outside of the space as much as inside
-        if outside < sure * chance * np.linalg.norm(gated) and np.linalg.norm(search.beyond(inside)) > outside:
+        if outside < sure * chance * size and fresh > outside + rounding * size:
             search.exclude(inside)
             labels.append(label)
             gates.append(gate)
-            outsides.append(outside / (chance * np.linalg.norm(gated)))
+            outsides.append(outside / (chance * size))
             found[label] += 1
             fruitless = 0
         else:
             failures[label] += 1
             fruitless += 1
     everywhere = torch.zeros(len(labels), len(rows), dtype=rows.dtype)
-    everywhere[:, live] = torch.from_numpy(np.array(gates).reshape(len(labels), -1)).to(rows)
+    everywhere[:, live] = torch.from_numpy(np.array(gates).reshape(len(labels), len(search.space))).to(rows)
     return Separation(torch.tensor(labels, dtype=torch.long), everywhere, torch.tensor(outsides, dtype=rows.dtype))
 
 
