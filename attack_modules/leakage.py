@@ -59,7 +59,7 @@ class Diagnosis:
 
     Attributes:
         num_images: N, given or found.
-        separated: images that could be told apart. If fewer than N, what is missing contaminates all features.
+        separated: images that could be told apart. If fewer than N, the others mix into the features of some.
         gap: singular value N of the first layer's update over singular value N + 1. Near 1, N is a guess.
         residual: relative Frobenius norm of what `Delta^T F` leaves unexplained of the first layer's update.
         conditioning: condition number of `Delta`, by which errors in the gates are amplified.
