@@ -75,7 +75,7 @@ class FeatureInversion(Attack):
         if found.separated < found.num_images:
             rank_zero_warn(
                 f"Only {found.separated} of {found.num_images} images could be told apart: they share classes, and no "
-                "gates of the others were found. They mix into the features of some that were, mostly of their own class."
+                "gates of the others were found. They mix into the features of some images, mostly of their class."
             )
         if len(self.leakage.labels.unique()) < len(self.leakage.labels) and len(model.head) == 1:
             rank_zero_warn(
