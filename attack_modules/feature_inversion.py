@@ -82,10 +82,16 @@ class FeatureInversion(Attack):
                 labels=None if beliefs.labels is None else torch.tensor(beliefs.labels),
             ),
         )
-        if len(self.leakage.labels.unique()) < len(self.leakage.labels) and len(model.head) > 1:
+        found = self.leakage.diagnosis
+        if found.separated < found.num_images:
             rank_zero_warn(
-                "Several images share a class. The last layer shows only the sum of their activations, so the features "
-                "of such images come out mixed; images that are alone in their class are not affected."
+                f"Only {found.separated} of {found.num_images} images could be told apart: they share classes, and no "
+                "gates of the others were found. They mix into the features of some images, mostly of their class."
+            )
+        if len(self.leakage.labels.unique()) < len(self.leakage.labels) and len(model.head) == 1:
+            rank_zero_warn(
+                "Several images share a class. A head of one layer shows only the sum of their features, so each of "
+                "them comes out as their mean; images that are alone in their class are not affected."
             )
         elapsed = (self.steps - 1) / (2 * self.steps)
         with torch.no_grad():
@@ -171,9 +177,10 @@ class FeatureInversion(Attack):
         subject = f"updates of {len(self.observations)} rounds hold" if several else "update holds"
         unknown = self.images[0].numel()
         return (
-            f"Attack: closed-form leakage. The head's {subject} {found.num_images} images (singular value gap "
-            f"{found.gap:.3g}, residual {found.residual:.2%}, condition number {found.conditioning:.3g}, drift "
-            f"{found.drift:.2%}), trained by {len(self.leakage.peers.unique())} peer(s) as far as it shows; labels "
+            f"Attack: closed-form leakage. The head's {subject} {found.num_images} images, {found.separated} told apart "
+            f"(singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "
+            f"{found.conditioning:.3g}, drift {found.drift:.2%}, outside {found.outside:.2%}), trained by "
+            f"{len(self.leakage.peers.unique())} peer(s) as far as it shows; labels "
             f"{observation.sources['labels']}.\n"
             f"From {self.features.shape[1]:,} features each, {unknown:,} unknown numbers an image are found by Adam at "
             f"rate {self.lr:g} for {self.trainer.max_steps} steps."

@@ -35,6 +35,7 @@ from torch.special import ndtr
 
 from attack_modules.attack import AttackError
 from attack_modules.binary_gates import binary_gates
+from attack_modules.separation import separate
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,23 @@ class Diagnosis:
 
     Attributes:
         num_images: N, given or found.
+        separated: images that could be told apart. If fewer than N, the others mix into the features of some.
         gap: singular value N of the first layer's update over singular value N + 1. Near 1, N is a guess.
         residual: relative Frobenius norm of what `Delta^T F` leaves unexplained of the first layer's update.
         conditioning: condition number of `Delta`, by which errors in the gates are amplified.
         drift: rms mismatch between activations seen by the last layer and simulated, over their mean; 0 for one layer.
             Large where lr, steps or the kind of local training are not as believed.
+        outside: of the images that were told apart by their gates, the largest `Separation.outside`: near 0 is sure,
+            1 is chance. 0 where the last layer tells them apart.
     """
 
     num_images: int
+    separated: int
     gap: float
     residual: float
     conditioning: float
     drift: float
+    outside: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Leakage:
     """The images of one aggregate, as the head saw them.
 
     Attributes:
-        labels: (N,) long.
+        labels: (N,) long; fewer rows, here and below, if not all images could be told apart.
         features: (N, D) mean over the local steps of each image's features.
         peers: (N,) long; images with one number were trained by one peer. All 0 where nothing tells (one step).
         diagnosis: of the whole.
@@ -141,8 +147,15 @@ def leak_rounds(
     targets = F.one_hot(labels, len(last[0])).to(last[0])
     if len(layers[0]) == 1:
         found = read_single(space, targets, beliefs, scale)
-    else:
+    elif len(labels.unique()) == num_images:
         found = read_stack(space, last, weight, targets, beliefs, scale, iterations)
+    elif len(layers) == 1:
+        labels, found = read_shared(space, last[0], weight[0], num_images, beliefs, scale, iterations)
+    else:
+        raise AttackError(
+            f"{len(layers)} rounds were observed and images share classes, which is read from one round alone. "
+            "Name one in `federation.observed_rounds`."
+        )
     width = next(weight.shape[1] for weight in weights[0].values() if weight.ndim == 2)
     singular = space.singular
     at, below = (singular[i].item() if i < len(singular) else space.floor for i in (num_images - 1, num_images))
@@ -152,10 +165,12 @@ def leak_rounds(
         peers=found.peers,
         diagnosis=Diagnosis(
             num_images=num_images,
+            separated=len(labels),
             gap=at / below,
             residual=found.residual,
             conditioning=torch.linalg.cond(found.errors).item(),
             drift=found.drift,
+            outside=found.outside,
         ),
     )
 
@@ -499,7 +514,14 @@ def simulate(
 
 
 def co_members(
-    drift: Tensor, seen: Tensor, gram: Tensor, past: Tensor, lr: float, influence: Tensor, iterations: int = 200
+    drift: Tensor,
+    seen: Tensor,
+    gram: Tensor,
+    past: Tensor,
+    lr: float,
+    influence: Tensor,
+    iterations: int = 200,
+    mixing: Tensor | None = None,
 ) -> Tensor:
     """(N, N) symmetric, non-negative influence of images on each other that best explains their activations' drift.
 
@@ -513,10 +535,12 @@ def co_members(
         lr: of the peers.
         influence: (N, N) first guess.
         iterations: of the projected gradient.
+        mixing: (N, N) metric of the misfit, where the drift of some images shows only in sums; None: of each alone.
     """
 
     def gradient(matrix: Tensor, target: Tensor | float) -> Tensor:
-        slope = (seen * ((matrix * gram) @ past * lr - target)) @ past.T * gram * lr
+        misfit = seen * ((matrix * gram) @ past * lr - target)
+        slope = seen * (misfit if mixing is None else mixing @ misfit) @ past.T * gram * lr
         return (slope + slope.T) / 2
 
     direction = gram
@@ -555,25 +579,29 @@ def offset_to_match(preactivations: Tensor, activations: Tensor) -> Tensor:
     return torch.where(target > 0, shift, (-ordered[0]).clamp_max(0))
 
 
-def gates_of_trajectory(path: Trajectory, activations: Tensor, width: float) -> Gates:
-    """Gates from a simulated trajectory, shifted unit by unit to give the mean activations (N, H) that were seen.
+def gates_of_trajectory(path: Trajectory, activations: Tensor | None, width: float) -> Gates:
+    """Gates from a simulated trajectory, shifted unit by unit to give the mean activations (N, H), if they were seen.
 
     `width`, in mean activations of the image, is the standard deviation of a pre-activation that is left after that.
     """
-    matched = path.preactivations + offset_to_match(path.preactivations, activations)
-    active = ndtr(matched / (width * mean_activation(activations))) * probably_active(activations)
+    if activations is None:
+        active = ndtr(path.preactivations / (width * mean_activation(path.activations)))
+    else:
+        matched = path.preactivations + offset_to_match(path.preactivations, activations)
+        active = ndtr(matched / (width * mean_activation(activations))) * probably_active(activations)
     return Gates((path.errors * active).mean(0) / path.errors.mean(0), (active * (1 - active)).mean(0))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one solver found: `coordinates` (N, r) of the features, `errors` (N, out), `peers` (N,), two residuals."""
+    """What one solver found: `coordinates` (N, r) of the features, `errors` (N, out), `peers` (N,), residuals."""
 
     coordinates: Tensor
     errors: Tensor
     peers: Tensor
     residual: float
     drift: float
+    outside: float = 0.0
 
 
 def read_single(space: RowSpace, targets: Tensor, beliefs: PeerTraining, scale: float) -> Reading:
@@ -673,3 +701,78 @@ def read_stack(
         path = train(features, influence)
         readings.append(reading(path))
     return min(readings, key=lambda found: found.drift)  # a simulation from poor features leads away
+
+
+def read_shared(
+    space: RowSpace, last: Tensor, weight: Tensor, num_images: int, beliefs: PeerTraining, scale: float, iterations: int
+) -> tuple[Tensor, Reading]:
+    """Labels (N,) and features of a head of two linear layers where images share classes, as they must if few.
+
+    The last layer then shows only sums of activations. So the first layer alone tells the images apart (`separate`),
+    the gates follow from the features by simulated training, and the sums tell who trained together.
+
+    Args:
+        space: of the first layer's update.
+        last: (C, H) update of the last layer, (C, H + 1) with a bias.
+        weight: of the last layer before the round, of the same shape.
+        num_images: N.
+        beliefs: how the peers trained.
+        scale: N / (lr * steps).
+        iterations: rounds of features -> simulated trajectory -> gates -> features.
+
+    Raises:
+        AttackError: not one image can be told apart.
+    """
+    hidden, steps, rows = len(space.rows), beliefs.steps, space.rows * scale
+    half_way = (steps - 1) / (2 * steps)
+    middle = (weight - last * half_way)[:, :hidden]
+    class_errors = middle.mean(0) - middle  # of a model that knows nothing yet
+    if beliefs.labels is None:
+        sums = last[:, :hidden].sum(1)  # falls with each image that a class has
+        quota = num_images / len(last) * (1 - sums / (2 * sums.max()))
+    else:
+        quota = beliefs.labels.bincount(minlength=len(last))
+    first = space.weight - space.rows * half_way
+    separation = separate(rows, first, class_errors, num_images, quota, exact=beliefs.labels is not None)
+    if not len(separation.labels):
+        raise AttackError(
+            f"Images of the {num_images} in this aggregate share classes, and none of them can be told apart: no gates "
+            "agree with the first layer's update. The model may be too well trained, the learning rate or the number "
+            "of local steps too high, or the number of images wrong. Attack it by gradient matching instead."
+        )
+    order = separation.labels.argsort(stable=True)
+    if beliefs.labels is not None and len(order) == len(beliefs.labels):
+        order = order[beliefs.labels.argsort(stable=True).argsort()]
+    labels, gates = separation.labels[order], separation.gates[order]
+    targets = F.one_hot(labels, len(last)).to(last)
+
+    def train(features: Tensor, influence: Tensor) -> Trajectory:
+        gram, start = features @ features.T, features @ space.weight.T
+        return simulate(gram, start, weight, targets, influence, beliefs.lr, steps, weight.shape[1] > hidden)
+
+    regression = GateRegression(rows, num_images)
+    features = torch.linalg.lstsq((gates * class_errors[labels]).T, rows, driver="gelsd").solution
+    influence = torch.full((len(labels), len(labels)), 1 / num_images, dtype=rows.dtype)
+    path = train(features, influence)
+    for _ in range(iterations):
+        gram = features @ features.T
+        if steps > 1:
+            # differences between the probabilities of one class's images are too small to tell them apart
+            missing = last[:, :hidden] * scale - path.residuals.T @ path.activations
+            shown = path.activations + torch.linalg.pinv(path.residuals.T, rtol=0.1) @ missing
+            seen = (path.preactivations > 0).all(0).to(rows)
+            mixing = path.residuals @ path.residuals.T
+            drift = path.preactivations[0] - shown
+            influence = co_members(drift, seen, gram, path.past, beliefs.lr, influence, mixing=mixing)
+            path = train(features, influence)
+        errors = path.errors.mean(0)
+        noise = regression.noise * torch.linalg.pinv(gram, hermitian=True).diagonal()
+        belief = regression.best(partial(gates_of_trajectory, path, None), errors, noise)
+        gated = belief.mean * errors
+        features = regress_features(rows, gated, belief.variance * errors**2, regression.noise)
+        path = train(features, influence)
+    peers = group_peers(influence) if steps > 1 else torch.zeros_like(labels)
+    residual = ((rows - gated.T @ features).norm() / rows.norm()).item()
+    sums = path.residuals.T @ path.activations
+    drift = ((sums - last[:, :hidden] * scale).norm() / sums.norm()).item()
+    return labels, Reading(features, gated, peers, residual, drift, separation.outside.max().item())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attack_modules.attack import AttackError
 from attack_modules.leakage import (
+    Leakage,
     PeerTraining,
     RowSpace,
     augmented,
@@ -25,11 +26,13 @@ from attack_modules.leakage import (
 CLASSES, HIDDEN, WIDTH = 40, 48, 60
 
 
-def make_head(bias: bool = False, single: bool = False, seed: int = 0) -> nn.Sequential:
+def make_head(
+    bias: bool = False, single: bool = False, seed: int = 0, classes: int = CLASSES, hidden: int = HIDDEN
+) -> nn.Sequential:
     torch.manual_seed(seed)
     if single:
-        return nn.Sequential(nn.Linear(WIDTH, CLASSES, bias=bias)).double()
-    layers = [nn.Linear(WIDTH, HIDDEN, bias=bias), nn.ReLU(), nn.Linear(HIDDEN, CLASSES, bias=bias)]
+        return nn.Sequential(nn.Linear(WIDTH, classes, bias=bias)).double()
+    layers = [nn.Linear(WIDTH, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, classes, bias=bias)]
     return nn.Sequential(*layers).double()
 
 
@@ -64,6 +67,15 @@ def relative_error(found: Tensor, truth: Tensor) -> Tensor:
     return (found.double() - truth).norm(dim=1) / truth.norm(dim=1)
 
 
+def check_matched(found: Leakage, features: Tensor, labels: Tensor, error: float) -> None:
+    """Every image is found once, with its label; images of one class in any order."""
+    distances = torch.cdist(found.features.double(), features) / features.norm(dim=1)
+    nearest = distances.argmin(1)
+    assert sorted(nearest.tolist()) == list(range(len(labels)))
+    assert found.labels.tolist() == labels[nearest].tolist()
+    assert distances.amin(1).max() < error
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("single", [False, True])
 def test_one_step_is_exact(bias: bool, single: bool) -> None:
@@ -87,6 +99,51 @@ def test_several_steps_beat_first_order() -> None:
     found = leak(update, before, PeerTraining(lr=0.02, steps=4))
     assert relative_error(found.features, features).max() < 2e-3
     assert found.diagnosis.drift < 0.01
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_classes_are_exact(bias: bool) -> None:
+    labels = torch.tensor([0, 0, 1, 3, 3, 3])
+    features = make_features(len(labels))
+    update, before = train(make_head(bias, classes=4, hidden=128), features, labels, lr=0.01, steps=1)
+    found = leak(update, before, PeerTraining(lr=0.01, steps=1))
+    assert found.labels.tolist() == labels.tolist()
+    assert found.diagnosis.separated == found.diagnosis.num_images == len(labels)
+    assert found.diagnosis.outside < 0.1
+    check_matched(found, features, labels, 1e-5)
+
+
+def test_shared_class_among_many_is_exact() -> None:
+    labels = torch.tensor([3, 7, 7, 15, 22, 22])
+    features = make_features(len(labels))
+    update, before = train(make_head(hidden=128), features, labels, lr=0.01, steps=1)
+    check_matched(leak(update, before, PeerTraining(lr=0.01, steps=1)), features, labels, 1e-5)
+
+
+def test_given_shared_labels_keep_their_order() -> None:
+    labels = torch.tensor([22, 3, 22, 7])
+    features = make_features(len(labels))
+    update, before = train(make_head(hidden=128), features, labels, lr=0.01, steps=1)
+    found = leak(update, before, PeerTraining(lr=0.01, steps=1, labels=labels))
+    assert found.labels.tolist() == labels.tolist()
+    check_matched(found, features, labels, 1e-5)
+
+
+def test_shared_classes_over_several_steps() -> None:
+    labels = torch.tensor([0, 0, 1, 3, 3, 3])
+    features = make_features(len(labels))
+    update, before = train(make_head(classes=4, hidden=128), features, labels, lr=0.01, steps=3, peers=2)
+    check_matched(leak(update, before, PeerTraining(lr=0.01, steps=3)), features, labels, 0.01)
+
+
+def test_what_cannot_be_told_apart_shows() -> None:
+    labels = torch.tensor([0, 0, 1, 3, 3, 3])
+    update, before = train(make_head(classes=4, hidden=128), make_features(len(labels)), labels, lr=0.01, steps=1)
+    torch.manual_seed(0)
+    layers = {name: weight.clone() for name, weight in before.items()}
+    layers["2.weight"] = torch.randn_like(layers["2.weight"])  # another model: no gates agree with the update
+    with pytest.raises(AttackError, match="none of them can be told apart"):
+        leak(update, layers, PeerTraining(lr=0.01, steps=1))
 
 
 def test_given_labels_keep_their_order() -> None:
