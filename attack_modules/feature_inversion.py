@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.feature_drift import mean_features
-from attack_modules.labels import local_steps
 from attack_modules.leakage import Leakage, PeerTraining, leak_rounds
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from fl_lightning.client import Tensors
@@ -71,12 +70,18 @@ class FeatureInversion(Attack):
         device = self.trainer.strategy.root_device
         updates = [self.update_of(observation) for observation in self.observations]
         model = observation.build_model()
-        beliefs, self.steps = observation.beliefs, local_steps(observation)
+        beliefs, self.steps = observation.beliefs, observation.beliefs.local_steps
+        if beliefs.batch_size and not beliefs.client_sizes:
+            rank_zero_warn(
+                f"The peers train in batches of {beliefs.batch_size}, but how many images each of them holds is not "
+                f"believed, so that one step an epoch is taken for granted. If they took k, the features come out k "
+                "times too large. Give `knowledge.num_clients`."
+            )
         self.leakage: Leakage = leak_rounds(
-            [_head(update) for update in updates],
+            [_head(o.without_weight_decay(u)) for o, u in zip(self.observations, updates, strict=True)],
             [_head(observation.before) for observation in self.observations],
             PeerTraining(
-                lr=beliefs.client_lr,
+                lr=beliefs.mean_rate,
                 steps=self.steps,
                 num_images=beliefs.num_images,
                 labels=None if beliefs.labels is None else torch.tensor(beliefs.labels),
@@ -149,8 +154,8 @@ class FeatureInversion(Attack):
         means = torch.zeros_like(self.features)
         for observation in self.observations:
             before = observation.build_model().to(self.device, memory_format=torch.channels_last)
-            lr = observation.beliefs.client_lr
-            means += mean_features(before, self.best, self.labels, peers, lr, self.steps) / len(self.observations)
+            rate = observation.beliefs.mean_rate
+            means += mean_features(before, self.best, self.labels, peers, rate, self.steps) / len(self.observations)
         for chunk in torch.arange(len(self.best), device=self.device).split(self.chunk_size):
             images = self.best[chunk].contiguous(memory_format=torch.channels_last)
             leaked = self.leakage.features[chunk.cpu()].to(self.device)
@@ -177,8 +182,8 @@ class FeatureInversion(Attack):
         subject = f"updates of {len(self.observations)} rounds hold" if several else "update holds"
         unknown = self.images[0].numel()
         return (
-            f"Attack: closed-form leakage. The head's {subject} {found.num_images} images, {found.separated} told apart "
-            f"(singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "
+            f"Attack: closed-form leakage. The head's {subject} {found.num_images} images, {found.separated} told "
+            f"apart (singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "
             f"{found.conditioning:.3g}, drift {found.drift:.2%}, outside {found.outside:.2%}), trained by "
             f"{len(self.leakage.peers.unique())} peer(s) as far as it shows; labels "
             f"{observation.sources['labels']}.\n"

@@ -36,7 +36,8 @@ def infer_labels(observation: Observation, update: Tensors) -> Tensor:
     probes = pink_noise(64, observation.image_shape)
     inputs = nn.Sequential(*list(model.head)[:-1])(model.embed(probes))
     probability = model.head[-1](inputs).softmax(1).mean(0)  # (C,)
-    gradient = {name: tensor / (beliefs.client_lr * local_steps(observation)) for name, tensor in update.items()}
+    rate = beliefs.mean_rate * beliefs.local_steps
+    gradient = {name: tensor / rate for name, tensor in observation.without_weight_decay(update).items()}
     if f"{last}.bias" in gradient:
         share = probability - gradient[f"{last}.bias"]
     else:
@@ -62,7 +63,7 @@ def infer_num_images(observation: Observation, update: Tensors) -> int:
     Raises:
         AttackError: the layer is too narrow for its rank to tell.
     """
-    weight = update["head.0.weight"].double()
+    weight = observation.without_weight_decay(update)["head.0.weight"].double()
     outputs, inputs = weight.shape
     rounding = observation.before["head.0.weight"].square().mean().sqrt().double() * 2**-23
     floor = rounding * (math.sqrt(outputs) + math.sqrt(inputs)) / observation.beliefs.server_lr
@@ -85,12 +86,3 @@ def pink_noise(count: int, image_shape: tuple[int, int, int], seed: int = 0) -> 
     spectrum = torch.fft.fft2(torch.randn(count, *image_shape, generator=generator)) / frequency
     noise = torch.fft.ifft2(spectrum).real
     return (0.45 + 0.25 * noise / noise.std((1, 2, 3), keepdim=True)).clamp(0, 1)
-
-
-def local_steps(observation: Observation) -> int:
-    """SGD steps that a peer is believed to take in a round."""
-    beliefs = observation.beliefs
-    if beliefs.batch_size is None or not beliefs.client_sizes:
-        return beliefs.local_epochs
-    mean_size = sum(beliefs.client_sizes) / len(beliefs.client_sizes)
-    return beliefs.local_epochs * math.ceil(mean_size / beliefs.batch_size)

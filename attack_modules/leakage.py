@@ -43,7 +43,7 @@ class PeerTraining:
     """What the attacker holds true of its peers' training.
 
     Attributes:
-        lr: rate of the peers' SGD.
+        lr: rate of the peers' SGD; with momentum, the mean factor of a step's gradient in the update.
         steps: full-batch steps that each peer takes.
         num_images: N, or None to take the rank of the first layer's update.
         labels: (N,) long in any order, or None to infer them.

@@ -1,5 +1,6 @@
 """What the attacker is told, what it guesses, and what it must infer."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -41,6 +42,23 @@ class Beliefs:
     num_images: int | None
     labels: list[int] | None
     client_sizes: list[int] | None
+
+    @property
+    def local_steps(self) -> int:
+        """SGD steps that a peer takes in a round; one an epoch where the peers' sizes are not believed."""
+        if self.batch_size is None or not self.client_sizes:
+            return self.local_epochs
+        return self.local_epochs * math.ceil(sum(self.client_sizes) / len(self.client_sizes) / self.batch_size)
+
+    @property
+    def mean_rate(self) -> float:
+        """Factor of an average step's gradient in a peer's update: `client_lr`, and what momentum adds to it.
+
+        The gradient of step s of T is in the velocity of every later step: `sum_{k <= T - s} momentum^k`.
+        """
+        steps = self.local_steps
+        summed = sum(self.momentum**later * (steps - later) for later in range(steps))
+        return self.client_lr * summed / steps
 
 
 @dataclass(frozen=True)

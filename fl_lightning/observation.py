@@ -63,6 +63,16 @@ class Observation:
             for name, mean in self.aggregated_update().items()
         }
 
+    def without_weight_decay(self, update: Tensors) -> Tensors:
+        """What the loss's gradients alone added up to in an update, to first order in the believed weight decay."""
+        beliefs = self.beliefs
+        if not beliefs.weight_decay:
+            return update
+        steps = beliefs.local_steps
+        decay = beliefs.mean_rate * steps * beliefs.weight_decay
+        half_way = (steps - 1) / (2 * steps)
+        return {name: tensor - decay * (self.before[name] - half_way * tensor) for name, tensor in update.items()}
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""

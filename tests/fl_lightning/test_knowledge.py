@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,3 +53,21 @@ def test_contradictions_and_nonsense_are_refused() -> None:
         Knowledge(num_images=3)
     with pytest.raises(KnowledgeError, match="must be positive"):
         Knowledge(client_lr=-1.0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_mean_rate_is_that_of_sgd(truth: Truth, momentum: float) -> None:
+    beliefs = replace(Knowledge().beliefs(truth), momentum=momentum)
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=beliefs.client_lr, momentum=momentum)
+    assert beliefs.local_steps == 2  # epochs, of one batch: mean size 2.5, batches of 3
+    for _ in range(beliefs.local_steps):
+        weight.grad = torch.ones(1)
+        optimizer.step()
+    assert -weight.item() == pytest.approx(beliefs.mean_rate * beliefs.local_steps)
+
+
+def test_steps_count_batches(truth: Truth) -> None:
+    beliefs = Knowledge(batch_size=1).beliefs(truth)
+    assert beliefs.local_steps == 2 * 3
+    assert Knowledge(batch_size=1, num_clients="inferred").beliefs(truth).local_steps == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fl_lightning import storage
+from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation
 from fl_lightning.models import LeNet5
 from fl_lightning.observation import Observation, describe_model
@@ -83,3 +84,12 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_json_has_no_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "numbers.json", {"psnr": float("inf"), "lpips": float("nan"), "ssim": 0.5})
     assert json.loads((tmp_path / "numbers.json").read_text()) == {"psnr": None, "lpips": None, "ssim": 0.5}
+
+
+def test_weight_decay_is_taken_out(observe: Observe, relative_error: Callable[..., float]) -> None:
+    plain = observe(Federation(client=LocalTraining(lr=0.01, local_epochs=2)))
+    decayed = observe(Federation(client=LocalTraining(lr=0.01, local_epochs=2, weight_decay=0.1)))
+    wanted, update = plain.peers_update(), decayed.peers_update()
+    assert relative_error(update, wanted) > 0.05
+    assert relative_error(decayed.without_weight_decay(update), wanted) < 0.01
+    assert plain.without_weight_decay(wanted) is wanted
