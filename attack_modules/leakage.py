@@ -24,18 +24,26 @@ Extends "Federated Learning Nodes Can Reconstruct Peers' Image Data" (arXiv 2410
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.special import ndtr
 
 from attack_modules.attack import AttackError
 from attack_modules.binary_gates import binary_gates
+from attack_modules.gates import GateRegression, Gates, gates_of_activations, regress_features
 from attack_modules.separation import separate
+from attack_modules.trajectory import (
+    Trajectory,
+    co_members,
+    gates_of_trajectory,
+    group_peers,
+    side_by_side,
+    simulate,
+)
 
 
 @dataclass(frozen=True)
@@ -306,290 +314,6 @@ def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: i
         inputs = torch.linalg.lstsq((probabilities - targets).T, gradient, driver="gelsd").solution
         probabilities = (inputs @ weight.T).softmax(1)
     return inputs, probabilities
-
-
-@dataclass(frozen=True)
-class Gates:
-    """A belief about every gate: mean and variance (N, H) of the share of the steps in which a unit was active."""
-
-    mean: Tensor
-    variance: Tensor
-
-
-class GateRegression:
-    """Gates that agree with the first layer's update: `gates * errors` must lie in its column space.
-
-    Args:
-        rows: (H, r) the first layer's summed gradient.
-        num_images: its rank, N.
-    """
-
-    def __init__(self, rows: Tensor, num_images: int) -> None:
-        vectors, singular, _ = torch.linalg.svd(rows, full_matrices=True)
-        left_null = vectors[:, num_images:]
-        self.num_constraints = left_null.shape[1]
-        self.outside = left_null @ left_null.T
-        live = int((rows != 0).any(1).sum())
-        #: variance of one entry of `rows` that no rank-N product explains
-        self.noise = singular[num_images:].square().sum().item() / max(live - num_images, 1) ** 2
-
-    def posterior(self, prior: Gates, errors: Tensor, noise: Tensor) -> tuple[Gates, float]:
-        """Gates given the constraint, and the log evidence of the prior.
-
-        Args:
-            prior: independent Gaussian gates.
-            errors: (N, H) back-propagated errors with every gate open.
-            noise: (N,) variance to which a constraint on image n holds; raised where the prior leaves more.
-        """
-        count = int((prior.variance > 1e-7).sum(1).max())  # the rest cannot move by 1e-3
-        if not count or not self.num_constraints:
-            return prior, -math.inf
-        parts = [
-            self._posterior(Gates(prior.mean[part], prior.variance[part]), errors[part], noise[part], count)
-            for part in torch.arange(len(errors)).split(max(2**24 // count**2, 1))  # bounds memory
-        ]
-        means, variances = ([getattr(gates, name) for gates, _ in parts] for name in ("mean", "variance"))
-        return Gates(torch.cat(means), torch.cat(variances)), sum(evidence for _, evidence in parts)
-
-    def _posterior(self, prior: Gates, errors: Tensor, noise: Tensor, count: int) -> tuple[Gates, float]:
-        """`posterior` with the `count` most uncertain gates of each image free."""
-        units = prior.variance.topk(count, 1).indices
-        spread = (prior.variance.gather(1, units).sqrt() * errors.gather(1, units))[..., None]  # (N, u, 1)
-        gram = self.outside[units[:, :, None], units[:, None]] * spread * spread.mT
-        violation = (prior.mean * errors) @ self.outside
-        pull = violation.gather(1, units)[..., None] * spread
-        total = (violation * prior.mean * errors).sum(1)
-        identity = torch.eye(count, dtype=gram.dtype)
-        noise = noise.clamp_min(1e-12 * errors.square().mean().item())  # what float64 resolves
-        for _ in range(3):
-            factor = torch.linalg.cholesky(gram / noise[:, None, None] + identity)
-            shift = -torch.cholesky_solve(pull, factor) / noise[:, None, None]
-            misfit = (total + (pull * shift).sum((1, 2))) / noise
-            log_evidence = -0.5 * (misfit + self.num_constraints * noise.log()).sum() - (
-                factor.diagonal(dim1=1, dim2=2).log().sum()
-            )
-            noise = noise * (misfit / self.num_constraints).clamp_min(1)
-        deviation = prior.variance.gather(1, units).sqrt()
-        mean = prior.mean.scatter_add(1, units, deviation * shift[..., 0])
-        shrunk = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
-        variance = prior.variance.scatter(1, units, deviation**2 * shrunk)
-        return Gates(mean, variance), log_evidence.item()
-
-    def best(self, prior: Callable[[float], Gates], errors: Tensor, noise: Tensor, width: float = 0.01) -> Gates:
-        """Posterior under the prior of greatest evidence, climbing from `width` in factors of 2."""
-        best, evidence = self.posterior(prior(width), errors, noise)
-        for factor in (2.0, 0.5):
-            while 1e-5 < (trial := width * factor) < 1:
-                gates, trial_evidence = self.posterior(prior(trial), errors, noise)
-                if trial_evidence <= evidence:
-                    break
-                best, evidence, width = gates, trial_evidence, trial
-        return best
-
-
-def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: float, iterations: int = 3) -> Tensor:
-    """(N, r) features from `rows = errors^T features`; hidden units weigh by the inverse of their residual variance.
-
-    Images resemble each other, so what `rows` leave open is drawn to the images' mean: features are taken as Gaussian
-    about it. That matters only where there are nearly as many images as units.
-
-    Args:
-        rows: (H, r) summed gradient of the first layer.
-        errors: (N, H) gated errors `Delta`.
-        variance: (N, H) of its entries, by which units are weighted at first.
-        noise: variance of an entry of `rows`.
-        iterations: of the weights of the units.
-    """
-    count, live = len(errors), int((rows != 0).any(1).sum())
-    spread = rows.square().sum() / errors.square().sum() / rows.shape[1]
-    eps = torch.finfo(rows.dtype).eps
-    noise = noise + eps * rows.square().mean().item()
-    residual = variance.sum(0) * spread
-    identity = torch.eye(count, dtype=rows.dtype)
-    for _ in range(iterations + 1):
-        weight = (noise + residual).rsqrt()
-        weighted = errors * weight
-        gram = weighted @ weighted.T
-        prior = (identity - 1 / count) / spread + count * eps * gram.trace() * identity
-        factor = torch.linalg.cholesky(gram + prior)
-        features = torch.cholesky_solve(weighted @ (rows * weight[:, None]), factor)
-        spent = torch.cholesky_solve(gram, factor).trace()  # degrees of freedom that the fit took from the residual
-        residual = (rows - errors.T @ features).square().mean(1) / (1 - spent / live).clamp_min(1 / live)
-        spread = (features - features.mean(0)).square().mean().clamp_min(eps * features.square().mean())
-    return features
-
-
-def probably_active(activations: Tensor) -> Tensor:
-    """(N, H) probability that a unit was active in any step, given its mean activation with noise.
-
-    An activation is never negative, so the negative values show each image's noise.
-    """
-    noise = activations.clamp_max(0).square().sum(1, keepdim=True) / (activations < 0).sum(1, keepdim=True).clamp_min(1)
-    noise = noise.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    standard = activations / noise
-    log_on = torch.special.log_ndtr(standard) - mean_activation(activations).log()
-    log_off = -standard.square() / 2 - noise.log() - math.log(2 * math.pi) / 2
-    return torch.sigmoid(log_on - log_off)
-
-
-def gates_of_activations(activations: Tensor, width: float) -> Gates:
-    """Gates from mean activations (N, H) alone.
-
-    A unit that was active was so in all steps if its activation is large; near zero, in some steps only. `width`, in
-    mean activations of the image, is what counts as near.
-    """
-    active = probably_active(activations)
-    share = -torch.expm1(-activations.clamp_min(0) / (width * mean_activation(activations)))
-    return Gates(active * share, active * share * (1 - share) / 3 + share.square() * active * (1 - active))
-
-
-def mean_activation(activations: Tensor) -> Tensor:
-    """(N, 1) mean of each image's positive activations."""
-    return activations.clamp_min(0).sum(1, keepdim=True) / (activations > 0).sum(1, keepdim=True).clamp_min(1)
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The head's training as simulated from a features estimate; T steps, N images.
-
-    Attributes:
-        preactivations: (T, N, H).
-        errors: (T, N, H) back-propagated errors with every gate open.
-        activations: (N, H) mean over the steps.
-        past: (N, H) mean over the steps of the summed gated errors before each: what moves other images.
-        residuals: (N, C) mean of `p - y`.
-    """
-
-    preactivations: Tensor
-    errors: Tensor
-    activations: Tensor
-    past: Tensor
-    residuals: Tensor
-
-
-def side_by_side(paths: Sequence[Trajectory]) -> Trajectory:
-    """Several rounds as one, their units (and classes, in `residuals`) side by side."""
-    names = [field.name for field in fields(Trajectory)]
-    return Trajectory(*(torch.cat([getattr(path, name) for path in paths], -1) for name in names))
-
-
-def simulate(
-    gram: Tensor, start: Tensor, weight: Tensor, targets: Tensor, influence: Tensor, lr: float, steps: int, bias: bool
-) -> Trajectory:
-    """Full-batch SGD of the head on fixed features, every image in its own peer's company.
-
-    Args:
-        gram: (N, N) inner products of the features.
-        start: (N, H) pre-activations before the round.
-        weight: (C, H) of the last layer before the round, (C, H + 1) with `bias`.
-        targets: (N, C) one-hot.
-        influence: (N, N) weight of image m in the gradient that moves image n: 1 / peer size, or 0 for strangers.
-        lr: of the peers.
-        steps: that each of them takes.
-        bias: whether the last layer has one.
-    """
-    past_errors, total = torch.zeros_like(start), torch.zeros_like(start)
-    inputs, residuals, preactivations, errors = [], [], [], []
-    width = start.shape[1]
-    for _ in range(steps):
-        past_errors = past_errors + total / steps
-        preactivation = start - lr * (gram * influence) @ total
-        active = F.pad(preactivation.relu(), (0, int(bias)), value=1.0)
-        logits = active @ weight.T
-        for earlier, residual in zip(inputs, residuals, strict=True):
-            logits = logits - lr * (active @ earlier.T * influence) @ residual
-        now = logits.softmax(1) - targets
-        error = now @ weight[:, :width]
-        for earlier, residual in zip(inputs, residuals, strict=True):
-            error = error - lr * (now @ residual.T * influence) @ earlier[:, :width]
-        total = total + error * (preactivation > 0)
-        inputs.append(active)
-        residuals.append(now)
-        preactivations.append(preactivation)
-        errors.append(error)
-    stack = torch.stack
-    return Trajectory(
-        stack(preactivations), stack(errors), stack(inputs).mean(0)[:, :width], past_errors, stack(residuals).mean(0)
-    )
-
-
-def co_members(
-    drift: Tensor,
-    seen: Tensor,
-    gram: Tensor,
-    past: Tensor,
-    lr: float,
-    influence: Tensor,
-    iterations: int = 200,
-    mixing: Tensor | None = None,
-) -> Tensor:
-    """(N, N) symmetric, non-negative influence of images on each other that best explains their activations' drift.
-
-    Least squares `drift ~ lr * (influence * gram) @ past` on the entries `seen`, by accelerated projected gradient.
-
-    Args:
-        drift: (N, H) pre-activation before the round minus mean activation during it.
-        seen: (N, H) where a unit was active throughout, so that the drift shows.
-        gram: (N, N) inner products of the features.
-        past: (N, H) as in `Trajectory`.
-        lr: of the peers.
-        influence: (N, N) first guess.
-        iterations: of the projected gradient.
-        mixing: (N, N) metric of the misfit, where the drift of some images shows only in sums; None: of each alone.
-    """
-
-    def gradient(matrix: Tensor, target: Tensor | float) -> Tensor:
-        misfit = seen * ((matrix * gram) @ past * lr - target)
-        slope = seen * (misfit if mixing is None else mixing @ misfit) @ past.T * gram * lr
-        return (slope + slope.T) / 2
-
-    direction = gram
-    for _ in range(50):
-        direction = gradient(direction / direction.norm(), 0.0)
-    step = 1 / (1.05 * direction.norm())
-    ahead, momentum = influence, 1.0
-    for _ in range(iterations):
-        new = (ahead - step * gradient(ahead, drift)).clamp_min(0)
-        next_momentum = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = new + (momentum - 1) / next_momentum * (new - influence)
-        influence, momentum = new, next_momentum
-    return influence
-
-
-def group_peers(influence: Tensor) -> Tensor:
-    """(N,) peer of each image: those whose rows of `influence` (N, N) point the same way, linked transitively."""
-    unit = F.normalize(influence, dim=1)
-    linked = unit @ unit.T > 0.5
-    peers = torch.arange(len(influence))
-    while not torch.equal(peers, merged := torch.where(linked, peers[None], len(peers)).amin(1)):
-        peers = merged
-    return peers.unique(return_inverse=True)[1]
-
-
-def offset_to_match(preactivations: Tensor, activations: Tensor) -> Tensor:
-    """(N, H) shift `o`, nearest to 0, after which `mean_t relu(preactivations + o)` is `activations` (N, H)."""
-    steps = len(preactivations)
-    ordered = preactivations.sort(0, descending=True).values
-    target = activations.clamp_min(0)
-    count = torch.arange(1, steps + 1, dtype=ordered.dtype)[:, None, None]
-    shifts = (steps * target - ordered.cumsum(0)) / count  # row k: if just the k largest are active
-    after = torch.cat([ordered[1:], torch.full_like(ordered[:1], -math.inf)])
-    consistent = (ordered + shifts >= 0) & (after + shifts <= 0)
-    shift = shifts.gather(0, consistent.double().argmax(0, keepdim=True))[0]
-    return torch.where(target > 0, shift, (-ordered[0]).clamp_max(0))
-
-
-def gates_of_trajectory(path: Trajectory, activations: Tensor | None, width: float) -> Gates:
-    """Gates from a simulated trajectory, shifted unit by unit to give the mean activations (N, H), if they were seen.
-
-    `width`, in mean activations of the image, is the standard deviation of a pre-activation that is left after that.
-    """
-    if activations is None:
-        active = ndtr(path.preactivations / (width * mean_activation(path.activations)))
-    else:
-        matched = path.preactivations + offset_to_match(path.preactivations, activations)
-        active = ndtr(matched / (width * mean_activation(activations))) * probably_active(activations)
-    return Gates((path.errors * active).mean(0) / path.errors.mean(0), (active * (1 - active)).mean(0))
 
 
 @dataclass(frozen=True)

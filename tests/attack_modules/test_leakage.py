@@ -12,16 +12,13 @@ from attack_modules.leakage import (
     PeerTraining,
     RowSpace,
     augmented,
-    co_members,
     count_images,
-    group_peers,
     head_inputs,
     infer_labels,
     leak,
     leak_rounds,
-    offset_to_match,
-    simulate,
 )
+from attack_modules.trajectory import co_members, group_peers, offset_to_match, simulate
 
 CLASSES, HIDDEN, WIDTH = 40, 48, 60
 

@@ -1,0 +1,148 @@
+"""Gates: in which of the local steps a hidden unit was active for an image, and the features that follow from it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gates:
+    """A belief about every gate: mean and variance (N, H) of the share of the steps in which a unit was active."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class GateRegression:
+    """Gates that agree with the first layer's update: `gates * errors` must lie in its column space.
+
+    Args:
+        rows: (H, r) the first layer's summed gradient.
+        num_images: its rank, N.
+    """
+
+    def __init__(self, rows: Tensor, num_images: int) -> None:
+        vectors, singular, _ = torch.linalg.svd(rows, full_matrices=True)
+        left_null = vectors[:, num_images:]
+        self.num_constraints = left_null.shape[1]
+        self.outside = left_null @ left_null.T
+        live = int((rows != 0).any(1).sum())
+        #: variance of one entry of `rows` that no rank-N product explains
+        self.noise = singular[num_images:].square().sum().item() / max(live - num_images, 1) ** 2
+
+    def posterior(self, prior: Gates, errors: Tensor, noise: Tensor) -> tuple[Gates, float]:
+        """Gates given the constraint, and the log evidence of the prior.
+
+        Args:
+            prior: independent Gaussian gates.
+            errors: (N, H) back-propagated errors with every gate open.
+            noise: (N,) variance to which a constraint on image n holds; raised where the prior leaves more.
+        """
+        count = int((prior.variance > 1e-7).sum(1).max())  # the rest cannot move by 1e-3
+        if not count or not self.num_constraints:
+            return prior, -math.inf
+        parts = [
+            self._posterior(Gates(prior.mean[part], prior.variance[part]), errors[part], noise[part], count)
+            for part in torch.arange(len(errors)).split(max(2**24 // count**2, 1))  # bounds memory
+        ]
+        means, variances = ([getattr(gates, name) for gates, _ in parts] for name in ("mean", "variance"))
+        return Gates(torch.cat(means), torch.cat(variances)), sum(evidence for _, evidence in parts)
+
+    def _posterior(self, prior: Gates, errors: Tensor, noise: Tensor, count: int) -> tuple[Gates, float]:
+        """`posterior` with the `count` most uncertain gates of each image free."""
+        units = prior.variance.topk(count, 1).indices
+        spread = (prior.variance.gather(1, units).sqrt() * errors.gather(1, units))[..., None]  # (N, u, 1)
+        gram = self.outside[units[:, :, None], units[:, None]] * spread * spread.mT
+        violation = (prior.mean * errors) @ self.outside
+        pull = violation.gather(1, units)[..., None] * spread
+        total = (violation * prior.mean * errors).sum(1)
+        identity = torch.eye(count, dtype=gram.dtype)
+        noise = noise.clamp_min(1e-12 * errors.square().mean().item())  # what float64 resolves
+        for _ in range(3):
+            factor = torch.linalg.cholesky(gram / noise[:, None, None] + identity)
+            shift = -torch.cholesky_solve(pull, factor) / noise[:, None, None]
+            misfit = (total + (pull * shift).sum((1, 2))) / noise
+            log_evidence = -0.5 * (misfit + self.num_constraints * noise.log()).sum() - (
+                factor.diagonal(dim1=1, dim2=2).log().sum()
+            )
+            noise = noise * (misfit / self.num_constraints).clamp_min(1)
+        deviation = prior.variance.gather(1, units).sqrt()
+        mean = prior.mean.scatter_add(1, units, deviation * shift[..., 0])
+        shrunk = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
+        variance = prior.variance.scatter(1, units, deviation**2 * shrunk)
+        return Gates(mean, variance), log_evidence.item()
+
+    def best(self, prior: Callable[[float], Gates], errors: Tensor, noise: Tensor, width: float = 0.01) -> Gates:
+        """Posterior under the prior of greatest evidence, climbing from `width` in factors of 2."""
+        best, evidence = self.posterior(prior(width), errors, noise)
+        for factor in (2.0, 0.5):
+            while 1e-5 < (trial := width * factor) < 1:
+                gates, trial_evidence = self.posterior(prior(trial), errors, noise)
+                if trial_evidence <= evidence:
+                    break
+                best, evidence, width = gates, trial_evidence, trial
+        return best
+
+
+def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: float, iterations: int = 3) -> Tensor:
+    """(N, r) features from `rows = errors^T features`; hidden units weigh by the inverse of their residual variance.
+
+    Images resemble each other, so what `rows` leave open is drawn to the images' mean: features are taken as Gaussian
+    about it. That matters only where there are nearly as many images as units.
+
+    Args:
+        rows: (H, r) summed gradient of the first layer.
+        errors: (N, H) gated errors `Delta`.
+        variance: (N, H) of its entries, by which units are weighted at first.
+        noise: variance of an entry of `rows`.
+        iterations: of the weights of the units.
+    """
+    count, live = len(errors), int((rows != 0).any(1).sum())
+    spread = rows.square().sum() / errors.square().sum() / rows.shape[1]
+    eps = torch.finfo(rows.dtype).eps
+    noise = noise + eps * rows.square().mean().item()
+    residual = variance.sum(0) * spread
+    identity = torch.eye(count, dtype=rows.dtype)
+    for _ in range(iterations + 1):
+        weight = (noise + residual).rsqrt()
+        weighted = errors * weight
+        gram = weighted @ weighted.T
+        prior = (identity - 1 / count) / spread + count * eps * gram.trace() * identity
+        factor = torch.linalg.cholesky(gram + prior)
+        features = torch.cholesky_solve(weighted @ (rows * weight[:, None]), factor)
+        spent = torch.cholesky_solve(gram, factor).trace()  # degrees of freedom that the fit took from the residual
+        residual = (rows - errors.T @ features).square().mean(1) / (1 - spent / live).clamp_min(1 / live)
+        spread = (features - features.mean(0)).square().mean().clamp_min(eps * features.square().mean())
+    return features
+
+
+def probably_active(activations: Tensor) -> Tensor:
+    """(N, H) probability that a unit was active in any step, given its mean activation with noise.
+
+    An activation is never negative, so the negative values show each image's noise.
+    """
+    noise = activations.clamp_max(0).square().sum(1, keepdim=True) / (activations < 0).sum(1, keepdim=True).clamp_min(1)
+    noise = noise.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    standard = activations / noise
+    log_on = torch.special.log_ndtr(standard) - mean_activation(activations).log()
+    log_off = -standard.square() / 2 - noise.log() - math.log(2 * math.pi) / 2
+    return torch.sigmoid(log_on - log_off)
+
+
+def gates_of_activations(activations: Tensor, width: float) -> Gates:
+    """Gates from mean activations (N, H) alone.
+
+    A unit that was active was so in all steps if its activation is large; near zero, in some steps only. `width`, in
+    mean activations of the image, is what counts as near.
+    """
+    active = probably_active(activations)
+    share = -torch.expm1(-activations.clamp_min(0) / (width * mean_activation(activations)))
+    return Gates(active * share, active * share * (1 - share) / 3 + share.square() * active * (1 - active))
+
+
+def mean_activation(activations: Tensor) -> Tensor:
+    """(N, 1) mean of each image's positive activations."""
+    return activations.clamp_min(0).sum(1, keepdim=True) / (activations > 0).sum(1, keepdim=True).clamp_min(1)
