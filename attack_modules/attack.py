@@ -20,6 +20,8 @@ class Reconstruction(NamedTuple):
     """(N, C, H, W) float in [0, 1]."""
     labels: Tensor
     """(N,) long."""
+    scale_factor: int = 1
+    """The images were found this much smaller and upsampled (bicubic); 1 if at full resolution."""
 
 
 class AttackError(AuditError):

@@ -100,7 +100,7 @@ class Evaluation(Callback):
 
     def _report(self, trainer: Trainer, attack: Attack, reconstruction: Reconstruction) -> None:
         directory = Path(trainer.log_dir)
-        images, labels = (tensor.cpu() for tensor in reconstruction)
+        images, labels = reconstruction.images.cpu(), reconstruction.labels.cpu()
         truth = self._truth(trainer)
         scorecard = None
         if truth:

@@ -159,7 +159,7 @@ class GradientInversion(Attack):
 
     def reconstruction(self) -> Reconstruction:
         best = self.get_buffer(f"best_{int(self.best_loss.argmin())}")
-        return Reconstruction(self.decode(best).float().clamp(0, 1), self.labels)
+        return Reconstruction(self.decode(best).float().clamp(0, 1), self.labels, self.scale_factor)
 
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])

@@ -1,0 +1,1 @@
+"""Diffusion models of images: one that we train, and readers of released ones."""

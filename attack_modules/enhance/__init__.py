@@ -1,0 +1,1 @@
+"""Enhancement of reconstructed images, after the attack and apart from it."""

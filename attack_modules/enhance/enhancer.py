@@ -1,0 +1,21 @@
+"""What all enhancements share: they take what an attack ends with, and give images of the same size."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from attack_modules.attack import Reconstruction
+
+
+class Enhancer(ABC):
+    """Makes better images of reconstructed ones, from those alone: no original is at hand."""
+
+    @abstractmethod
+    def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
+        """(N, C, H, W) images in [0, 1], as many, as large and in the same order as the reconstructed ones.
+
+        Args:
+            reconstruction: images (N, C, H, W) in [0, 1] with labels (N,); `scale_factor` says by how much they were
+                upsampled from what was truly reconstructed, 1 for nothing.
+            seed: of the enhancement's own randomness; the same seed gives the same images.
+        """
