@@ -12,6 +12,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import attack_modules  # noqa: F401 - short class names in YAML
 import fl_lightning.data
 import fl_lightning.models  # noqa: F401
+from attack_modules.attack import Attack
 from attack_modules.callbacks import Evaluation
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import FederatedData
@@ -67,7 +68,8 @@ class AuditCLI(LightningCLI):
             load_checkpoint(Path(ckpt_path))  # a file that is cut short or foreign is refused before work starts
 
     def after_instantiate_classes(self) -> None:
-        if isinstance(self.datamodule, FederatedData):
+        attacked = self.model is None or isinstance(self.model, Attack)  # other models train on the images themselves
+        if attacked and isinstance(self.datamodule, FederatedData):
             settings: Any = self.config_init[self.subcommand]
             self.datamodule = ObservedRounds(
                 settings.federation, self.datamodule, settings.knowledge, settings.observation
