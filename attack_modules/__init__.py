@@ -1,8 +1,24 @@
 """The attacker: from Observations to images."""
 
+from attack_modules.diffusion.latent import LatentDiffusion
+from attack_modules.diffusion.mdt import MDTv2
+from attack_modules.diffusion.small import TrainedConditional
+from attack_modules.enhance.semantic import ReconstructedImage, SemanticEnhancer
 from attack_modules.feature_inversion import FeatureInversion
 from attack_modules.inversion import GradientInversion
 from attack_modules.objectives import Cosine, SquaredL2
 from attack_modules.priors import ChromaTotalVariation, TotalVariation
 
-__all__ = ["ChromaTotalVariation", "Cosine", "FeatureInversion", "GradientInversion", "SquaredL2", "TotalVariation"]
+__all__ = [
+    "ChromaTotalVariation",
+    "Cosine",
+    "FeatureInversion",
+    "GradientInversion",
+    "LatentDiffusion",
+    "MDTv2",
+    "ReconstructedImage",
+    "SemanticEnhancer",
+    "SquaredL2",
+    "TotalVariation",
+    "TrainedConditional",
+]

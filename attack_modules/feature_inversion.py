@@ -174,7 +174,12 @@ class FeatureInversion(Attack):
         self.best_loss[chunk] = torch.minimum(self.best_loss[chunk], losses.to(self.best_loss))
 
     def reconstruction(self) -> Reconstruction:
-        return Reconstruction(self.best.float().clamp(0, 1), self.labels)
+        images = self.best.float().clamp(0, 1)
+        return Reconstruction(images, self.labels, disagreement=self._disagreement)
+
+    def _disagreement(self, images: Tensor, indices: Tensor) -> Tensor:
+        """See `Reconstruction.disagreement`: the relative error of the features that leaked."""
+        return self.feature_error(images, self.features[indices])
 
     def introduction(self) -> str:
         found, observation = self.leakage.diagnosis, self.observations[0]
