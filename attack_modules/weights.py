@@ -14,14 +14,14 @@ LISTED = 8
 """Differing names that a message shows."""
 
 
-def read_weights(path: Path, source: str, part: str | None = None) -> dict[str, Tensor]:
+def read_weights(path: Path, source: str, parts: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file or of a torch checkpoint, on the CPU.
 
     Args:
         path: the file.
         source: where to get it, for the sentence that is said when it is missing.
-        part: name of the state dict in a checkpoint that holds several; where there is none of that name, or None, the
-            checkpoint itself is the state dict.
+        parts: names of the state dict in a checkpoint that holds several, the preferred first; where there is none of
+            these, the checkpoint itself is the state dict.
 
     Raises:
         MissingFile: it is not there.
@@ -38,7 +38,8 @@ def read_weights(path: Path, source: str, part: str | None = None) -> dict[str, 
                 f"'{path}' cannot be read as safetensors: {error}. Get it anew from {source}."
             ) from error
     state = load_checkpoint(path)
-    state = state.get(part, state) if isinstance(state, Mapping) else state
+    if isinstance(state, Mapping):
+        state = next((state[part] for part in parts if part in state), state)
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise StorageError(
             f"'{path}' is a checkpoint, but not one of named tensors alone. Name the file that {source} publishes."

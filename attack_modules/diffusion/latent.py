@@ -61,7 +61,7 @@ class LatentDiffusion(ConditionalModel):
         if guidance < 1 or (power is not None and power <= 0):
             raise SettingError(f"Guidance needs a scale >= 1 and a power > 0 or null, but got {guidance} and {power}.")
         # Read first: a missing file shows at once. Whoever has weights to come needs no random ones.
-        state = weights and read_weights(weights, MDT_XL2, part="ema")
+        state = weights and read_weights(weights, MDT_XL2, parts=("ema",))
         vae_state = vae_weights and _renamed(read_weights(vae_weights, SD_VAE))
         with torch.device("meta" if state else "cpu"):
             self.backbone = backbone or MDTv2()
