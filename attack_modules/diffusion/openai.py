@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from attack_modules.diffusion.denoiser import Denoiser
+from attack_modules.diffusion.schedules import linear_beta_sigmas
 from fl_lightning.download import CHECKPOINTS, ReleasedFile
 from fl_lightning.errors import SettingError
 from fl_lightning.storage import load_checkpoint
@@ -48,8 +49,7 @@ class NoisePredictor(Denoiser):
     def __init__(self, network: UNet2DModel) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-        sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()  # of images in [-1, 1]
+        sigmas = linear_beta_sigmas()
         self.register_buffer("log_sigmas", sigmas.log().float())
         self.sigma_min, self.sigma_max = (sigmas[[0, -1]] / 2).tolist()
         self.multiple = 2 ** (len(network.config.block_out_channels) - 1)
