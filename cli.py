@@ -14,6 +14,8 @@ import fl_lightning.data
 import fl_lightning.models  # noqa: F401
 from attack_modules.attack import Attack
 from attack_modules.callbacks import Evaluation
+from attack_modules.enhance.direct import DirectEnhancement
+from attack_modules.enhance.enhancer import Enhancer
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import FederatedData
 from fl_lightning.errors import AuditError
@@ -51,7 +53,11 @@ class AuditCLI(LightningCLI):
             "folder of runs/federations named by the settings.",
         )
         parser.add_argument(
-            "--postprocess", type=Literal["none"], default="none", help="Enhancement of the reconstructed images."
+            "--postprocess",
+            type=Literal["none", "direct"] | Enhancer,
+            default="none",
+            help="Enhancement of the images: `none`, `direct` for `DirectEnhancement` as it is, or a class "
+            "with its settings.",
         )
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
@@ -66,6 +72,14 @@ class AuditCLI(LightningCLI):
         ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
         if ckpt_path not in (None, "best", "last", "hpc"):
             load_checkpoint(Path(ckpt_path))  # a file that is cut short or foreign is refused before work starts
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        enhancer = self.config_init[self.subcommand].postprocess
+        if enhancer != "none":
+            evaluation = next(callback for callback in trainer.callbacks if isinstance(callback, Evaluation))
+            evaluation.enhancer = DirectEnhancement() if enhancer == "direct" else enhancer
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         attacked = self.model is None or isinstance(self.model, Attack)  # other models train on the images themselves

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attack_modules.weights import load_strictly, read_weights
+from fl_lightning.download import CHECKPOINTS
 from fl_lightning.errors import SettingError
 from fl_lightning.storage import atomic_path
 
-SHIPPED = Path(__file__).parents[1] / "checkpoints" / "cifar10_classifier.safetensors"
+SHIPPED = CHECKPOINTS / "cifar10_classifier.safetensors"
 
 BATCH = 256
 """Images classified at a time."""

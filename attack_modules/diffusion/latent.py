@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from attack_modules.diffusion.classes import imagenet_classes
 from attack_modules.diffusion.conditional import ConditionalModel, linear_alphas
 from attack_modules.diffusion.mdt import MDTv2
-from attack_modules.metrics import CHECKPOINTS
 from attack_modules.weights import load_strictly, read_weights
+from fl_lightning.download import CHECKPOINTS
 from fl_lightning.errors import SettingError
 
 MDT_XL2 = "https://huggingface.co/shgao/MDT-XL2/resolve/main/mdt_xl2_v2_ckpt.pt"

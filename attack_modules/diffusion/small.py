@@ -15,10 +15,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from attack_modules.diffusion.classes import CIFAR10, ImageClass
 from attack_modules.diffusion.conditional import ConditionalModel
+from fl_lightning.download import CHECKPOINTS
 from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.storage import StorageError, atomic_path
 
-SHIPPED = Path(__file__).parents[2] / "checkpoints" / "cifar10_diffusion.safetensors"
+SHIPPED = CHECKPOINTS / "cifar10_diffusion.safetensors"
 
 TIMESTEPS = 1000
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 40.0, 0.5

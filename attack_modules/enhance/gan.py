@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from attack_modules.attack import Reconstruction
 from attack_modules.enhance.enhancer import Enhancer
-from attack_modules.metrics import CHECKPOINTS
 from attack_modules.weights import load_strictly, read_weights
+from fl_lightning.download import CHECKPOINTS
 from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.storage import StorageError
 
