@@ -14,8 +14,8 @@ import fl_lightning.data
 import fl_lightning.models  # noqa: F401
 from attack_modules.attack import Attack
 from attack_modules.callbacks import Evaluation
-from attack_modules.enhance.direct import DirectEnhancement
 from attack_modules.enhance.enhancer import Enhancer
+from attack_modules.enhance.named import NAMED, all_that_can_be
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import FederatedData
 from fl_lightning.errors import AuditError
@@ -54,10 +54,10 @@ class AuditCLI(LightningCLI):
         )
         parser.add_argument(
             "--postprocess",
-            type=Literal["none", "direct"] | Enhancer,
+            type=Literal["none", "direct", "gan", "semantic", "compare"] | Enhancer,
             default="none",
-            help="Enhancement of the images: `none`, `direct` for `DirectEnhancement` as it is, or a class "
-            "with its settings.",
+            help="Enhancement of the images: `none`, one that goes by its name (attack_modules/enhance/named.py), "
+            "`compare` for all of these that have their weights, or a class with its settings.",
         )
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
@@ -78,7 +78,10 @@ class AuditCLI(LightningCLI):
         enhancer = self.config_init[self.subcommand].postprocess
         if enhancer != "none":
             evaluation = next(callback for callback in trainer.callbacks if isinstance(callback, Evaluation))
-            evaluation.enhancer = DirectEnhancement() if enhancer == "direct" else enhancer
+            if enhancer == "compare":
+                evaluation.enhancers, evaluation.left_out = all_that_can_be()
+            else:
+                evaluation.enhancers = {"enhanced": enhancer if isinstance(enhancer, Enhancer) else NAMED[enhancer]()}
         return trainer
 
     def after_instantiate_classes(self) -> None:

@@ -23,6 +23,8 @@ class Reconstruction(NamedTuple):
     """(N,) long."""
     scale_factor: int = 1
     """The images were found this much smaller and upsampled (bicubic); 1 if at full resolution."""
+    num_classes: int | None = None
+    """Number of classes of the attacked model, None if it is not known."""
     disagreement: Callable[[Tensor, Tensor], Tensor] | None = None
     """(n, C, H, W) other images, and (n,) which of these reconstructions they are to replace -> (n,): how much what was
     observed speaks against each, less is better. None where the attack cannot tell it an image at a time."""

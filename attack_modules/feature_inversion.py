@@ -182,7 +182,8 @@ class FeatureInversion(Attack):
 
     def reconstruction(self) -> Reconstruction:
         images = self.best.float().clamp(0, 1)
-        return Reconstruction(images, self.labels, disagreement=self._disagreement)
+        num_classes = self.observations[0].num_classes
+        return Reconstruction(images, self.labels, num_classes=num_classes, disagreement=self._disagreement)
 
     def _disagreement(self, images: Tensor, indices: Tensor) -> Tensor:
         """See `Reconstruction.disagreement`: the relative error of the features that leaked."""

@@ -74,7 +74,7 @@ class NoiseSearch(nn.Module):
     ) -> None:
         super().__init__()
         images, labels, scale_factor = reconstruction.images, reconstruction.labels, reconstruction.scale_factor
-        _refuse_unfit(model, images, labels)
+        _refuse_unfit(model, reconstruction)
         self._model = (model,)  # no submodule: checkpoints are to hold the search alone
         self.timesteps = explicit_timesteps(timesteps, len(model.alphas))
         self.margin = margin
@@ -227,10 +227,12 @@ class SemanticEnhancer(LightningModule, Enhancer):
         arguments = (self.timesteps, self.starts, self.margin, seed, disagreement)
         return NoiseSearch(model, reconstruction, *arguments).to(reconstruction.images.device)
 
+    @torch.inference_mode(False)  # `trainer.test` is in it, but the search differentiates
     def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
+        images, labels = reconstruction.images.clone(), reconstruction.labels.clone()
         chunks = []
-        for indices in torch.arange(len(reconstruction.images)).split(self.chunk_size):
-            part = reconstruction._replace(images=reconstruction.images[indices], labels=reconstruction.labels[indices])
+        for indices in torch.arange(len(images)).split(self.chunk_size):
+            part = reconstruction._replace(images=images[indices], labels=labels[indices])
             told = reconstruction.disagreement
             search = self.search(part, seed, told and (lambda images, i=indices: told(images, i)))  # noqa: B023
             optimizer = torch.optim.Adam([search.noise], lr=self.lr)
@@ -327,12 +329,20 @@ def noise_variance(images: Tensor) -> Tensor:
     return (detail.abs().flatten(1).median(1).values / 0.6745).square()
 
 
-def _refuse_unfit(model: ConditionalModel, images: Tensor, labels: Tensor) -> None:
+def _refuse_unfit(model: ConditionalModel, reconstruction: Reconstruction) -> None:
     """Raises SettingError for images or labels that the search cannot take."""
+    images, labels = reconstruction.images, reconstruction.labels
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
         raise SettingError(
             f"Semantic enhancement takes square RGB or grey images, (N, 3 or 1, H, H), but got {tuple(images.shape)}. "
             "Cut them to a square."
+        )
+    known, attacked = len(model.classes), reconstruction.num_classes
+    if attacked not in (None, known):
+        raise SettingError(
+            f"The attacked model has {attacked} classes, but the diffusion model {known}, {model.classes[0].name} to "
+            f"{model.classes[-1].name}, so that their labels mean different things. Give `model` one that was trained "
+            "on the attacked classes, or go without semantic enhancement."
         )
     unknown = labels[(labels < 0) | (labels >= len(model.classes))].unique().tolist()
     if unknown:
