@@ -87,6 +87,10 @@ class GaussianMixture(ConditionalModel):
         images = torch.einsum("dc,ndkl,kh,lw->nchw", self.colours, latents, self.cosines, self.cosines)
         return (images + 1) / 2
 
+    def of_class(self, label: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One class's components: (K, D) means and variances, (K,) weights."""
+        return self.means[label], self.variances[label], self.weights[label]
+
     def posterior(self, noisy: Tensor, variance: float, components: tuple[Tensor, Tensor, Tensor]) -> Posterior:
         """Which components noisy images may come from.
 
@@ -117,16 +121,10 @@ class GaussianMixture(ConditionalModel):
         clean = torch.empty_like(noisy)
         for label in labels.unique().tolist():
             here = labels == label
-            clean[here] = self.denoise(
-                noisy[here], variance, (self.means[label], self.variances[label], self.weights[label])
-            )
+            clean[here] = self.denoise(noisy[here], variance, self.of_class(label))
         if self.guidance > 1:
-            everything = (
-                self.means.flatten(0, 1),
-                self.variances.flatten(0, 1),
-                self.weights.flatten() / len(self.classes),
-            )
-            free = self.denoise(noisy, variance, everything)
+            weights = self.weights.flatten() / len(self.classes)
+            free = self.denoise(noisy, variance, (self.means.flatten(0, 1), self.variances.flatten(0, 1), weights))
             clean = free + self.guidance * (clean - free)
         return ((noisy - clean) / variance**0.5).view_as(latents)
 
@@ -235,8 +233,7 @@ class MixtureFit(LightningModule):
         labels = labels.repeat(2)
         for label in labels.unique().tolist():
             here = coefficients[labels == label]
-            components = (self.mixture.means[label], self.mixture.variances[label], self.mixture.weights[label])
-            shares = self.mixture.posterior(here, 0.0, components).shares
+            shares = self.mixture.posterior(here, 0.0, self.mixture.of_class(label)).shares
             self.counts[label] += shares.sum(0)
             self.sums[label] += shares.T @ here
             self.squares[label] += shares.T @ here.square()
@@ -256,13 +253,8 @@ class MixtureFit(LightningModule):
         """Log the density of images nobody saw, and how many their own class's mixture makes likeliest."""
         images, labels = batch
         coefficients, mixture = self.mixture.encode(images).flatten(1), self.mixture
-        likelihoods = torch.stack(
-            [
-                mixture.posterior(coefficients, 0.0, (mixture.means[c], mixture.variances[c], mixture.weights[c]))[1]
-                for c in range(len(mixture.classes))
-            ],
-            dim=1,
-        )
+        by_class = [mixture.posterior(coefficients, 0.0, mixture.of_class(c)) for c in range(len(mixture.classes))]
+        likelihoods = torch.stack([posterior.log_likelihood for posterior in by_class], dim=1)
         own = likelihoods.gather(1, labels[:, None]).mean() / coefficients.shape[1]
         self.log("log_density", own, prog_bar=True, batch_size=len(images))
         correct = (likelihoods.argmax(1) == labels).float().mean()

@@ -40,7 +40,7 @@ def test_the_transform_is_orthonormal() -> None:
 def test_denoising_is_tweedies_formula() -> None:
     model = mixture().double()
     noisy = torch.randn(5, 48, dtype=torch.float64, requires_grad=True)
-    components = (model.means[1], model.variances[1], model.weights[1])
+    components = model.of_class(1)
     density = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(components[2]),
         torch.distributions.Independent(torch.distributions.Normal(components[0], (components[1] + 0.3).sqrt()), 1),
@@ -56,7 +56,7 @@ def test_guidance_leads_away_from_the_other_classes() -> None:
     latents, alpha = torch.randn(3, 3, 4, 4), float(mixture().alphas[500])
     noisy = latents.flatten(1) / alpha**0.5
     given = torch.cat(
-        [model.denoise(noisy[[i]], 1 / alpha - 1, (model.means[c], model.variances[c], model.weights[c]))
+        [model.denoise(noisy[[i]], 1 / alpha - 1, model.of_class(c))
          for i, c in enumerate(labels.tolist())]
     )  # fmt: skip
     predicted = ((noisy - given) / (1 / alpha - 1) ** 0.5).view_as(latents)
@@ -107,7 +107,7 @@ def test_likelihood_grows(tmp_path: Path) -> None:
         coefficients = model.encode(images).flatten(1)
         total = 0.0
         for c in (0, 1):
-            components = (model.means[c], model.variances[c], model.weights[c])
+            components = model.of_class(c)
             total += model.posterior(coefficients[labels == c], 0.0, components).log_likelihood.sum().item()
         likelihoods.append(total)
     assert likelihoods == sorted(likelihoods)
