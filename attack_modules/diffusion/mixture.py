@@ -69,10 +69,7 @@ class GaussianMixture(ConditionalModel):
         self.image_size = image_size
         self.latent_shape = (3, image_size, image_size)
         self.register_buffer("alphas", edm_alphas(), persistent=False)
-        position, frequency = torch.arange(image_size) + 0.5, torch.arange(image_size)[:, None]
-        cosines = (2 / image_size) ** 0.5 * torch.cos(math.pi / image_size * frequency * position)
-        cosines[0] /= 2**0.5
-        self.register_buffer("cosines", cosines, persistent=False)
+        self.register_buffer("cosines", cosine_transform(image_size), persistent=False)
         self.register_buffer("colours", torch.tensor(COLOURS), persistent=False)
         shape = (len(class_names), components)
         self.register_buffer("means", torch.zeros(*shape, 3 * image_size**2))
@@ -128,6 +125,36 @@ class GaussianMixture(ConditionalModel):
             clean = free + self.guidance * (clean - free)
         return ((noisy - clean) / variance**0.5).view_as(latents)
 
+    def noise_variance(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The variance under which the images are likeliest, given their classes.
+
+        Images smaller than the mixture's are means over its blocks of pixels: cosines, damped by a known factor.
+        """
+        side = images.shape[-1]
+        block = self.image_size // side
+        if side * block != self.image_size:
+            return super().noise_variance(images, labels)
+        planes = images.shape[1]  # of a grey image, the grey one alone
+        small = cosine_transform(side).to(images)
+        centred = 2 * images.expand(-1, 3, -1, -1) - 1
+        coefficients = torch.einsum("dc,nchw,kh,lw->ndkl", self.colours, centred, small, small)
+        coefficients = block * coefficients[:, :planes].flatten(1)
+        frequency = torch.arange(side, device=images.device)
+        angles = math.pi / self.image_size * (frequency[:, None] * (torch.arange(block, device=images.device) + 0.5))
+        centre = math.pi / self.image_size * frequency * block / 2
+        damping = (angles - centre[:, None]).cos().mean(1)
+        gain = (damping[:, None] * damping).expand(planes, side, side).flatten()
+        variances = torch.logspace(-5, -0.3, 32, device=images.device)
+        likelihoods = images.new_empty(len(variances), len(images))
+        for label in labels.unique().tolist():
+            here, (means, spread, weights) = labels == label, self.of_class(label)
+            low = [part.view(-1, *self.latent_shape)[:, :planes, :side, :side].flatten(1) for part in (means, spread)]
+            components = (low[0] * gain, low[1] * gain.square(), weights)
+            for index, variance in enumerate(variances.tolist()):
+                noise = (2 * block) ** 2 * variance * (3 if planes == 1 else 1)  # three equal channels add up
+                likelihoods[index, here] = self.posterior(coefficients[here], noise, components).log_likelihood
+        return variances[likelihoods.argmax(0)]
+
     def save(self, path: Path) -> None:
         """Write the components, in half precision, and settings to one safetensors file, which is whole or not there.
 
@@ -137,6 +164,14 @@ class GaussianMixture(ConditionalModel):
         tensors = {name: tensor.cpu().half().contiguous() for name, tensor in self.state_dict().items()}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, {"settings": json.dumps(self.settings)})
+
+
+def cosine_transform(size: int) -> Tensor:
+    """(size, size) the orthonormal cosine transform (DCT-II), frequencies by positions."""
+    position, frequency = torch.arange(size) + 0.5, torch.arange(size)[:, None]
+    cosines = (2 / size) ** 0.5 * torch.cos(math.pi / size * frequency * position)
+    cosines[0] /= 2**0.5
+    return cosines
 
 
 class FittedMixture(GaussianMixture):

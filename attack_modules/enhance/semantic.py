@@ -47,7 +47,8 @@ class NoiseSearch(nn.Module):
 
     The best step is the first whose score no later one undercuts by more than `margin`. The score is the disagreement
     with what was observed, where that can be told an image at a time. Otherwise it is the pixel loss, in which all
-    values below the reconstruction's own noise (`noise_variance`) count as equal: to fit that noise is no merit.
+    values below the reconstruction's own noise (`ConditionalModel.noise_variance`) count as equal: to fit that noise is
+    no merit.
 
     Args:
         model: the diffusion model.
@@ -83,7 +84,7 @@ class NoiseSearch(nn.Module):
         side = max(1, min(images.shape[-1] // scale_factor, model.image_size))
         self.register_buffer("target", F.adaptive_avg_pool2d(images.float(), side))
         self.register_buffer("labels", labels)
-        self.register_buffer("tolerance", noise_variance(self.target))
+        self.register_buffer("tolerance", model.noise_variance(self.target, labels))
         self.register_buffer("best", images.new_zeros(len(images), 3, model.image_size, model.image_size))
         self.register_buffer("best_score", torch.full((len(images),), torch.inf))
         self.register_buffer("best_step", torch.zeros(len(images), dtype=torch.long))
@@ -313,20 +314,6 @@ class ReconstructedImage(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """One item for each step."""
         return DataLoader(range(max(self.trainer.max_steps, 1)), batch_size=None)
-
-
-def noise_variance(images: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N,) variance of the noise in images, by the median of their finest diagonal detail.
-
-    That detail, of an orthonormal Haar transform, is mostly noise; its median absolute value is 0.6745 standard
-    deviations of a Gaussian (Donoho and Johnstone 1994). 0 where an image has less than 2 pixels a side.
-    """
-    height, width = (2 * (side // 2) for side in images.shape[-2:])
-    if not height or not width:
-        return images.new_zeros(len(images))
-    even, odd = images[..., 0:height:2, :width], images[..., 1:height:2, :width]
-    detail = (even[..., 0::2] - even[..., 1::2] - odd[..., 0::2] + odd[..., 1::2]) / 2
-    return (detail.abs().flatten(1).median(1).values / 0.6745).square()
 
 
 def _refuse_unfit(model: ConditionalModel, reconstruction: Reconstruction) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from attack_modules.diffusion.conditional import ddim, explicit_timesteps
 from attack_modules.diffusion.small import (
@@ -104,7 +105,7 @@ def test_training_teaches_the_classes(tmp_path: Path) -> None:
         max_epochs=60, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
     )  # fmt: skip
-    trainer.fit(module, [(images, labels)])
+    trainer.fit(module, DataLoader([(images, labels)], batch_size=None))
     trained = TrainedConditional(tmp_path / "model.safetensors", guidance=1.0)
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     black, white = trained.decode(ddim(trained, noise, torch.tensor([0, 1]), explicit_timesteps(8, 1000)).latents)

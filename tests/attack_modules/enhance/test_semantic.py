@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from attack_modules.attack import Reconstruction
-from attack_modules.diffusion.conditional import ConditionalModel, ddim
+from attack_modules.diffusion.conditional import ConditionalModel, ddim, wavelet_noise
 from attack_modules.diffusion.latent import LatentDiffusion, sd_vae
 from attack_modules.diffusion.mdt import MDTv2
 from attack_modules.diffusion.small import SmallConditional
-from attack_modules.enhance.semantic import NoiseSearch, ReconstructedImage, SemanticEnhancer, noise_variance
+from attack_modules.enhance.semantic import NoiseSearch, ReconstructedImage, SemanticEnhancer
 from attack_modules.labels import pink_noise
 from cli import main
 from fl_lightning.errors import SettingError
@@ -146,10 +146,10 @@ def test_the_best_of_several_starts_goes_on() -> None:
     assert several.step()[0].item() == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_noise_variance_of_noise() -> None:
+def test_wavelet_noise() -> None:
     noise = 0.2 * torch.randn(2, 3, 65, 64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(noise_variance(noise + 0.5), torch.full((2,), 0.04), rtol=0.1, atol=0)
-    assert noise_variance(torch.ones(1, 3, 1, 1)) == 0
+    torch.testing.assert_close(wavelet_noise(noise + 0.5), torch.full((2,), 0.04), rtol=0.1, atol=0)
+    assert wavelet_noise(torch.ones(1, 3, 1, 1)) == 0
 
 
 def test_what_it_refuses() -> None:
