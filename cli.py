@@ -66,6 +66,11 @@ class AuditCLI(LightningCLI):
         if ckpt_path not in (None, "best", "last", "hpc"):
             load_checkpoint(Path(ckpt_path))  # a file that is cut short or foreign is refused before work starts
 
+    def before_instantiate_classes(self) -> None:
+        if self.config[self.config.subcommand].trainer.enable_progress_bar is False:  # else Lightning refuses ours
+            callbacks = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, RichProgressBar)]
+
     def after_instantiate_classes(self) -> None:
         if isinstance(self.datamodule, FederatedData):
             settings: Any = self.config_init[self.subcommand]
