@@ -53,7 +53,7 @@ class AuditCLI(LightningCLI):
         )
         parser.add_argument(
             "--postprocess",
-            type=Literal["none", "direct"] | Enhancer,
+            type=Enhancer | Literal["none", "direct"],  # in this order: an error of the first alone keeps its cause
             default="none",
             help="Enhancement of the images: `none`, `direct` for `DirectEnhancement` as it is, or a class "
             "with its settings.",
