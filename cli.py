@@ -13,6 +13,8 @@ import attack_modules  # noqa: F401 - short class names in YAML
 import fl_lightning.data
 import fl_lightning.models  # noqa: F401
 from attack_modules.callbacks import Evaluation
+from attack_modules.enhance.direct import DirectEnhancement
+from attack_modules.enhance.enhancer import Enhancer
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import FederatedData
 from fl_lightning.errors import AuditError
@@ -50,7 +52,11 @@ class AuditCLI(LightningCLI):
             "folder of runs/federations named by the settings.",
         )
         parser.add_argument(
-            "--postprocess", type=Literal["none"], default="none", help="Enhancement of the reconstructed images."
+            "--postprocess",
+            type=Enhancer | Literal["none", "direct"],  # in this order: an error of the first alone keeps its cause
+            default="none",
+            help="Enhancement of the images: `none`, `direct` for `DirectEnhancement` as it is, or a class "
+            "with its settings.",
         )
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
@@ -70,6 +76,14 @@ class AuditCLI(LightningCLI):
         if self.config[self.config.subcommand].trainer.enable_progress_bar is False:  # else Lightning refuses ours
             callbacks = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, RichProgressBar)]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        enhancer = self.config_init[self.subcommand].postprocess
+        if enhancer != "none":
+            evaluation = next(callback for callback in trainer.callbacks if isinstance(callback, Evaluation))
+            evaluation.enhancer = DirectEnhancement() if enhancer == "direct" else enhancer
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         if isinstance(self.datamodule, FederatedData):

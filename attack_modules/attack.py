@@ -48,6 +48,20 @@ class Attack(LightningModule, ABC):
         """The best images so far by the attack's own loss, with their labels."""
 
     @abstractmethod
+    def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
+        """How far images are from what the update says of them: 0 if it could have come from just these.
+
+        It grows where an enhancement invents what was not observed, and needs no original.
+
+        Args:
+            images: (N, C, H, W) in [0, 1], in the order of `reconstruction`.
+            labels: (N,) long, theirs.
+
+        Returns:
+            Relative distances: (N,) image by image, or () of all together where the update does not tell them apart.
+        """
+
+    @abstractmethod
     def introduction(self) -> str:
         """What the attack is going to do, in plain words."""
 

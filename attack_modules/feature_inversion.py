@@ -167,6 +167,13 @@ class FeatureInversion(Attack):
         return (self.model.embed(images) - features).square().sum(1) / features.square().sum(1)
 
     @torch.no_grad()
+    def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
+        """(N,) `|features(x) - f| / |f|`, which the labels do not enter."""
+        images = images.to(self.device)
+        chunks = zip(images.split(self.chunk_size), self.features.split(self.chunk_size), strict=True)
+        return torch.cat([self.feature_error(image, feature) for image, feature in chunks]).sqrt()
+
+    @torch.no_grad()
     def _remember(self, chunk: Tensor, losses: Tensor) -> None:
         """Keep every image's best iterate, judged with the last step's weight of the priors."""
         better = chunk[losses < self.best_loss[chunk]]

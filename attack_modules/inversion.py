@@ -111,6 +111,14 @@ class GradientInversion(Attack):
         prior = sum((prior.weight * prior(images).mean() for prior in self.priors), objective.new_zeros(()))
         return objective, prior
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()  # the simulated training differentiates
+    def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
+        """() `|simulated - observed| / |observed|` over all layers, whatever the objective weighs."""
+        images = images.detach().to(self.device).clone(memory_format=torch.channels_last)
+        simulated = self.peers.mean_update(images, labels.to(self.device).clone())
+        return SquaredL2()(simulated, self.target).sqrt().detach()
+
     def decode(self, latent: Tensor) -> Tensor:
         """(N, C, h, w) latent -> (N, C, h * scale_factor, w * scale_factor) images."""
         if self.scale_factor == 1:

@@ -187,6 +187,7 @@ def score(
     labels: Tensor,
     recogniser: Recogniser | None = None,
     lpips: Lpips | None = None,
+    assignment: Tensor | None = None,
 ) -> Scorecard:
     """Match reconstructions to originals, then measure each pair.
 
@@ -197,6 +198,7 @@ def score(
         labels: (M,) long.
         recogniser: give it only where labels are ImageNet's.
         lpips: see `Lpips.if_available`.
+        assignment: (M,) the reconstruction of each original, if that is settled, for instance before an enhancement.
 
     Raises:
         SettingError: there is no original, or shapes or lengths disagree.
@@ -213,7 +215,7 @@ def score(
     # Under bf16-mixed, Lightning calls us inside an autocast, where SSIM's small differences of large numbers vanish.
     with torch.autocast(originals.device.type, enabled=False):
         originals, labels = originals.float().clamp(0, 1), labels.cpu()
-        assignment = match(reconstructions, originals)
+        assignment = match(reconstructions, originals) if assignment is None else assignment
         found = assignment >= 0
         matched = reconstructions[assignment[found]].to(originals).clamp(0, 1)
 

@@ -59,7 +59,7 @@ def save_record(stem: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -
     path = stem.with_suffix(".safetensors")
     with atomic_path(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        digest = _sha256(temporary)
+        digest = sha256_of(temporary)
     write_json(stem.with_suffix(".json"), {**facts, "sha256": digest})
 
 
@@ -77,7 +77,7 @@ def load_record(stem: Path, version: int) -> tuple[dict[str, Tensor], dict[str, 
         )
     path = stem.with_suffix(".safetensors")
     try:
-        if _sha256(path) != facts.get("sha256"):
+        if sha256_of(path) != facts.get("sha256"):
             raise StorageError(
                 f"'{path}' is not the file that '{stem.name}.json' describes: its SHA-256 differs, so it was cut short "
                 "or changed. Delete the folder and run the federation again, or restore the file."
@@ -123,7 +123,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):  # hashlib.file_digest needs Python 3.11

@@ -11,6 +11,7 @@ from PIL import Image
 from attack_modules.labels import pink_noise
 from attack_modules.panels import save_png
 from cli import main
+from fl_lightning.errors import AuditError
 from fl_lightning.storage import StorageError
 from fl_lightning.truth import Truth
 
@@ -157,6 +158,89 @@ def test_own_images_under_any_attack_configuration(tmp_path: Path) -> None:
     (tmp_path / "own/manifest.csv").write_text("\n".join([*rows, "gone.png,cat,1"]))
     with pytest.raises((ValueError, SystemExit)):
         main([*INVERSION, "--data.csv", str(tmp_path / "own/manifest.csv")])
+
+
+SMOOTHING = """
+import torch
+from torch.nn import functional as F
+from attack_modules.diffusion.denoiser import Denoiser
+
+class Smoothing(Denoiser):
+    sigma_min, sigma_max, multiple = 0.01, 10.0, 4
+
+    def __init__(self, window: int = 3) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        smooth = F.avg_pool2d(noisy, self.window, 1, self.window // 2, count_include_pad=False)
+        return torch.lerp(noisy, smooth, (sigma / (sigma + 0.1)).view(-1, 1, 1, 1))
+"""
+
+
+@pytest.fixture
+def direct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`configs/postprocess/direct.yaml` with a denoiser that needs no weights."""
+    (tmp_path / "smoothing.py").write_text(SMOOTHING)
+    monkeypatch.syspath_prepend(tmp_path)
+    return ["--config", str(ROOT / "configs/postprocess/direct.yaml"),
+            "--postprocess.init_args.denoiser", "smoothing.Smoothing"]  # fmt: skip
+
+
+def test_enhanced_images_stand_beside_the_reconstructed_ones(
+    direct: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*INVERSION, *direct])
+    run = Path("runs/inversion/version_0")
+    assert len(list((run / "enhanced").glob("*.png"))) == len(list((run / "images").glob("*.png"))) == 12
+    assert (run / "enhanced/000.png").read_bytes() != (run / "images/000.png").read_bytes()
+    assert results(0)["postprocess"] == "DirectEnhancement"
+    enhanced = results(0)["enhanced"]
+    assert enhanced["seconds"] > 0
+    assert enhanced["misfit"] > results(0)["misfit"] > 0  # smoothing cannot fit the update better than the attack
+    with (run / "per_image.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for column, scores in (("psnr", results(0)["scores"]), ("enhanced_psnr", enhanced["scores"])):
+        assert scores["psnr_mean"] == pytest.approx(sum(float(row[column]) for row in rows) / 12, rel=1e-4)
+    printed = capsys.readouterr().out
+    assert "Enhanced by DirectEnhancement in" in printed
+    assert "misfit" in printed
+
+    # A checkpoint can be enhanced without attacking again, and with its own configuration.
+    checkpoint = str(run / "checkpoints/last.ckpt")
+    main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", checkpoint])
+    assert results(1)["scores"] == pytest.approx(results(0)["scores"], rel=1e-4)
+    assert results(1)["enhanced"]["scores"] == pytest.approx(enhanced["scores"], rel=1e-3)
+    assert results(1)["enhanced"]["misfit"] == pytest.approx(enhanced["misfit"], rel=1e-2)
+    main(["test", *INVERSION[1:], "--ckpt_path", checkpoint])
+    assert results(2)["postprocess"] == "none"
+    assert "enhanced" not in results(2)
+    height = Image.open(run / "panel.png").height
+    assert height > Image.open("runs/inversion/version_2/panel.png").height  # a row more
+
+
+def test_leakage_at_full_resolution_is_enhanced_without_truth(direct: list[str]) -> None:
+    main([*DEMO, *direct])
+    with Path("runs/demo/version_0/per_image.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["misfit"] for row in rows}) == len({row["enhanced_misfit"] for row in rows}) == 12  # image by image
+    (record,) = Path("runs/federations").iterdir()
+    for path in [record / "settings.json", *record.glob("truth/*")]:
+        path.unlink()
+    guesses = {"client_lr": 0.003, "server_lr": 1.0, "local_epochs": 3, "batch_size": "null"}
+    knowledge = [f"--knowledge.{name}={value}" for name, value in guesses.items()]
+    main([*DEMO, *direct, *knowledge, "--observation", str(record)])
+    assert results(1, "demo")["scores"] == results(1, "demo")["enhanced"]["scores"] == {}
+    assert results(1, "demo")["enhanced"]["misfit"] > 0
+
+
+def test_the_papers_enhancement_needs_its_model(capsys: pytest.CaptureFixture[str]) -> None:
+    paper = ["--config", str(ROOT / "configs/postprocess/direct_paper.yaml")]
+    offline = ["--postprocess.init_args.denoiser.init_args.path", "gone.pt",
+               "--postprocess.init_args.denoiser.init_args.download", "false"]  # fmt: skip
+    with pytest.raises((ValueError, SystemExit, AuditError)):
+        main([*INVERSION, *paper, *offline])
+    assert not Path("runs").exists()
 
 
 def test_federate_shows_accuracy_by_round(tmp_path: Path) -> None:

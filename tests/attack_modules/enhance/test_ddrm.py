@@ -1,0 +1,112 @@
+"""DDRM against the paper's equations, written out over singular vectors, with a prior of which everything is known."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attack_modules.enhance.ddrm import ddrm, upsample
+
+SIZE, FACTOR = 8, 4
+PIXELS = SIZE * SIZE
+
+
+def paper(
+    prior: Any, y: Tensor, sigma_y: Tensor, sigmas: Tensor, start: Tensor, noises: list[Tensor], eta: float,
+    eta_b: float,
+) -> Tensor:  # fmt: skip
+    """Equations 4, 7 and 8 of arXiv 2201.11793, one image (pixels,), one singular vector at a time."""
+    s = torch.cat([torch.full((len(y),), 1 / FACTOR), torch.zeros(PIXELS - len(y))]).double()
+    basis = torch.linalg.qr(torch.cat([prior.blocks.T * FACTOR, torch.eye(PIXELS).double()], 1)).Q
+    basis[:, : len(y)] = prior.blocks.T * FACTOR  # QR may flip their signs
+    torch.testing.assert_close((s[: len(y), None] * basis.T[: len(y)]), prior.blocks)  # H = U S V^T, with U = 1
+    y_bar, level = torch.zeros(PIXELS).double(), torch.zeros(PIXELS).double()
+    y_bar[: len(y)], level[: len(y)] = y / s[: len(y)], sigma_y / s[: len(y)]
+    x = torch.zeros(PIXELS).double()
+    start, drawn = basis.T @ start, basis.T @ noises[0]
+    for i in range(PIXELS):
+        if s[i] > 0 and sigmas[0] > level[i]:
+            x[i] = y_bar[i] + (sigmas[0] ** 2 - level[i] ** 2).sqrt() * drawn[i]
+        else:
+            x[i] = start[i] + sigmas[0] * drawn[i]
+    for t in range(len(sigmas)):
+        clean = basis.T @ prior((basis @ x).view(1, 1, SIZE, SIZE), sigmas[t]).flatten()
+        if t == len(sigmas) - 1:
+            return basis @ clean
+        sigma, drawn = sigmas[t + 1], basis.T @ noises[t + 1]
+        for i in range(PIXELS):
+            if s[i] == 0:
+                x[i] = clean[i] + (1 - eta**2) ** 0.5 * sigma * (x[i] - clean[i]) / sigmas[t] + eta * sigma * drawn[i]
+            elif sigma < level[i]:
+                x[i] = (
+                    clean[i] + (1 - eta**2) ** 0.5 * sigma * (y_bar[i] - clean[i]) / level[i] + eta * sigma * drawn[i]
+                )
+            else:
+                spread = (sigma**2 - level[i] ** 2 * eta_b**2).sqrt()
+                x[i] = (1 - eta_b) * clean[i] + eta_b * y_bar[i] + spread * drawn[i]
+    raise AssertionError
+
+
+@pytest.fixture
+def observe(prior: Any) -> Callable[[int, Tensor], Tensor]:
+    def run(count: int, sigma_y: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        means = F.avg_pool2d(prior.sample(count, generator), FACTOR)
+        return means + sigma_y * torch.randn(means.shape, dtype=torch.float64, generator=generator)
+
+    return run
+
+
+UNIFORM = torch.tensor(0.05).double()
+MAP = torch.tensor([[0.0, 0.02], [0.05, 0.3]]).double()
+
+
+@pytest.mark.parametrize("sigma_y", [UNIFORM, MAP], ids=["one level", "a level a block"])
+@pytest.mark.parametrize("first", [70.0, 0.5, 0.1], ids=["from far", "from near", "from within the noise"])
+@pytest.mark.parametrize(("eta", "eta_b"), [(0.85, 1.0), (0.3, 0.4)])
+def test_it_is_the_papers(
+    prior: Any,
+    observe: Callable[[int, Tensor], Tensor],
+    sigma_y: Tensor,
+    first: float,
+    eta: float,
+    eta_b: float,
+) -> None:
+    """From small noise too, where a factor on the first iterate would show."""
+    means = observe(2, sigma_y)
+    sigmas = torch.logspace(torch.tensor(first).log10(), -2, 6).double()
+    noises = list(torch.randn(6, 2, 1, SIZE, SIZE, dtype=torch.float64))
+    start = torch.full((2, 1, SIZE, SIZE), 0.4).double()
+    remaining = iter(noises)
+    found = ddrm(prior, means, sigma_y, sigmas, start, lambda: next(remaining), eta, eta_b)
+    for i in range(2):
+        expected = paper(prior, means[i].flatten(), sigma_y.expand(2, 2).flatten(), sigmas, start[i].flatten(),
+                         [noise[i].flatten() for noise in noises], eta, eta_b)  # fmt: skip
+        torch.testing.assert_close(found[i].flatten(), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_exact_means_are_kept(prior: Any, observe: Callable[[int, Tensor], Tensor]) -> None:
+    means = observe(3, torch.tensor(0.0))
+    sigmas = torch.logspace(1, -4, 12).double()
+    found = ddrm(
+        prior, means, torch.tensor(0.0), sigmas, upsample(means, FACTOR), lambda: torch.randn(3, 1, SIZE, SIZE).double()
+    )
+    torch.testing.assert_close(F.avg_pool2d(found, FACTOR), means, atol=1e-3, rtol=0)
+
+
+def test_the_mean_of_samples_is_near_that_of_the_posterior(
+    prior: Any, observe: Callable[[int, Tensor], Tensor]
+) -> None:
+    """Much nearer than the means or the prior alone. Its spread is too small, as the original's is."""
+    means = observe(1, UNIFORM).expand(256, -1, -1, -1)
+    generator = torch.Generator().manual_seed(2)
+    noise = lambda: torch.randn(256, 1, SIZE, SIZE, dtype=torch.float64, generator=generator)  # noqa: E731
+    sigmas = torch.logspace(1, -2, 20).double()
+    found = ddrm(prior, means, UNIFORM, sigmas, upsample(means, FACTOR), noise).mean(0)
+    expected = prior.posterior_mean(means[:1], UNIFORM)[0]
+    error = (found - expected).square().mean().sqrt()
+    assert error < 0.2 * (upsample(means, FACTOR)[0] - expected).square().mean().sqrt()
+    assert error < 0.2 * (prior.mean.view(SIZE, SIZE) - expected).square().mean().sqrt()
