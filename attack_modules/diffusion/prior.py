@@ -48,7 +48,7 @@ class TrainedPrior(Denoiser):
         if layers < 1 or not channels or any(c < 8 or c % 8 for c in channels):
             raise SettingError(
                 f"A prior needs layers >= 1 and channels in multiples of 8, but got layers={layers}, "
-                f"channels={channels}. Give for instance layers=2, channels=[64, 128, 160]."
+                f"channels={channels}. Give for instance layers=2, channels=[64, 128, 152]."
             )
         if not 0 < sigma_min < sigma_max or sigma_data <= 0:
             raise SettingError(
@@ -164,7 +164,7 @@ class DiffusionPrior(LightningModule):
 
     def __init__(
         self,
-        channels: list[int] = [64, 128, 160],  # noqa: B006 - never changed
+        channels: list[int] = [64, 128, 152],  # noqa: B006 - never changed
         layers: int = 2,
         lr: float = 5e-4,
         warmup: int = 100,
