@@ -12,9 +12,10 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import attack_modules  # noqa: F401 - short class names in YAML
 import fl_lightning.data
 import fl_lightning.models  # noqa: F401
+from attack_modules.attack import Attack
 from attack_modules.callbacks import Evaluation
-from attack_modules.enhance.direct import DirectEnhancement
 from attack_modules.enhance.enhancer import Enhancer
+from attack_modules.enhance.named import NAMED, all_that_can_be
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import FederatedData
 from fl_lightning.errors import AuditError
@@ -53,10 +54,10 @@ class AuditCLI(LightningCLI):
         )
         parser.add_argument(
             "--postprocess",
-            type=Enhancer | Literal["none", "direct"],  # in this order: an error of the first alone keeps its cause
+            type=Enhancer | Literal["none", "direct", "gan", "semantic", "compare"],  # so that an error keeps its cause
             default="none",
-            help="Enhancement of the images: `none`, `direct` for `DirectEnhancement` as it is, or a class "
-            "with its settings.",
+            help="Enhancement of the images: `none`, one that goes by its name (attack_modules/enhance/named.py), "
+            "`compare` for all of these that have their weights, or a class with its settings.",
         )
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
@@ -82,11 +83,15 @@ class AuditCLI(LightningCLI):
         enhancer = self.config_init[self.subcommand].postprocess
         if enhancer != "none":
             evaluation = next(callback for callback in trainer.callbacks if isinstance(callback, Evaluation))
-            evaluation.enhancer = DirectEnhancement() if enhancer == "direct" else enhancer
+            if enhancer == "compare":
+                evaluation.enhancers, evaluation.left_out = all_that_can_be()
+            else:
+                evaluation.enhancers = {"enhanced": enhancer if isinstance(enhancer, Enhancer) else NAMED[enhancer]()}
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        if isinstance(self.datamodule, FederatedData):
+        attacked = self.model is None or isinstance(self.model, Attack)  # other models train on the images themselves
+        if attacked and isinstance(self.datamodule, FederatedData):
             settings: Any = self.config_init[self.subcommand]
             self.datamodule = ObservedRounds(
                 settings.federation, self.datamodule, settings.knowledge, settings.observation

@@ -1,22 +1,35 @@
 """The attacker: from Observations to images."""
 
+from attack_modules.diffusion.latent import LatentDiffusion
+from attack_modules.diffusion.mdt import MDTv2
 from attack_modules.diffusion.openai import OpenAIDenoiser
 from attack_modules.diffusion.schedules import Karras, LinearBetas
+from attack_modules.diffusion.small import TrainedConditional
 from attack_modules.enhance.direct import DirectEnhancement
+from attack_modules.enhance.gan import GAN
+from attack_modules.enhance.restoration import Restoration
+from attack_modules.enhance.semantic import ReconstructedImage, SemanticEnhancer
 from attack_modules.feature_inversion import FeatureInversion
 from attack_modules.inversion import GradientInversion
 from attack_modules.objectives import Cosine, SquaredL2
 from attack_modules.priors import ChromaTotalVariation, TotalVariation
 
 __all__ = [
+    "GAN",
     "ChromaTotalVariation",
     "Cosine",
     "DirectEnhancement",
     "FeatureInversion",
     "GradientInversion",
     "Karras",
+    "LatentDiffusion",
     "LinearBetas",
+    "MDTv2",
     "OpenAIDenoiser",
+    "ReconstructedImage",
+    "Restoration",
+    "SemanticEnhancer",
     "SquaredL2",
     "TotalVariation",
+    "TrainedConditional",
 ]

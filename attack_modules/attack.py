@@ -1,6 +1,7 @@
 """What all attacks share: they take Observations and end with images and labels."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,11 @@ class Reconstruction(NamedTuple):
     """(N,) long."""
     scale_factor: int = 1
     """The images were found this much smaller and upsampled (bicubic); 1 if at full resolution."""
+    num_classes: int | None = None
+    """Number of classes of the attacked model, None if it is not known."""
+    disagreement: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(n, C, H, W) other images, and (n,) which of these reconstructions they are to replace -> (n,): how much what was
+    observed speaks against each, less is better. None where the attack cannot tell it an image at a time."""
 
 
 class AttackError(AuditError):

@@ -22,8 +22,10 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from attack_modules.attack import Attack, Reconstruction
+from attack_modules.cifar10_classifier import Cifar10Recogniser
+from attack_modules.diffusion.classes import CIFAR10
 from attack_modules.enhance.enhancer import Enhancer
-from attack_modules.metrics import RECOGNITION, Lpips, Recogniser, Scorecard, score
+from attack_modules.metrics import RECOGNITION, Lpips, Recogniser, Recognises, Scorecard, score
 from attack_modules.panels import draw_panel, save_png
 from fl_lightning.errors import AuditError
 from fl_lightning.storage import atomic_path, write_json, write_text
@@ -65,12 +67,14 @@ class Evaluation(Callback):
     and `images/NNN.png` are written. Does nothing for modules that are not attacks.
 
     Args:
-        enhancer: what is made of the reconstructed images at the end, beside them: `enhanced/NNN.png`, a row of the
-            panel, scores and misfit of their own.
+        enhancers: what is made of the reconstructed images at the end, beside them: `<name>/NNN.png`, a row of the
+            panel, scores and misfit of its own. Of several, one that cannot enhance these images is left out.
+        left_out: enhancements that cannot be made at all, and why.
     """
 
-    def __init__(self, enhancer: Enhancer | None = None) -> None:
-        self.enhancer = enhancer
+    def __init__(self, enhancers: dict[str, Enhancer] | None = None, left_out: dict[str, str] | None = None) -> None:
+        self.enhancers = enhancers or {}
+        self.left_out = left_out or {}
         self.seconds = 0.0  # of attack, over all resumed parts
         self._started = 0.0
         self._lock: Path | None = None
@@ -111,7 +115,7 @@ class Evaluation(Callback):
         means = {name: value for name, value in outcome.numbers().items() if name in ("psnr_mean", "ssim_mean")}
         pl_module.log_dict(means, prog_bar=True, batch_size=1, rank_zero_only=True)
         if isinstance(trainer.logger, TensorBoardLogger):
-            panel = pil_to_tensor(_panel(truth, outcome, None))
+            panel = pil_to_tensor(_panel(truth, {"reconstruction": outcome}))
             trainer.logger.experiment.add_image("panel", panel, trainer.global_step)
         self._started += time.perf_counter() - began  # evaluation is not the attack's time
 
@@ -135,34 +139,45 @@ class Evaluation(Callback):
     def _report(self, trainer: Trainer, attack: Attack, reconstruction: Reconstruction) -> None:
         directory, memory = Path(trainer.log_dir), _peak_memory_mb(attack.device)
         truth = self._truth(trainer)
-        recogniser = Recogniser() if truth and truth.imagenet_labels else None
+        recogniser = _recogniser(truth) if truth else None
         lpips = Lpips.if_available() if truth else None
         images, labels = reconstruction.images.cpu(), reconstruction.labels.cpu()
         scorecard = truth and score(images, truth.images, labels, truth.labels, recogniser, lpips)
         raw = Outcome(images, labels, scorecard, attack.misfit(*reconstruction[:2]).cpu())
-        enhanced, seconds = None, 0.0
-        if self.enhancer:
-            began = time.perf_counter()
-            images = self.enhancer.enhance(reconstruction, trainer.datamodule.federation.seed).cpu()
-            seconds = time.perf_counter() - began
-            if scorecard:  # an enhanced image is still of the original that its reconstruction was matched to
-                settled = scorecard.assignment
-                scorecard = score(images, truth.images, None, truth.labels, recogniser, lpips, settled)
-            enhanced = Outcome(images, labels, scorecard, attack.misfit(images, reconstruction.labels).cpu())
-
-        if truth:
-            write_text(directory / "per_image.csv", _table(truth, raw, enhanced))
-        with atomic_path(directory / "panel.png") as temporary:
-            _panel(truth, raw, enhanced).save(temporary, format="png")
-        _save_images(directory / "images", raw)
         results = self._results(trainer, attack, raw, memory)
         print(f"\n{_line(raw) or 'No truth, so no scores.'}")
         _log(trainer, "final", raw)
-        if enhanced:
-            _save_images(directory / "enhanced", enhanced)
-            results["enhanced"] = _results_of(enhanced) | {"seconds": round(seconds, 3)}
-            print(f"Enhanced by {type(self.enhancer).__name__} in {seconds:.1f} s: {_line(enhanced)}")
-            _log(trainer, "enhanced", enhanced)
+        _save_images(directory / "images", raw)
+        outcomes = {"reconstruction": raw}
+        for name, enhancer in self.enhancers.items():
+            began = time.perf_counter()
+            try:
+                images = enhancer.enhance(reconstruction, trainer.datamodule.federation.seed).cpu()
+            except AuditError as error:
+                if len(self.enhancers) + len(self.left_out) == 1:
+                    raise
+                self.left_out[name] = str(error)
+                continue
+            seconds = time.perf_counter() - began
+            if truth:  # an enhanced image is still of the original that its reconstruction was matched to
+                settled = raw.scorecard.assignment
+                scorecard = score(images, truth.images, None, truth.labels, recogniser, lpips, settled)
+            outcomes[name] = Outcome(images, labels, scorecard, attack.misfit(images, reconstruction.labels).cpu())
+            results[name] = _results_of(outcomes[name]) | {"seconds": round(seconds, 3)}
+            verb = "Enhanced" if name == "enhanced" else name.capitalize()
+            print(f"{verb} by {type(enhancer).__name__} in {seconds:.1f} s: {_line(outcomes[name])}", flush=True)
+            _log(trainer, name, outcomes[name])
+            _save_images(directory / name, outcomes[name])
+        for name, reason in self.left_out.items():
+            print(f"{name.capitalize()} is left out: {reason}")
+
+        if truth:
+            write_text(directory / "per_image.csv", _table(truth, outcomes))
+        if len(self.enhancers) + len(self.left_out) > 1:
+            results["left_out"] = self.left_out
+            write_text(directory / "comparison.csv", _comparison(results, outcomes))
+        with atomic_path(directory / "panel.png") as temporary:
+            _panel(truth, outcomes).save(temporary, format="png")
         write_json(directory / "results.json", results)
         print(f"Pictures and numbers: {directory}", flush=True)
 
@@ -183,12 +198,19 @@ class Evaluation(Callback):
             },
             "observed_rounds": [observation.round for observation in observations],
             "observation": str(trainer.datamodule.record.directory),
-            "postprocess": type(self.enhancer).__name__ if self.enhancer else "none",
+            "postprocess": ", ".join(type(enhancer).__name__ for enhancer in self.enhancers.values()) or "none",
             "seed": trainer.datamodule.federation.seed,
             "precision": str(trainer.precision),
             "device": torch.cuda.get_device_name(attack.device) if attack.device.type == "cuda" else _cpu(),
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
         }
+
+
+def _recogniser(truth: Truth) -> Recognises | None:
+    """A classifier of the true classes that takes no part in any attack, if there is one."""
+    if truth.imagenet_labels:
+        return Recogniser()
+    return Cifar10Recogniser() if tuple(truth.class_names) == CIFAR10 else None
 
 
 def claim(directory: Path) -> Path:
@@ -238,8 +260,7 @@ def _save_images(directory: Path, outcome: Outcome) -> None:
         save_png(image, directory / f"{index:03d}.png")
 
 
-def _panel(truth: Truth | None, raw: Outcome, enhanced: Outcome | None) -> Image.Image:
-    outcomes = {"reconstruction": raw} | ({"enhanced": enhanced} if enhanced else {})
+def _panel(truth: Truth | None, outcomes: dict[str, Outcome]) -> Image.Image:
     if truth is None:
         return draw_panel({name: outcome.images for name, outcome in outcomes.items()})
     rows, captions = {"original": truth.images}, []
@@ -250,14 +271,16 @@ def _panel(truth: Truth | None, raw: Outcome, enhanced: Outcome | None) -> Image
     return draw_panel(rows, [f"{' / '.join(psnrs)} dB" for psnrs in zip(*captions, strict=True)])
 
 
-def _table(truth: Truth, raw: Outcome, enhanced: Outcome | None) -> str:
+def _table(truth: Truth, outcomes: dict[str, Outcome]) -> str:
     """One row an original, in the peers' order."""
-    assignment = raw.scorecard.assignment
-    columns = {**raw.scorecard.per_image, "misfit": _misfit_column(raw, assignment)}
-    if enhanced:
-        again = {name: column for name, column in enhanced.scorecard.per_image.items() if name not in OF_ORIGINALS}
-        columns |= {f"enhanced_{name}": column for name, column in again.items()}
-        columns["enhanced_misfit"] = _misfit_column(enhanced, assignment)
+    raw = outcomes["reconstruction"]
+    assignment, columns = raw.scorecard.assignment, {}
+    for name, outcome in outcomes.items():
+        prefix = "" if outcome is raw else f"{name}_"
+        for score_name, column in outcome.scorecard.per_image.items():
+            if outcome is raw or score_name not in OF_ORIGINALS:
+                columns[prefix + score_name] = column
+        columns[f"{prefix}misfit"] = _misfit_column(outcome, assignment)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["original", "client", "label", "class", "reconstruction", "inferred_label", *columns])
@@ -266,6 +289,19 @@ def _table(truth: Truth, raw: Outcome, enhanced: Outcome | None) -> str:
         inferred = int(raw.labels[j]) if j >= 0 else ""
         scores = [f"{float(column[i]):.6g}" for column in columns.values()]
         writer.writerow([i, int(truth.clients[i]), label, truth.class_names[label], j, inferred, *scores])
+    return text.getvalue()
+
+
+def _comparison(results: dict[str, Any], outcomes: dict[str, Outcome]) -> str:
+    """One row an enhancement, the raw reconstruction first."""
+    rows = {name: results if name == "reconstruction" else results[name] for name in outcomes}
+    columns = list(results["scores"])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["images", "seconds", "misfit", *columns])
+    for name, row in rows.items():
+        scores = [row["scores"].get(column, "") for column in columns]
+        writer.writerow([name, row["seconds"], *(f"{v:.6g}" if v != "" else "" for v in [row["misfit"], *scores])])
     return text.getvalue()
 
 

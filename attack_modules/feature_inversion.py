@@ -186,7 +186,13 @@ class FeatureInversion(Attack):
         self.best_loss[chunk] = torch.minimum(self.best_loss[chunk], losses.to(self.best_loss))
 
     def reconstruction(self) -> Reconstruction:
-        return Reconstruction(self.best.float().clamp(0, 1), self.labels)
+        images = self.best.float().clamp(0, 1)
+        num_classes = self.observations[0].num_classes
+        return Reconstruction(images, self.labels, num_classes=num_classes, disagreement=self._disagreement)
+
+    def _disagreement(self, images: Tensor, indices: Tensor) -> Tensor:
+        """See `Reconstruction.disagreement`: the relative error of the features that leaked."""
+        return self.feature_error(images, self.features[indices])
 
     def introduction(self) -> str:
         found, observation = self.leakage.diagnosis, self.observations[0]

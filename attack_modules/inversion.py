@@ -167,7 +167,8 @@ class GradientInversion(Attack):
 
     def reconstruction(self) -> Reconstruction:
         best = self.get_buffer(f"best_{int(self.best_loss.argmin())}")
-        return Reconstruction(self.decode(best).float().clamp(0, 1), self.labels, self.scale_factor)
+        images, num_classes = self.decode(best).float().clamp(0, 1), self.observations[0].num_classes
+        return Reconstruction(images, self.labels, self.scale_factor, num_classes)
 
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])

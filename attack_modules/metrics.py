@@ -38,6 +38,9 @@ CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 BATCH = 16
 """Images measured at a time: windowed SSIM holds ten copies of them."""
 
+Recognises = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""What `Recogniser` does, for whatever classes."""
+
 Measure = Callable[[Tensor, Tensor], Tensor]
 """(n, C, H, W) reconstructions and their originals, both in [0, 1] -> (n,)."""
 
@@ -185,7 +188,7 @@ def score(
     originals: Tensor,
     inferred_labels: Tensor | None,
     labels: Tensor,
-    recogniser: Recogniser | None = None,
+    recogniser: Recognises | None = None,
     lpips: Lpips | None = None,
     assignment: Tensor | None = None,
 ) -> Scorecard:
@@ -196,7 +199,7 @@ def score(
         originals: (M, C, H, W) in [0, 1], M > 0.
         inferred_labels: (N,) long, the attack's label for each reconstruction; None if it infers none.
         labels: (M,) long.
-        recogniser: give it only where labels are ImageNet's.
+        recogniser: of the classes that the labels are of.
         lpips: see `Lpips.if_available`.
         assignment: (M,) the reconstruction of each original, if that is settled, for instance before an enhancement.
 

@@ -5,13 +5,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 
+from attack_modules.attack import Reconstruction
+from attack_modules.diffusion.classes import CIFAR10
+from attack_modules.diffusion.small import SmallConditional
+from attack_modules.enhance.enhancer import Enhancer
+from attack_modules.enhance.named import NAMED
 from attack_modules.labels import pink_noise
 from attack_modules.panels import save_png
 from cli import main
-from fl_lightning.errors import AuditError
+from fl_lightning.errors import AuditError, MissingFile, SettingError
 from fl_lightning.storage import StorageError
 from fl_lightning.truth import Truth
 
@@ -273,3 +280,71 @@ def test_an_attack_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--config", "no_model.yaml"])
     assert "`fit` needs a `model:`" in capsys.readouterr().err
+
+
+def test_all_enhancements_are_compared_or_left_out_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Flipped(Enhancer):
+        def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
+            return reconstruction.images.flip(3)
+
+    class Picky(Enhancer):
+        def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
+            raise SettingError("These are too many images.")
+
+    def without_weights() -> Enhancer:
+        raise MissingFile("There are no weights.")
+
+    for name, make in {"direct": Flipped, "gan": without_weights, "semantic": Picky}.items():
+        monkeypatch.setitem(NAMED, name, make)
+    main([*INVERSION, "--postprocess", "compare"])
+    run = Path("runs/inversion/version_0")
+    assert results(0)["left_out"] == {"gan": "There are no weights.", "semantic": "These are too many images."}
+    assert results(0)["postprocess"] == "Flipped, Picky"
+    assert len(list((run / "direct").glob("*.png"))) == 12
+    raw, direct = csv.DictReader((run / "comparison.csv").open())
+    assert (raw["images"], direct["images"]) == ("reconstruction", "direct")
+    assert float(direct["psnr_mean"]) == pytest.approx(results(0)["direct"]["scores"]["psnr_mean"], rel=1e-4)
+    assert float(raw["psnr_mean"]) > float(direct["psnr_mean"])
+    assert direct["label_accuracy"] == ""  # an enhancement infers no labels
+    assert "direct_psnr" in next(csv.DictReader((run / "per_image.csv").open()))
+    printed = capsys.readouterr().out
+    assert "Direct by Flipped in" in printed
+    assert "Gan is left out: There are no weights." in printed
+    with pytest.raises(SettingError, match="too many images"):  # asked for by name, it has to be there
+        main([*INVERSION, "--postprocess", "semantic"])
+
+
+@pytest.fixture
+def small_cifar10(tmp_path: Path) -> list[str]:
+    """What `configs/semantic_demo.yaml` takes, with an untrained diffusion model."""
+    for index, image in enumerate(pink_noise(20, (3, 32, 32))):
+        save_png(image, tmp_path / "cifar/test" / CIFAR10[index % 10] / f"{index}.png")
+    torch.manual_seed(0)
+    SmallConditional([8], 1).save(tmp_path / "diffusion.safetensors")
+    return ["--data.root", str(tmp_path / "cifar"), "--data.images_per_client", "2", "--data.num_clients", "3",
+            "--postprocess.init_args.model.init_args.weights", str(tmp_path / "diffusion.safetensors"),
+            "--postprocess.init_args.timesteps", "3", "--postprocess.init_args.steps", "3",
+            "--trainer.max_steps", "4", "--trainer.val_check_interval", "2",
+            "--trainer.accelerator", "cpu"]  # fmt: skip
+
+
+def test_semantic_demo_configuration(small_cifar10: list[str]) -> None:
+    demo = ["--config", str(ROOT / "configs/semantic_demo.yaml"), *small_cifar10]
+    main(["fit", *demo])
+    run = Path("runs/semantic_demo/version_0")
+    assert len(list((run / "enhanced").glob("*.png"))) == 4
+    scores = results(0, "semantic_demo")
+    assert {"recognised_top1", "psnr_mean"} <= scores["enhanced"]["scores"].keys()
+    assert scores["knowledge"]["labels"] == "inferred"
+    # `test` runs in inference mode, but the search differentiates.
+    main(["test", *demo, "--ckpt_path", str(run / "checkpoints/last.ckpt")])
+    assert results(1, "semantic_demo")["enhanced"]["scores"] == pytest.approx(scores["enhanced"]["scores"], rel=1e-2)
+
+
+def test_semantic_enhancement_refuses_foreign_labels(small_cifar10: list[str]) -> None:
+    weights = small_cifar10[small_cifar10.index("--postprocess.init_args.model.init_args.weights") + 1]
+    with pytest.raises(SettingError, match=r"attacked model has 16 classes, but the diffusion model 10, airplane to t"):
+        main([*INVERSION, "--postprocess", "SemanticEnhancer", "--postprocess.model", "TrainedConditional",
+              "--postprocess.model.weights", weights])  # fmt: skip

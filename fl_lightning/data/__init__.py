@@ -1,7 +1,7 @@
 """Datasets, and how their images are divided among clients."""
 
 from fl_lightning.data.catalogue import Catalogue
-from fl_lightning.data.cifar10 import CIFAR10
+from fl_lightning.data.cifar10 import CIFAR10, CIFAR10Test
 from fl_lightning.data.federated import FederatedData
 from fl_lightning.data.image_folder import ImageFolder
 from fl_lightning.data.images import ImageSet, UnreadableImage, read_image
@@ -14,6 +14,7 @@ __all__ = [
     "IID",
     "MNIST",
     "ByClass",
+    "CIFAR10Test",
     "Catalogue",
     "Dirichlet",
     "FashionMNIST",

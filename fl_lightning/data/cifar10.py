@@ -45,6 +45,16 @@ class CIFAR10(DownloadableData):
         )
 
 
+class CIFAR10Test(CIFAR10):
+    """The test images of `CIFAR10`, dealt to the clients: what no model that was trained on CIFAR-10 has seen."""
+
+    def catalogue(self) -> Catalogue:
+        return self._split("test")
+
+    def test_catalogue(self) -> None:
+        return None
+
+
 def tar_catalogue(tar_path: Path, split: str, image_shape: ImageShape) -> Catalogue:
     """The images at `<split>/<class>/<name>` in a tar file; their bytes stay in memory, nothing is extracted.
 

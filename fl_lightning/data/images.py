@@ -46,6 +46,19 @@ def read_image(file: PathLike | BytesIO, image_size: int, channels: int, name: s
         ) from error
 
 
+def read_size(file: PathLike) -> tuple[int, int]:
+    """The shorter side, in pixels, and the channels, 1 or 3, of the image in a file.
+
+    Raises:
+        UnreadableImage: the file is missing or not an image.
+    """
+    try:
+        with Image.open(file) as image:
+            return min(image.size), 1 if image.mode in ("1", "L", "LA", "I", "I;16") else 3
+    except OSError as error:
+        raise UnreadableImage(f"The image '{file}' cannot be read ({error}). Name an image file.") from error
+
+
 def to_pixels(image: Image.Image, image_size: int, channels: int) -> Tensor:
     """uint8 (channels, image_size, image_size) of an image of any size and mode.
 

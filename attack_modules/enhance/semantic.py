@@ -1,0 +1,353 @@
+"""Semantic enhancement: an image of the inferred class that looks like the reconstruction."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from attack_modules.attack import Reconstruction
+from attack_modules.diffusion.classes import class_index
+from attack_modules.diffusion.conditional import ConditionalModel, ddim, explicit_timesteps
+from attack_modules.diffusion.small import TrainedConditional
+from attack_modules.enhance.enhancer import Enhancer
+from attack_modules.enhance.report import SearchReport
+from fl_lightning.data.images import PathLike, read_image, read_size
+from fl_lightning.errors import SettingError
+
+Disagreement = Callable[[Tensor], Tensor]
+"""(N, C, H, W) images in [0, 1], of the attack's shape -> (N,): how much what was observed speaks against them."""
+
+
+class Step(NamedTuple):
+    """What one step of a search found, an entry an image."""
+
+    images: Tensor
+    """(N, 3, M, M) the samples, in [0, 1]."""
+    pixel_loss: Tensor
+    """(N,) mean squared distance to the reconstruction, of pixels in [0, 1], at its resolution."""
+    score: Tensor
+    """(N,) what the stopping rule goes by, less is better."""
+
+
+class NoiseSearch(nn.Module):
+    """The search for the initial noise whose sample looks like a reconstruction (MDE, arXiv 2410.04661, section IV).
+
+    Every step samples by deterministic DDIM and takes the predicted noises for constants. The sample is then an affine
+    function of the initial noise, so that the gradient needs the decoder alone and no pass through the network. It is
+    exact for that function, and no more than a direction for the sampler itself.
+
+    What the attacker cannot know is not compared: finer detail than the reconstruction's resolution, and the colours of
+    a grey one.
+
+    The best step is the first whose score no later one undercuts by more than `margin`. The score is the disagreement
+    with what was observed, where that can be told an image at a time. Otherwise it is the pixel loss, in which all
+    values below the reconstruction's own noise (`noise_variance`) count as equal: to fit that noise is no merit.
+
+    Args:
+        model: the diffusion model.
+        reconstruction: images (N, C, H, W) with H = W in [0, 1], C 1 or 3, and labels (N,).
+        timesteps: number of DDIM's steps.
+        starts: draws of initial noise an image, of which the one with the best score goes on.
+        margin: relative improvement of the score that counts.
+        seed: of the draws.
+        disagreement: of images with what was observed; None where nothing was.
+
+    Raises:
+        SettingError: an image is not square or neither RGB nor grey, or a label is none of the model's.
+    """
+
+    def __init__(
+        self,
+        model: ConditionalModel,
+        reconstruction: Reconstruction,
+        timesteps: int = 250,
+        starts: int = 1,
+        margin: float = 0.01,
+        seed: int = 0,
+        disagreement: Disagreement | None = None,
+    ) -> None:
+        super().__init__()
+        images, labels, scale_factor = reconstruction.images, reconstruction.labels, reconstruction.scale_factor
+        _refuse_unfit(model, reconstruction)
+        self._model = (model,)  # no submodule: checkpoints are to hold the search alone
+        self.timesteps = explicit_timesteps(timesteps, len(model.alphas))
+        self.margin = margin
+        self.disagreement = disagreement
+        self.shape = images.shape[1:]
+        side = max(1, min(images.shape[-1] // scale_factor, model.image_size))
+        self.register_buffer("target", F.adaptive_avg_pool2d(images.float(), side))
+        self.register_buffer("labels", labels)
+        self.register_buffer("tolerance", noise_variance(self.target))
+        self.register_buffer("best", images.new_zeros(len(images), 3, model.image_size, model.image_size))
+        self.register_buffer("best_score", torch.full((len(images),), torch.inf))
+        self.register_buffer("best_step", torch.zeros(len(images), dtype=torch.long))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randn(starts, len(images), *model.latent_shape, generator=generator)
+        self.noise = nn.Parameter(self._best_start(draws.to(images.device)) if starts > 1 else draws[0])
+
+    @property
+    def model(self) -> ConditionalModel:
+        """The diffusion model, which is not searched for."""
+        return self._model[0]
+
+    def step(self) -> tuple[Tensor, Step]:
+        """Sample once, and remember what is better than before.
+
+        Returns:
+            The loss to be minimised, the sum of the pixel losses, so that no image feels another; and what was found.
+        """
+        sample = ddim(self.model, self.noise.detach(), self.labels, self.timesteps)
+        # The affine function at its own foot: its value is the sample, its slope the gain.
+        latents = sample.latents + sample.gain * (self.noise - self.noise.detach())
+        images = self.model.decode(latents)
+        pixel_loss = (self.seen(images) - self.target).square().mean((1, 2, 3))
+        images = images.detach().clamp(0, 1)
+        found = Step(images, pixel_loss.detach(), self._score(images, pixel_loss.detach()))
+        better = found.score < (1 - self.margin) * self.best_score
+        self.best[better] = images[better]
+        self.best_score[better] = found.score[better]
+        self.best_step[better] = self.steps
+        self.steps += 1
+        return pixel_loss.sum(), found
+
+    def seen(self, images: Tensor) -> Tensor:
+        """(N, 3, M, M) images -> what a reconstruction would show of them, of the target's shape."""
+        images = F.adaptive_avg_pool2d(images, self.target.shape[-1])
+        return images if self.target.shape[1] == 3 else images.mean(1, keepdim=True)
+
+    def stale(self, patience: int) -> bool:
+        """Whether no image has improved for so many steps, or all are as near as the reconstruction's noise tells."""
+        done = self.steps - self.best_step > patience
+        if self.disagreement is None:
+            done |= self.best_score <= self.tolerance
+        return bool(done.all())
+
+    def fitted(self, images: Tensor) -> Tensor:
+        """(N, 3, M, M) images -> (N, C, H, W), as the reconstruction came."""
+        if images.shape[-2:] != self.shape[-2:]:
+            images = F.interpolate(images, self.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+        return images if self.shape[0] == 3 else images.mean(1, keepdim=True)
+
+    def _score(self, images: Tensor, pixel_loss: Tensor) -> Tensor:
+        if self.disagreement is None:
+            return torch.maximum(pixel_loss, self.tolerance)
+        with torch.no_grad():
+            return self.disagreement(self.fitted(images)).to(pixel_loss)
+
+    @torch.no_grad()
+    def _best_start(self, draws: Tensor) -> Tensor:
+        scores = []
+        for noise in draws:
+            images = self.model.decode(ddim(self.model, noise, self.labels, self.timesteps).latents)
+            pixel_loss = (self.seen(images) - self.target).square().mean((1, 2, 3))
+            scores.append(self._score(images.clamp(0, 1), pixel_loss) if self.disagreement else pixel_loss)
+        return draws[torch.stack(scores).argmin(0), torch.arange(draws.shape[1])]
+
+
+class SemanticEnhancer(LightningModule, Enhancer):
+    """The paper's semantic enhancement, MDE: the initial noise of a class-conditional diffusion model IS the parameter.
+
+    What comes out is an image of its class that agrees with the reconstruction as far as that goes; detail is the
+    model's invention. As a model of `fit` it takes one image from `ReconstructedImage`; after an attack it takes the
+    attack's images, with the labels that the attack was told or inferred.
+
+    The defaults are the paper's. Beyond the paper: the best of several starts, a rule that says when to stop, and a
+    comparison at the resolution of the reconstruction, see `NoiseSearch`.
+
+    Args:
+        model: a class-conditional diffusion model; null for the small one of CIFAR-10 that is shipped.
+        class_label: the class of `fit`'s image: index, synset or name. An attack's images bring their own.
+        lr: learning rate of Adam.
+        timesteps: of each sample.
+        steps: at most, after an attack; in `fit` it is `trainer.max_steps`.
+        starts: draws of initial noise an image, of which the best goes on.
+        patience: steps without improvement of any image, after which the search ends.
+        margin: relative improvement that counts.
+        chunk_size: images that are searched for at once, which bounds memory.
+        checkpoint_every: steps between checkpoints of `fit`, from which `--ckpt_path` goes on.
+        seed: of the starts in `fit`.
+    """
+
+    def __init__(
+        self,
+        model: ConditionalModel | None = None,
+        class_label: int | str | None = None,
+        lr: float = 0.01,
+        timesteps: int = 250,
+        steps: int = 100,
+        starts: int = 1,
+        patience: int = 20,
+        margin: float = 0.01,
+        chunk_size: int = 16,
+        checkpoint_every: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(lr, timesteps, steps, starts, patience, chunk_size) <= 0 or not 0 <= margin < 1:
+            raise SettingError(
+                "`SemanticEnhancer` needs lr > 0, timesteps, steps, starts, patience and chunk_size >= 1, and margin "
+                f"in [0, 1), but got lr={lr}, timesteps={timesteps}, steps={steps}, starts={starts}, "
+                f"patience={patience}, chunk_size={chunk_size}, margin={margin}."
+            )
+        model = model or TrainedConditional()
+        self._model = (model,)  # no submodule: checkpoints are to hold the search alone
+        self.class_label = None if class_label is None else class_index(class_label, model.classes)
+        self.lr = lr
+        self.timesteps = timesteps
+        self.max_steps = steps
+        self.starts = starts
+        self.patience = patience
+        self.margin = margin
+        self.chunk_size = chunk_size
+        self.checkpoint_every = checkpoint_every
+        self.seed = seed
+        self.watch: Callable[[int, Tensor, Step], None] | None = None
+        """Called by `enhance` at every step with its number, the images' indices and what was found."""
+
+    @property
+    def model(self) -> ConditionalModel:
+        """The diffusion model."""
+        return self._model[0]
+
+    @property
+    def noise_size(self) -> int:
+        """Numbers in one image's initial noise."""
+        return math.prod(self.model.latent_shape)
+
+    def search(self, reconstruction: Reconstruction, seed: int, disagreement: Disagreement | None) -> NoiseSearch:
+        """The search for some images, at its start, on their device."""
+        model = self.model.to(reconstruction.images.device)
+        arguments = (self.timesteps, self.starts, self.margin, seed, disagreement)
+        return NoiseSearch(model, reconstruction, *arguments).to(reconstruction.images.device)
+
+    @torch.inference_mode(False)  # `trainer.test` is in it, but the search differentiates
+    def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
+        images, labels = reconstruction.images.clone(), reconstruction.labels.clone()
+        chunks = []
+        for indices in torch.arange(len(images)).split(self.chunk_size):
+            part = reconstruction._replace(images=images[indices], labels=labels[indices])
+            told = reconstruction.disagreement
+            search = self.search(part, seed, told and (lambda images, i=indices: told(images, i)))  # noqa: B023
+            optimizer = torch.optim.Adam([search.noise], lr=self.lr)
+            for step in range(self.max_steps):
+                with torch.enable_grad():
+                    loss, found = search.step()
+                if self.watch:
+                    self.watch(step, indices, found)
+                if search.stale(self.patience):
+                    break
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            chunks.append(search.fitted(search.best))
+        return torch.cat(chunks)
+
+    # What follows is `fit`.
+
+    def configure_model(self) -> None:
+        if hasattr(self, "found"):
+            return
+        if self.class_label is None:
+            names = ", ".join(repr(known.name) for known in self.model.classes[:3])
+            raise SettingError(f"Which class is the image of? Give `--model.class_label`, for instance {names}.")
+        given: ReconstructedImage = self.trainer.datamodule
+        images = given.image[None].to(self.trainer.strategy.root_device)
+        labels = torch.tensor([self.class_label], device=images.device)
+        self.found = self.search(Reconstruction(images, labels, given.scale_factor), self.seed, None)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([self.found.noise], lr=self.lr)
+
+    def configure_callbacks(self) -> list[Callback]:
+        checkpoint = ModelCheckpoint(
+            filename="{step}",
+            every_n_train_steps=self.checkpoint_every,
+            save_last=True,
+            auto_insert_metric_name=False,
+        )
+        return [checkpoint, SearchReport()]
+
+    def training_step(self, batch: int, batch_idx: int) -> dict[str, Tensor | Step]:
+        loss, found = self.found.step()
+        self.log("pixel_loss", found.pixel_loss.mean(), prog_bar=True)
+        if self.found.stale(self.patience):
+            self.trainer.should_stop = True
+        return {"loss": loss, "found": found}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        theirs = checkpoint["state_dict"].get("found.target"), checkpoint["state_dict"].get("found.labels")
+        ours = self.found.target.cpu(), self.found.labels.cpu()
+        if any(their is None or not torch.equal(their.cpu(), our) for their, our in zip(theirs, ours, strict=True)):
+            raise SettingError(
+                "This checkpoint is of another image or another class. Name its own, or start without `--ckpt_path`."
+            )
+
+
+class ReconstructedImage(LightningDataModule):
+    """One image in a file, to be enhanced by `fit`.
+
+    Args:
+        image: the file, of any size; its centre square is taken. A grey file stays grey: the colours are the model's.
+        scale_factor: the image was reconstructed this much smaller and upsampled, 1 if it was not.
+        seed: is not used; the command line sets it for all data.
+    """
+
+    def __init__(self, image: PathLike, scale_factor: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        size, channels = read_size(image)
+        if scale_factor < 1 or scale_factor > size:
+            raise SettingError(
+                f"`data.scale_factor` is {scale_factor}, but '{image}' has {size} pixels a side. Give a number from 1 "
+                "to that, 1 for an image that was not upsampled."
+            )
+        self.scale_factor = scale_factor
+        self.image = read_image(image, size, channels).float() / 255
+
+    def train_dataloader(self) -> DataLoader:
+        """One item for each step."""
+        return DataLoader(range(max(self.trainer.max_steps, 1)), batch_size=None)
+
+
+def noise_variance(images: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N,) variance of the noise in images, by the median of their finest diagonal detail.
+
+    That detail, of an orthonormal Haar transform, is mostly noise; its median absolute value is 0.6745 standard
+    deviations of a Gaussian (Donoho and Johnstone 1994). 0 where an image has less than 2 pixels a side.
+    """
+    height, width = (2 * (side // 2) for side in images.shape[-2:])
+    if not height or not width:
+        return images.new_zeros(len(images))
+    even, odd = images[..., 0:height:2, :width], images[..., 1:height:2, :width]
+    detail = (even[..., 0::2] - even[..., 1::2] - odd[..., 0::2] + odd[..., 1::2]) / 2
+    return (detail.abs().flatten(1).median(1).values / 0.6745).square()
+
+
+def _refuse_unfit(model: ConditionalModel, reconstruction: Reconstruction) -> None:
+    """Raises SettingError for images or labels that the search cannot take."""
+    images, labels = reconstruction.images, reconstruction.labels
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
+        raise SettingError(
+            f"Semantic enhancement takes square RGB or grey images, (N, 3 or 1, H, H), but got {tuple(images.shape)}. "
+            "Cut them to a square."
+        )
+    known, attacked = len(model.classes), reconstruction.num_classes
+    if attacked not in (None, known):
+        raise SettingError(
+            f"The attacked model has {attacked} classes, but the diffusion model {known}, {model.classes[0].name} to "
+            f"{model.classes[-1].name}, so that their labels mean different things. Give `model` one that was trained "
+            "on the attacked classes, or go without semantic enhancement."
+        )
+    unknown = labels[(labels < 0) | (labels >= len(model.classes))].unique().tolist()
+    if unknown:
+        raise SettingError(
+            f"The diffusion model knows {len(model.classes)} classes, {model.classes[0].name} to "
+            f"{model.classes[-1].name}, but the labels {unknown[:5]} are none of them. Give `model` one that was "
+            "trained on the attacked classes, or go without semantic enhancement."
+        )
