@@ -75,9 +75,7 @@ def test_a_file_gives_the_model_back(tmp_path: Path) -> None:
     assert [known.name for known in loaded.classes] == ["cat", "dog"]
     x, labels = torch.randn(1, 3, 16, 16), torch.tensor([1])
     torch.testing.assert_close(loaded.noise(x, 300, labels), model.noise(x, 300, labels), rtol=1e-2, atol=1e-2)
-    with pytest.raises(
-        MissingFile, match=r"no diffusion model at ..gone.*python cli.py fit --config configs/cifar"
-    ):
+    with pytest.raises(MissingFile, match=r"no diffusion model at ..gone.*python cli.py fit --config configs/cifar"):
         TrainedConditional(tmp_path / "gone.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"{}")
     with pytest.raises(StorageError, match="cannot be read as a class-conditional diffusion model"):
