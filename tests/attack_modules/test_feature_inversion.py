@@ -21,7 +21,7 @@ def test_images_of_an_aggregate_are_read_blindly(observe: Observe, attack: Run, 
     """Neither labels nor the number of images are told; nothing but the head's update is used."""
     seen = observe(Federation(client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
     module = attack(FeatureInversion(lr=0.1, anneal=(0.3, 0.001), chunk_size=3), seen, steps=200)
-    images, labels, _ = module.reconstruction()
+    images, labels = module.reconstruction()[:2]
     assert labels.sort().values.tolist() == [0, 1, 2, 3]
     data = noise_images(**WIDE, image_size=16)
     data.setup()
