@@ -41,9 +41,9 @@ def test_before_training_it_is_the_best_pixelwise_linear_denoiser() -> None:
 def test_sampling_pixels_that_are_gaussian() -> None:
     """The untrained model is exact for independent pixels of variance 1/4, so that samples must have it."""
     model = untrained()
-    noise = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    sample = ddim(model, noise, torch.zeros(8, dtype=torch.long), explicit_timesteps(60, 1000)).latents
-    assert sample.std().item() == pytest.approx(0.5, rel=0.03)
+    noise = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    sample = ddim(model, noise, torch.zeros(4, dtype=torch.long), explicit_timesteps(30, 1000)).latents
+    assert sample.std().item() == pytest.approx(0.5, rel=0.08)
     assert model.decode(sample).mean().item() == pytest.approx(0.5, abs=0.02)
 
 
@@ -75,7 +75,7 @@ def test_a_file_gives_the_model_back(tmp_path: Path) -> None:
     assert [known.name for known in loaded.classes] == ["cat", "dog"]
     x, labels = torch.randn(1, 3, 16, 16), torch.tensor([1])
     torch.testing.assert_close(loaded.noise(x, 300, labels), model.noise(x, 300, labels), rtol=1e-2, atol=1e-2)
-    with pytest.raises(MissingFile, match=r"no diffusion model at ..gone.*python cli.py fit --config configs/cifar"):
+    with pytest.raises(MissingFile, match=r"no diffusion model at .*gone.*python cli.py fit --config configs/cifar"):
         TrainedConditional(tmp_path / "gone.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"{}")
     with pytest.raises(StorageError, match="cannot be read as a class-conditional diffusion model"):
@@ -104,7 +104,7 @@ def test_training_teaches_the_classes(tmp_path: Path) -> None:
         max_epochs=60, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
     )  # fmt: skip
-    trainer.fit(module, [(images, labels)], [(images, labels)])
+    trainer.fit(module, [(images, labels)])
     trained = TrainedConditional(tmp_path / "model.safetensors", guidance=1.0)
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     black, white = trained.decode(ddim(trained, noise, torch.tensor([0, 1]), explicit_timesteps(8, 1000)).latents)
