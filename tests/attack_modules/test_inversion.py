@@ -50,7 +50,7 @@ def test_loss_falls_and_the_best_iterate_is_kept(observe: Observe, attack: Run, 
     module = GradientInversion(scale_factor=2, objective=objective, priors=[TotalVariation(0.01)], restarts=2)
     attack(module, seen, steps=25)
     assert module.best_loss.min() < 0.7 * first
-    images, labels = module.reconstruction()
+    images, labels, _ = module.reconstruction()
     assert images.shape == (4, 3, 16, 16)
     assert labels.tolist() == [0, 1, 2, 3]
     assert images.min() >= 0
@@ -58,6 +58,19 @@ def test_loss_falls_and_the_best_iterate_is_kept(observe: Observe, attack: Run, 
     best = int(module.best_loss.argmin())
     objective, prior = module.loss(module.get_buffer(f"best_{best}"))
     torch.testing.assert_close(objective + prior, module.best_loss[best])
+
+
+def test_misfit_tells_the_true_images_from_changed_ones(observe: Observe, attack: Run, noise_images: type) -> None:
+    seen = observe(Federation(client=LocalTraining(lr=0.01)))
+    module = attack(GradientInversion(merged=False, objective=Cosine()), seen, steps=1)
+    data = noise_images(num_clients=3, images_per_client=2, image_size=16)
+    data.setup()
+    truth = torch.cat([peer.images for peer in data.clients[:2]])
+    labels = torch.cat([peer.labels for peer in data.clients[:2]])
+    assert module.misfit(truth, labels) < 1e-3
+    assert module.misfit(truth.flip(3), labels) > 0.1
+    with torch.inference_mode():  # as in `test`
+        torch.testing.assert_close(module.misfit(truth.clone(), labels.clone()), module.misfit(truth, labels))
 
 
 def test_divergence_returns_to_the_best_and_says_so(observe: Observe, attack: Run) -> None:
