@@ -32,6 +32,10 @@ def test_images_of_an_aggregate_are_read_blindly(observe: Observe, attack: Run, 
     assert error.max() < 1e-2
     with torch.no_grad():  # noise has no natural colours, so its features are what can be judged
         assert module.feature_error(images, module.features).max() < 0.03
+    misfit = module.misfit(originals[order.argsort()], labels)
+    assert misfit.shape == (4,)
+    assert (misfit < 0.05).all()
+    assert (module.misfit(1 - images, labels) > 0.3).all()
     assert "holds 4 images" in module.introduction()
 
 
