@@ -41,10 +41,10 @@ class GuidedInversion(FeatureInversion):
     def __init__(
         self,
         denoiser: Path | Denoiser,
-        weight: float = 1.0,
+        weight: float = 0.3,
         sigma_per_error: float = 1.0,
         sigma_start: float = 0.3,
-        denoise_every: int = 10,
+        denoise_every: int = 20,
         lr: float = 0.8,
         priors: list[Prior] | None = None,
         anneal: tuple[float, float] = (1.0, 0.01),

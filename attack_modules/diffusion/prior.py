@@ -207,7 +207,9 @@ class DiffusionPrior(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
 
     def configure_callbacks(self) -> list[Callback]:
-        checkpoint = ModelCheckpoint(filename="{step}", save_last=True, auto_insert_metric_name=False)
+        checkpoint = ModelCheckpoint(
+            filename="{step}", save_last=True, auto_insert_metric_name=False, save_on_train_epoch_end=True
+        )  # without the last, only where there is a validation
         return [checkpoint, DenoisingComparison()]
 
     def noise_levels(self, count: int, generator: torch.Generator) -> Tensor:

@@ -2,20 +2,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import skimage.data
 import torch
+import yaml
+from PIL import Image
 from torch import Tensor
 
 from attack_modules import FeatureInversion
 from attack_modules.attack import Attack
+from attack_modules.diffusion.comparison import TV_WEIGHTS, add_noise, psnr, total_variation_denoised
 from attack_modules.diffusion.denoiser import Denoiser
 from attack_modules.diffusion.prior import TrainedPrior
 from attack_modules.guided_inversion import GuidedInversion
 from attack_modules.priors import TotalVariation
 from fl_lightning.client import LocalTraining
+from fl_lightning.data.images import to_pixels
 from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.federation import Federation
 from fl_lightning.observation import Observation
 
+ROOT = Path(__file__).parents[2]
 Observe = Callable[..., Observation]
 Run = Callable[..., Attack]
 NO_PRIOR = [TotalVariation(weight=0.0)]
@@ -91,3 +97,13 @@ def test_what_cannot_be_is_refused(tmp_path: Path, seen: Observation, attack: Ru
     coarse.multiple = 32
     with pytest.raises(SettingError, match="multiples of 32, but the attacked model's are 3 x 16 x 16"):
         attack(GuidedInversion(coarse), seen, steps=1)
+
+
+def test_the_configuration_names_the_shipped_prior_which_beats_total_variation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    settings = yaml.safe_load(Path("configs/guided.yaml").read_text())["model"]
+    denoiser = GuidedInversion(**settings["init_args"]).denoiser
+    photograph = to_pixels(Image.fromarray(skimage.data.chelsea()), 128, 3)[None] / 255  # not trained on
+    noisy = add_noise(photograph, 0.1, seed=0)
+    total_variation = max(psnr(total_variation_denoised(noisy, weight * 0.1), photograph) for weight in TV_WEIGHTS)
+    assert psnr(denoiser(noisy, torch.tensor(0.1)), photograph) > total_variation + 1

@@ -52,7 +52,7 @@ def fit(folders: Path, name: str, epochs: int, *more: str, verb: str = "fit") ->
 
 def test_training_by_the_command_line_resumes_to_the_same_weights(folders: Path) -> None:
     whole = fit(folders, "whole", 2)
-    fit(folders, "halves", 1)
+    fit(folders, "halves", 1)  # without a validation
     resumed = fit(folders, "halves", 2, f"--ckpt_path={folders}/runs/halves/version_0/checkpoints/last.ckpt")
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
