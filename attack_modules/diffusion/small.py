@@ -14,18 +14,15 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.optim.swa_utils import AveragedModel
 
 from attack_modules.diffusion.classes import CIFAR10, ImageClass
-from attack_modules.diffusion.conditional import ConditionalModel
+from attack_modules.diffusion.conditional import ConditionalModel, edm_alphas
 from fl_lightning.download import CHECKPOINTS
 from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.storage import StorageError, atomic_path
 
 SHIPPED = CHECKPOINTS / "cifar10_diffusion.safetensors"
 
-TIMESTEPS = 1000
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 40.0, 0.5
 """Standard deviations of noise and of pixels, of images in [-1, 1]."""
-RHO = 7.0
-"""Of the timesteps' noise levels, evenly spaced in sigma^(1/rho) (EDM, equation 5)."""
 
 
 class SmallConditional(ConditionalModel):
@@ -63,9 +60,7 @@ class SmallConditional(ConditionalModel):
         self.guidance = guidance
         self.image_size = image_size
         self.latent_shape = (3, image_size, image_size)
-        ends = torch.tensor([SIGMA_MIN, SIGMA_MAX], dtype=torch.float64) ** (1 / RHO)
-        sigmas = torch.linspace(*ends.tolist(), TIMESTEPS, dtype=torch.float64) ** RHO
-        self.register_buffer("alphas", 1 / (1 + sigmas.square()), persistent=False)
+        self.register_buffer("alphas", edm_alphas(1000, SIGMA_MIN, SIGMA_MAX), persistent=False)
         self.unet = UNet2DModel(
             in_channels=12,
             out_channels=12,

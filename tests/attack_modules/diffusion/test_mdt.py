@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from attack_modules.diffusion.classes import ImageClass, class_index, imagenet_classes
-from attack_modules.diffusion.conditional import ddim, explicit_timesteps
+from attack_modules.diffusion.conditional import ConditionalModel, ddim, explicit_timesteps
 from attack_modules.diffusion.latent import LatentDiffusion, sd_vae
 from attack_modules.diffusion.mdt import MDTv2
 from fl_lightning.errors import MissingFile, SettingError
@@ -115,6 +116,26 @@ def test_diffusers_transformer_as_backbone() -> None:
     model = small_model(backbone=DiTTransformer2DModel(**settings), power=None)
     sample = ddim(model, torch.randn(1, 4, 8, 8), torch.tensor([7]), [999, 500, 0])
     assert model.decode(sample.latents).shape == (1, 3, 64, 64)
+
+
+def test_the_backbone_by_class_path() -> None:
+    """As on the command line, with diffusers' class."""
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "out_channels": 8,
+        "num_layers": 1,
+        "sample_size": 32,
+    }
+    backbone = {"class_path": "diffusers.DiTTransformer2DModel", "init_args": settings}
+    vae = {"class_path": "diffusers.AutoencoderKL", "init_args": {"latent_channels": 4}}
+    parser = ArgumentParser()
+    parser.add_argument("--model", type=ConditionalModel)
+    arguments = {"backbone": backbone, "weights": None, "vae": vae, "vae_weights": None, "power": None}
+    parsed = parser.parse_object({"model": {"class_path": "LatentDiffusion", "init_args": arguments}})
+    model = parser.instantiate_classes(parsed).model
+    assert isinstance(model.backbone, DiTTransformer2DModel)
+    assert model.noise(torch.randn(1, 4, 32, 32), 5, torch.tensor([1])).shape == (1, 4, 32, 32)
 
 
 @pytest.fixture
