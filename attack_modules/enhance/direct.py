@@ -64,7 +64,7 @@ class DirectEnhancement(Enhancer):
         denoiser: Denoiser | None = None,
         schedule: Schedule | None = None,
         sigma_0: float | None = None,
-        window: int = 0,
+        window: int = 7,
         caution: float = 1.0,
         eta: float = 0.85,
         eta_b: float = 1.0,
