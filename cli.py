@@ -54,7 +54,7 @@ class AuditCLI(LightningCLI):
         )
         parser.add_argument(
             "--postprocess",
-            type=Literal["none", "direct", "gan", "semantic", "compare"] | Enhancer,
+            type=Enhancer | Literal["none", "direct", "gan", "semantic", "compare"],  # so that an error keeps its cause
             default="none",
             help="Enhancement of the images: `none`, one that goes by its name (attack_modules/enhance/named.py), "
             "`compare` for all of these that have their weights, or a class with its settings.",
@@ -72,6 +72,11 @@ class AuditCLI(LightningCLI):
         ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
         if ckpt_path not in (None, "best", "last", "hpc"):
             load_checkpoint(Path(ckpt_path))  # a file that is cut short or foreign is refused before work starts
+
+    def before_instantiate_classes(self) -> None:
+        if self.config[self.config.subcommand].trainer.enable_progress_bar is False:  # else Lightning refuses ours
+            callbacks = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, RichProgressBar)]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)

@@ -11,6 +11,7 @@ from attack_modules.enhance.gan import GAN
 from attack_modules.enhance.restoration import Restoration
 from attack_modules.enhance.semantic import ReconstructedImage, SemanticEnhancer
 from attack_modules.feature_inversion import FeatureInversion
+from attack_modules.guided_inversion import GuidedInversion
 from attack_modules.inversion import GradientInversion
 from attack_modules.objectives import Cosine, SquaredL2
 from attack_modules.priors import ChromaTotalVariation, TotalVariation
@@ -23,6 +24,7 @@ __all__ = [
     "FeatureInversion",
     "FittedMixture",
     "GradientInversion",
+    "GuidedInversion",
     "Karras",
     "LatentDiffusion",
     "LinearBetas",

@@ -78,8 +78,8 @@ class FeatureInversion(Attack):
                 "times too large. Give `knowledge.num_clients`."
             )
         self.leakage: Leakage = leak_rounds(
-            [_head(o.without_weight_decay(u)) for o, u in zip(self.observations, updates, strict=True)],
-            [_head(observation.before) for observation in self.observations],
+            [_head(o.without_weight_decay(u), model) for o, u in zip(self.observations, updates, strict=True)],
+            [_head(observation.before, model) for observation in self.observations],
             PeerTraining(
                 lr=beliefs.mean_rate,
                 steps=self.steps,
@@ -134,8 +134,9 @@ class FeatureInversion(Attack):
             images = self.images[chunk].contiguous(memory_format=torch.channels_last)
             error = self.feature_error(images, self.features[chunk])
             prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
-            self.manual_backward((error + factor * prior).sum())  # a sum: no image feels another
-            self._remember(chunk, (error + self.anneal[1] * prior).detach())
+            loss = error + factor * prior + self.guidance(images, chunk)
+            self.manual_backward(loss.sum())  # a sum: no image feels another
+            self._remember(chunk, error.detach(), (error + self.anneal[1] * prior).detach())
             errors.append(error.detach())
         optimizer.step()
         scheduler.step()
@@ -166,6 +167,10 @@ class FeatureInversion(Attack):
         """(N,) relative squared distance of the images' features (N, D) to those that leaked."""
         return (self.model.embed(images) - features).square().sum(1) / features.square().sum(1)
 
+    def guidance(self, images: Tensor, chunk: Tensor) -> Tensor:
+        """(N,) what else is added to the loss of these images, those numbered `chunk` (N,); here nothing."""
+        return images.new_zeros(len(images))
+
     @torch.no_grad()
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
         """(N,) `|features(x) - f| / |f|`, which the labels do not enter."""
@@ -174,8 +179,8 @@ class FeatureInversion(Attack):
         return torch.cat([self.feature_error(image, feature) for image, feature in chunks]).sqrt()
 
     @torch.no_grad()
-    def _remember(self, chunk: Tensor, losses: Tensor) -> None:
-        """Keep every image's best iterate, judged with the last step's weight of the priors."""
+    def _remember(self, chunk: Tensor, errors: Tensor, losses: Tensor) -> None:
+        """Keep every image's best iterate, judged by `losses`, with the last step's weight of the priors."""
         better = chunk[losses < self.best_loss[chunk]]
         self.best[better] = self.images[better]
         self.best_loss[chunk] = torch.minimum(self.best_loss[chunk], losses.to(self.best_loss))
@@ -205,6 +210,6 @@ class FeatureInversion(Attack):
         )
 
 
-def _head(state: Tensors) -> Tensors:
-    """The parameters of the head, in the order of its layers."""
-    return {name: tensor for name, tensor in state.items() if name.startswith("head.")}
+def _head(state: Tensors, model: ImageClassifier) -> Tensors:
+    """The parameters of the head, in the order of its layers; a saved Observation has them in that of their names."""
+    return {name: state[name] for name, _ in model.named_parameters() if name.startswith("head.")}

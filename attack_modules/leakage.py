@@ -251,7 +251,8 @@ def count_images(singular: Tensor, held: int, steps: int) -> int:
 
     Every class that somebody holds has an image, and the steepest fall is sought from there: the largest singular
     value, that of the images' mean, is far above all others. Where features drift much during the local steps, each
-    image adds one direction a step; then the steepest fall of all is at `steps` times the steepest fall before it.
+    image adds one direction a step: the steepest fall is at `steps` times their number, and where they themselves end
+    is one of the few other falls that stand out (the steepest twentieth before it).
 
     Args:
         singular: falling, positive.
@@ -263,8 +264,11 @@ def count_images(singular: Tensor, held: int, steps: int) -> int:
         return least
     falls = singular[least - 1 : -1] / singular[least:]
     rank = least + int(falls.argmax())
-    if rank > least and rank % steps == 0 and least + int(falls[: rank - least].argmax()) == rank // steps:
-        return rank // steps
+    fewer = rank // steps
+    if rank == fewer * steps and least <= fewer < rank:
+        before = falls[: rank - least]
+        if before[fewer - least] >= before.quantile(0.95):
+            return fewer
     return rank
 
 

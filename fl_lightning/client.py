@@ -1,6 +1,7 @@
 """One client's local training."""
 
 import copy
+import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,6 +124,8 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         generator = torch.Generator().manual_seed(task.seed)
         trainer.fit(client, task.images.dataloader(training.batch_size, shuffle=True, generator=generator))
     after = client.model.cpu()
+    del trainer
+    gc.collect()  # a Trainer refers to itself, and would keep every client's model until Python happens to look
     return ClientUpdate(
         update={name: before - after.get_parameter(name).detach() for name, before in parameters(task.model).items()},
         buffers=buffers(after),

@@ -66,6 +66,12 @@ def test_a_run_leaves_numbers_pictures_and_its_configuration(capsys: pytest.Capt
     assert "Pictures and numbers: runs/inversion/version_0" in printed
 
 
+def test_the_progress_bar_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*INVERSION, "--trainer.enable_progress_bar", "false"])
+    assert results(0)["steps"] == 4
+    assert "4/4" not in capsys.readouterr().out
+
+
 def test_panels_and_scores_reach_tensorboard() -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -50,9 +50,10 @@ def test_loss_falls_and_the_best_iterate_is_kept(observe: Observe, attack: Run, 
     module = GradientInversion(scale_factor=2, objective=objective, priors=[TotalVariation(0.01)], restarts=2)
     attack(module, seen, steps=25)
     assert module.best_loss.min() < 0.7 * first
-    images, labels = module.reconstruction()
+    images, labels, scale_factor = module.reconstruction()[:3]
     assert images.shape == (4, 3, 16, 16)
     assert labels.tolist() == [0, 1, 2, 3]
+    assert scale_factor == 2
     assert images.min() >= 0
     assert images.max() <= 1
     best = int(module.best_loss.argmin())

@@ -187,6 +187,15 @@ def test_count_knows_drifting_features_and_full_rank() -> None:
     assert count_images(singular, held=12, steps=1) == 12
 
 
+def test_count_of_drifting_images_need_not_be_the_second_steepest_fall() -> None:
+    falls = torch.full((70,), 1.02)
+    falls[[0, 19, 21, 59]] = torch.tensor([6.0, 1.8, 1.9, 200.0])  # 20 images, 3 steps, beside a steeper fall at 22
+    singular = 1e3 / torch.cat([torch.ones(1), falls.cumprod(0)])
+    assert count_images(singular, held=20, steps=3) == 20
+    falls[19] = 1.0  # nothing ends at 20: there are 60 images
+    assert count_images(1e3 / torch.cat([torch.ones(1), falls.cumprod(0)]), held=20, steps=3) == 60
+
+
 def test_infer_labels_counts_duplicates() -> None:
     activations = torch.full((7, 10), 1.0)
     labels = torch.tensor([0, 4, 4, 4, 9, 11, 11])

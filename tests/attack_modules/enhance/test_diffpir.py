@@ -66,3 +66,5 @@ def test_sure_pixels_stay_and_unsure_ones_are_mended(prior: Any) -> None:
     assert unsure < 0.4 * error(observed, posterior)[1]
     one_level = prior(observed, torch.tensor(0.2).double())  # what a denoiser does that knows no map
     assert sure < 0.2 * error(one_level, posterior)[0]
+    mean = diffpir(prior, observed, sigma_y, sigmas, lambda: torch.zeros_like(clean))
+    assert (error(mean, posterior) < torch.tensor([0.1, 0.25]) * sigma_y[0, :2]).all()

@@ -1,0 +1,203 @@
+"""Crops of photographs, to train a diffusion prior on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.functional import pil_to_tensor
+
+from fl_lightning.data.images import PathLike, UnreadableImage, is_image_name, read_image
+from fl_lightning.errors import MissingFile, SettingError
+
+LONGEST_SHORT_SIDE = 512
+"""Larger photographs are reduced to this short side when they are read, to bound memory."""
+
+
+class PhotoCrops(LightningDataModule):
+    """Square crops of random place, scale and reflection from all photographs in some folders, held in memory.
+
+    A crop shrinks its part of the photograph by 1 to `reduction` with antialiasing, because the images that a prior
+    will see are themselves reduced photographs.
+
+    Args:
+        roots: folders, searched with all that is in them.
+        validation: text file with one name a line. An image is held out for validation if its own name or its folder's
+            is in it.
+        left_out: more such files; their images are neither trained on nor validated with.
+        crop_size: height and width of a crop, in pixels.
+        reduction: the largest factor by which a photograph is shrunk.
+        image_size: height and width of the validation images, cut and resized as an attack's (`read_image`).
+        batch_size: crops in a batch, and images in one of validation.
+        steps_per_epoch: batches in an epoch, after which weights are exported and a checkpoint is written.
+        seed: of the crops.
+    """
+
+    def __init__(
+        self,
+        roots: list[Path],
+        validation: Path,
+        left_out: list[Path] = [],  # noqa: B006 - never changed
+        crop_size: int = 48,
+        reduction: float = 2.0,
+        image_size: int = 128,
+        batch_size: int = 16,
+        steps_per_epoch: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(crop_size, image_size, batch_size, steps_per_epoch) < 1 or reduction < 1:
+            raise SettingError(
+                "`data` needs crop_size, image_size, batch_size, steps_per_epoch and reduction of at least 1, but got "
+                f"{crop_size}, {image_size}, {batch_size}, {steps_per_epoch} and {reduction}."
+            )
+        self.roots = [Path(root) for root in roots]
+        self.validation = Path(validation)
+        self.left_out = [Path(path) for path in left_out]
+        self.crop_size = crop_size
+        self.reduction = reduction
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+
+    def setup(self, stage: str) -> None:
+        if hasattr(self, "crops"):
+            return
+        validation, left_out = read_names(self.validation), {n for path in self.left_out for n in read_names(path)}
+        paths = [path for root in self.roots for path in image_paths(root)]
+        held_out = [path for path in paths if {path.name, path.parent.name} & validation]
+        training = [path for path in paths if not {path.name, path.parent.name} & (validation | left_out)]
+        if not training or not held_out:
+            raise SettingError(
+                f"Of {len(paths)} images, {len(training)} are left to train on and {len(held_out)} are held out by "
+                f"'{self.validation}', but both need one. Name more folders in `data.roots`, or other names there."
+            )
+        self.crops = Crops([read_photograph(path) for path in training], self.crop_size, self.reduction, self.seed)
+        self.held_out = Shown(held_out, self.image_size)
+        # Some training images as validation sees its own, on which a baseline may be tuned.
+        self.tuning_images = torch.stack(list(Shown(training[:: max(1, len(training) // 6)][:6], self.image_size)))
+
+    def train_dataloader(self) -> DataLoader:
+        ahead = Ahead(self.steps_per_epoch * self.batch_size)
+        return DataLoader(self.crops, self.batch_size, sampler=ahead, generator=torch.Generator())
+
+    def val_dataloader(self) -> DataLoader:
+        # A generator of its own: every pass of a DataLoader would draw from the global one.
+        return DataLoader(self.held_out, self.batch_size, generator=torch.Generator())
+
+    test_dataloader = val_dataloader
+
+
+class Crops(Dataset):
+    """Endless crops; the n-th is always the same one.
+
+    Args:
+        photographs: RGB.
+        size: height and width of a crop, in pixels.
+        reduction: the largest factor by which a photograph is shrunk; photographs too small for it are shrunk less.
+        seed: of all crops.
+
+    Raises:
+        SettingError: a photograph is smaller than a crop.
+    """
+
+    def __init__(self, photographs: list[Image.Image], size: int, reduction: float, seed: int) -> None:
+        if (smallest := min(min(photograph.size) for photograph in photographs)) < size:
+            raise SettingError(
+                f"A photograph is {smallest} pixels high or wide, but crops of {size} are wanted. "
+                "Lower `data.crop_size`, or take small images out."
+            )
+        self.photographs = photographs
+        self.size = size
+        self.reduction = reduction
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> Tensor:
+        """float32 (3, size, size) in [0, 1]."""
+        generator = torch.Generator().manual_seed((self.seed << 40) + index)
+        photograph = self.photographs[int(torch.randint(len(self.photographs), (), generator=generator))]
+        scale, across, down, flip = torch.rand(4, generator=generator).tolist()
+        side = min(self.size * (1 + scale * (self.reduction - 1)), *photograph.size)
+        left, top = across * (photograph.width - side), down * (photograph.height - side)
+        box = (left, top, left + side, top + side)
+        crop = photograph.resize((self.size, self.size), Image.Resampling.LANCZOS, box)
+        return pil_to_tensor(ImageOps.mirror(crop) if flip < 0.5 else crop).float() / 255
+
+
+class Ahead(Sampler[int]):
+    """The numbers of an epoch's crops: each epoch goes on where the last ended, also in a run that is resumed."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before every epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.epoch * self.count, (self.epoch + 1) * self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class Shown(Dataset):
+    """Whole images as an attack sees them: float32 (3, size, size) in [0, 1]."""
+
+    def __init__(self, paths: list[Path], size: int) -> None:
+        self.pixels = torch.stack([read_image(path, size, 3) for path in paths])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.pixels[index].float() / 255
+
+
+def image_paths(root: Path) -> list[Path]:
+    """All image files in a folder and the folders in it, sorted.
+
+    Raises:
+        MissingFile: there is no such folder, or no image in it.
+    """
+    paths = sorted(path for path in root.rglob("*") if is_image_name(path.name)) if root.is_dir() else []
+    if not paths:
+        raise MissingFile(f"There is no folder '{root}' with images in it. Set `data.roots` to folders of photographs.")
+    return paths
+
+
+def read_names(path: Path) -> set[str]:
+    """The names in a text file, one a line; lines that begin with # are comments.
+
+    Raises:
+        MissingFile: there is no such file.
+    """
+    if not path.is_file():
+        raise MissingFile(f"There is no list of names at '{path}'. Write one folder or file name a line.")
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def read_photograph(path: PathLike) -> Image.Image:
+    """A photograph, upright, in RGB, whole; reduced if it is very large.
+
+    Raises:
+        UnreadableImage: the file is truncated or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            photograph = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # foreign bytes make Pillow's decoders raise nearly anything
+        raise UnreadableImage(
+            f"The photograph '{path}' cannot be read ({error}). Replace it or take it out."
+        ) from error
+    factor = LONGEST_SHORT_SIDE / min(photograph.size)
+    if factor < 1:
+        size = (round(photograph.width * factor), round(photograph.height * factor))
+        photograph = photograph.resize(size, Image.Resampling.LANCZOS)
+    return photograph

@@ -1,0 +1,123 @@
+"""Feature inversion guided by a diffusion model: plug and play."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attack_modules.diffusion.denoiser import Denoiser
+from attack_modules.diffusion.prior import TrainedPrior
+from attack_modules.feature_inversion import FeatureInversion
+from attack_modules.priors import Prior
+from fl_lightning.errors import SettingError
+
+
+class GuidedInversion(FeatureInversion):
+    """Feature inversion whose images are drawn towards what a denoiser makes of them.
+
+    Every `denoise_every` steps each image x is denoised, `z = D(x, sigma)`; until the next time the squared distance to
+    z is a penalty (half-quadratic splitting as in DiffPIR, arXiv 2305.08995; with Adam in place of the proximal step,
+    its gradient is that of RED, arXiv 1611.02862). Nothing is differentiated through the network.
+
+    The noise level follows what the attacker sees, image by image: `sigma` is proportional to the root of the relative
+    feature error. It falls as the image emerges, and ends where the leak's own error ends, which no image can explain.
+
+    Args:
+        denoiser: a diffusion prior that `DiffusionPrior` exported, or any `Denoiser`; for RGB images.
+        weight: of the mean squared distance to the denoised image, beside a relative squared feature error.
+        sigma_per_error: sigma, in units of [0, 1], for a relative feature error (not squared) of one.
+        sigma_start: the largest sigma, which the first steps would surpass.
+        denoise_every: steps between denoisings.
+        lr: the attacker's own learning rate, of Adam on the pixels, with cosine decay to zero.
+        priors: penalties that are added to the relative feature error; null for `ChromaTotalVariation`.
+        anneal: factor on the priors' weights at the first and at the last step, geometric between.
+        betas: of Adam.
+        subtract_own: take the attacker's own update out of the aggregate first.
+        resimulations: times, spread evenly over the steps, at which the peers' training is simulated; 0 for never.
+        chunk_size: images that are passed through the model at once, which bounds memory.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    def __init__(
+        self,
+        denoiser: Path | Denoiser,
+        weight: float = 0.3,
+        sigma_per_error: float = 1.0,
+        sigma_start: float = 0.3,
+        denoise_every: int = 20,
+        lr: float = 0.8,
+        priors: list[Prior] | None = None,
+        anneal: tuple[float, float] = (1.0, 0.01),
+        betas: tuple[float, float] = (0.8, 0.99),
+        subtract_own: bool = True,
+        resimulations: int = 2,
+        chunk_size: int = 16,
+        checkpoint_every: int = 25,
+    ) -> None:
+        super().__init__(lr, priors, anneal, betas, subtract_own, resimulations, chunk_size, checkpoint_every)
+        if weight < 0 or min(sigma_per_error, sigma_start) <= 0 or denoise_every < 1:
+            raise SettingError(
+                "`model` needs weight >= 0, sigma_per_error > 0, sigma_start > 0 and denoise_every >= 1, but got "
+                f"weight={weight}, sigma_per_error={sigma_per_error}, sigma_start={sigma_start}, "
+                f"denoise_every={denoise_every}."
+            )
+        prior = denoiser if isinstance(denoiser, Denoiser) else TrainedPrior.load(denoiser)
+        self._denoiser = (prior.requires_grad_(False).eval(),)  # no submodule: it is not this attack's to save
+        self.weight = weight
+        self.sigma_per_error = sigma_per_error
+        self.sigma_start = sigma_start
+        self.denoise_every = denoise_every
+
+    def configure_model(self) -> None:
+        if hasattr(self, "images"):
+            return
+        super().configure_model()
+        channels, height, width = self.images.shape[1:]
+        multiple = self.denoiser.multiple
+        if channels != 3 or height % multiple or width % multiple:
+            raise SettingError(
+                f"The denoiser takes RGB images whose height and width are multiples of {multiple}, but the attacked "
+                f"model's are {channels} x {height} x {width}. Choose another `data.image_size`, or `FeatureInversion`."
+            )
+        self.denoiser.to(self.trainer.strategy.root_device)
+        self.register_buffer("denoised", self.images.detach().clone())
+        self.register_buffer("errors", torch.ones(len(self.images)))  # relative feature errors, squared, of last time
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self._denoiser[0]
+
+    @property
+    def sigma(self) -> Tensor:
+        """(N,) noise level at which each image would be denoised now."""
+        sigma = self.sigma_per_error * self.errors.sqrt()
+        return sigma.clamp(self.denoiser.sigma_min, min(self.sigma_start, self.denoiser.sigma_max))
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        if self.global_step and self.global_step % self.denoise_every == 0:
+            self._denoise()
+        super().training_step(batch, batch_idx)
+
+    @torch.no_grad()
+    def _denoise(self) -> None:
+        for chunk in torch.arange(len(self.images), device=self.device).split(self.chunk_size):
+            images = self.images[chunk].contiguous(memory_format=torch.channels_last)
+            self.denoised[chunk] = self.denoiser(images, self.sigma[chunk]).clamp(0, 1)
+        self.log("sigma", self.sigma.mean())
+
+    def guidance(self, images: Tensor, chunk: Tensor) -> Tensor:
+        if self.global_step < self.denoise_every:
+            return super().guidance(images, chunk)  # grey has nothing to denoise
+        return self.weight * (images - self.denoised[chunk]).square().mean((1, 2, 3))
+
+    @torch.no_grad()
+    def _remember(self, chunk: Tensor, errors: Tensor, losses: Tensor) -> None:
+        """Keep the last iterate: losses of different steps have different penalties, and the rate falls to zero."""
+        self.best[chunk] = self.images[chunk]
+        self.errors[chunk] = errors.to(self.errors)
+
+    def introduction(self) -> str:
+        return (
+            f"{super().introduction()}\nGuided by {type(self.denoiser).__name__}: denoised every "
+            f"{self.denoise_every} steps, at sigma {self.sigma_per_error:g} times the relative feature error."
+        )
