@@ -41,7 +41,7 @@ class DirectEnhancement(Enhancer):
         window: side of the window in which noise is told apart from place to place, in observed pixels, odd; 0 for one
             noise level an image. Without effect if `sigma_0` is given.
         caution: factor on the estimated noise.
-        eta: DDRM's share of fresh noise, in [0, 1].
+        eta: DDRM's share of fresh noise, in [0, 1]; the paper's is 0.85.
         eta_b: DDRM's weight of the observation while the iterate is noisier, in [0, 1].
         strength: DiffPIR's weight of the prior.
         zeta: DiffPIR's share of fresh noise, in [0, 1].
@@ -66,7 +66,7 @@ class DirectEnhancement(Enhancer):
         sigma_0: float | None = None,
         window: int = 7,
         caution: float = 1.0,
-        eta: float = 0.85,
+        eta: float = 0.5,
         eta_b: float = 1.0,
         strength: float = 1.0,
         zeta: float = 1.0,
