@@ -102,7 +102,7 @@ def test_training_teaches_the_classes(tmp_path: Path) -> None:
     labels = torch.arange(32) % 2
     images = (0.1 + 0.8 * labels[:, None, None, None]).expand(-1, 3, 8, 8).contiguous()
     trainer = Trainer(
-        max_epochs=60, accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_epochs=60, accelerator="cpu", logger=False, default_root_dir=tmp_path,
         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
     )  # fmt: skip
     trainer.fit(module, DataLoader([(images, labels)], batch_size=None))
