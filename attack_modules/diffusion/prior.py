@@ -225,8 +225,9 @@ class DiffusionPrior(LightningModule):
 
     def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
         # The step's own generator: a resumed run draws what the uninterrupted one does.
-        step = (self.seed << 40) + (self.global_rank << 32) + self.global_step
-        generator = torch.Generator().manual_seed(step)
+        # On the CPU only the lower 32 bits of a seed count, so all three must reach these.
+        number = (self.seed * 1_000_003 + self.global_rank * 10_000_019 + self.global_step) % 2**32
+        generator = torch.Generator().manual_seed(number)
         sigma = self.noise_levels(len(images), generator).to(images)
         noise = torch.randn(images.shape, generator=generator).to(images)
         denoised = self.network(images + sigma[:, None, None, None] * noise, sigma)
