@@ -22,6 +22,7 @@ from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5
 from fl_lightning.observation import Observation, describe_model
+from fl_lightning.seeds import seed_of
 from fl_lightning.storage import load_checkpoint, read_json, save_checkpoint, write_json
 from fl_lightning.truth import Truth
 
@@ -153,7 +154,7 @@ class Federation:
         def tasks() -> Iterator[ClientTask]:
             for client in participants:
                 model.load_state_dict(kept_buffers.get(str(client), {}), strict=False)
-                yield ClientTask(model, data.clients[client], _seed(self.seed, round_, client))
+                yield ClientTask(model, data.clients[client], seed_of(self.seed, round_, client))
 
         def updates() -> Iterator[ClientUpdate]:
             nonlocal own
@@ -197,7 +198,7 @@ class Federation:
                 f"`federation.clients_per_round` is {self.clients_per_round}, but only {len(able)} clients hold "
                 "images. Lower it, or raise `data.num_clients`."
             )
-        generator = torch.Generator().manual_seed(_seed(self.seed, round_))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, round_))
         chosen = torch.randperm(len(able), generator=generator)[: self.clients_per_round]
         return sorted(able[i] for i in chosen.tolist())
 
@@ -299,8 +300,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif before != after:
             found.append(f"{prefix}{key} was {before!r} and is now {after!r}")
     return found
-
-
-def _seed(*numbers: int) -> int:
-    """One seed from several numbers, without the collisions of a sum."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")

@@ -12,15 +12,13 @@ from typing import NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from attack_modules.diffusion.classes import CIFAR10, ImageClass
 from attack_modules.diffusion.conditional import ConditionalModel, edm_alphas
+from attack_modules.diffusion.model_file import opened_model, save_model
 from fl_lightning.download import CHECKPOINTS
-from fl_lightning.errors import MissingFile, SettingError
-from fl_lightning.storage import StorageError, atomic_path
+from fl_lightning.errors import SettingError
 
 SHIPPED = CHECKPOINTS / "cifar10_mixture.safetensors"
 
@@ -161,9 +159,7 @@ class GaussianMixture(ConditionalModel):
         Raises:
             StorageError: the disk is full or the folder cannot be written.
         """
-        tensors = {name: tensor.cpu().half().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, {"settings": json.dumps(self.settings)})
+        save_model(self, self.settings, path)
 
 
 def cosine_transform(size: int) -> Tensor:
@@ -187,21 +183,14 @@ class FittedMixture(GaussianMixture):
     """
 
     def __init__(self, weights: Path = SHIPPED, guidance: float = 3.0) -> None:
-        if not Path(weights).is_file():
-            raise MissingFile(
-                f"There is no mixture at '{weights}'. Fit one with `python cli.py fit --config "
-                "configs/cifar10_mixture.yaml`, or name another file."
-            )
-        try:
-            with safe_open(weights, "pt") as file:
-                settings = json.loads((file.metadata() or {})["settings"])
-                super().__init__(**settings, guidance=guidance)
-                self.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise StorageError(
-                f"'{weights}' cannot be read as a mixture: {error}. Name a file that fitting exported, "
-                "`mixture.safetensors` in its run directory."
-            ) from error
+        missing = (
+            f"There is no mixture at '{weights}'. Fit one with `python cli.py fit --config "
+            "configs/cifar10_mixture.yaml`, or name another file."
+        )
+        advice = "Name a file that fitting exported, `mixture.safetensors` in its run directory."
+        with opened_model(weights, missing, "a mixture", advice) as (facts, state):
+            super().__init__(**json.loads(facts["settings"]), guidance=guidance)
+            self.load_state_dict(state)
 
 
 class MixtureFit(LightningModule):

@@ -12,6 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from fl_lightning.data.images import PathLike, UnreadableImage, is_image_name, read_image
 from fl_lightning.errors import MissingFile, SettingError
+from fl_lightning.seeds import seed_of
 
 LONGEST_SHORT_SIDE = 512
 """Larger photographs are reduced to this short side when they are read, to bound memory."""
@@ -118,7 +119,7 @@ class Crops(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         """float32 (3, size, size) in [0, 1]."""
-        generator = torch.Generator().manual_seed((self.seed << 40) + index)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, index))
         photograph = self.photographs[int(torch.randint(len(self.photographs), (), generator=generator))]
         scale, across, down, flip = torch.rand(4, generator=generator).tolist()
         side = min(self.size * (1 + scale * (self.reduction - 1)), *photograph.size)

@@ -4,19 +4,16 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
+from attack_modules.diffusion.averaged_training import AveragedTraining
 from attack_modules.diffusion.comparison import DenoisingComparison
 from attack_modules.diffusion.denoiser import Denoiser
-from fl_lightning.errors import MissingFile, SettingError
-from fl_lightning.storage import StorageError, atomic_path
+from attack_modules.diffusion.edm import denoised, loss_weight, unet_of_squares
+from attack_modules.diffusion.model_file import opened_model, save_model
+from fl_lightning.errors import SettingError
 
 FORMAT = "curious-client diffusion prior 1"
 
@@ -64,19 +61,7 @@ class TrainedPrior(Denoiser):
         }
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
         self.multiple = 2 ** len(channels)
-        self.unet = UNet2DModel(
-            in_channels=12,
-            out_channels=12,
-            block_out_channels=tuple(channels),
-            layers_per_block=layers,
-            down_block_types=("DownBlock2D",) * len(channels),
-            up_block_types=("UpBlock2D",) * len(channels),
-            add_attention=False,
-            norm_num_groups=8,
-            resnet_time_scale_shift="scale_shift",
-        )
-        nn.init.zeros_(self.unet.conv_out.weight)
-        nn.init.zeros_(self.unet.conv_out.bias)
+        self.unet = unet_of_squares(channels, layers)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
@@ -91,17 +76,12 @@ class TrainedPrior(Denoiser):
                 f"{tuple(noisy.shape)}. Pad or resize them."
             )
         sigma = sigma.to(noisy).expand(len(noisy))
-        told = 8 * sigma.clamp(self.sigma_min, self.sigma_max).log()  # 8: a period of the embedding is 0.8 in log sigma
-        sigma = sigma[:, None, None, None]
-        variance = sigma.square() + self.sigma_data**2
-        centred = noisy - 0.5
-        squares = pixel_unshuffle(centred * variance.rsqrt(), 2).contiguous(memory_format=torch.channels_last)
-        change = pixel_shuffle(self.unet(squares, told).sample, 2)
-        return 0.5 + self.sigma_data**2 / variance * centred + sigma * self.sigma_data * variance.rsqrt() * change
+        told = sigma.clamp(self.sigma_min, self.sigma_max)
+        return 0.5 + denoised(self.unet, noisy - 0.5, sigma, told, self.sigma_data)
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """(N,) weight of the squared error, which makes the U-Net's own error count alike at every noise level."""
-        return (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
+        return loss_weight(sigma, self.sigma_data)
 
     def save(self, path: Path) -> None:
         """Write weights, in half precision, and settings to one safetensors file, which is whole or not there.
@@ -109,9 +89,7 @@ class TrainedPrior(Denoiser):
         Raises:
             StorageError: the disk is full or the folder cannot be written.
         """
-        weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_path(path) as temporary:
-            save_file(weights, temporary, {"format": FORMAT, "settings": json.dumps(self.settings)})
+        save_model(self, self.settings, path, format=FORMAT)
 
     @classmethod
     def load(cls, path: Path) -> "TrainedPrior":
@@ -121,27 +99,20 @@ class TrainedPrior(Denoiser):
             MissingFile: there is no such file.
             StorageError: it is cut short, or no such prior.
         """
-        if not Path(path).is_file():
-            raise MissingFile(
-                f"There is no prior at '{path}'. Train one with `python cli.py fit --config configs/prior_photos.yaml` "
-                "or name another file."
-            )
-        try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
-                if facts.get("format") != FORMAT:
-                    raise ValueError(f"its format is {facts.get('format')!r}, not {FORMAT!r}")
-                prior = cls(**json.loads(facts["settings"]))
-                prior.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise StorageError(
-                f"'{path}' cannot be read as a diffusion prior: {error}. Name a file that training exported, "
-                "`prior.safetensors` in its run directory."
-            ) from error
+        missing = (
+            f"There is no prior at '{path}'. Train one with `python cli.py fit --config configs/prior_photos.yaml` "
+            "or name another file."
+        )
+        advice = "Name a file that training exported, `prior.safetensors` in its run directory."
+        with opened_model(path, missing, "a diffusion prior", advice) as (facts, state):
+            if facts.get("format") != FORMAT:
+                raise ValueError(f"its format is {facts.get('format')!r}, not {FORMAT!r}")
+            prior = cls(**json.loads(facts["settings"]))
+            prior.load_state_dict(state)
         return prior.requires_grad_(False).eval()
 
 
-class DiffusionPrior(LightningModule):
+class DiffusionPrior(AveragedTraining):
     """Trains a `TrainedPrior` to denoise photographs; its data is `PhotoCrops`.
 
     Adam at a constant rate, and an exponential moving average of the weights in place of annealing: training can be
@@ -175,36 +146,21 @@ class DiffusionPrior(LightningModule):
         export: Path | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if lr <= 0 or warmup < 0 or not 0 <= decay < 1 or min(typical_sigma, spread) <= 0 or not 0 <= wide_share <= 1:
             raise SettingError(
                 "`model` needs lr, typical_sigma, spread > 0, warmup >= 0, decay in [0, 1) and wide_share in [0, 1], "
                 f"but got lr={lr}, typical_sigma={typical_sigma}, spread={spread}, warmup={warmup}, decay={decay}, "
                 f"wide_share={wide_share}."
             )
-        self.lr = lr
-        self.warmup = warmup
+        super().__init__(TrainedPrior(channels, layers), lr, warmup, decay, export, "prior.safetensors", seed)
         self.typical_sigma = typical_sigma
         self.spread = spread
         self.wide_share = wide_share
-        self.export = export
-        self.seed = seed
-
-        def average(averages: list[Tensor], weights: list[Tensor], steps: Tensor | int) -> None:
-            torch._foreach_lerp_(averages, weights, 1 - min(decay, float((1 + steps) / (10 + steps))))
-
-        self.network = TrainedPrior(channels, layers)
-        self.average = AveragedModel(self.network, multi_avg_fn=average).requires_grad_(False)
 
     @property
     def prior(self) -> TrainedPrior:
         """The denoiser of the averaged weights."""
         return self.average.module
-
-    def configure_optimizers(self) -> dict[str, object]:
-        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr, fused=True)
-        rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup + 1)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
 
     def configure_callbacks(self) -> list[Callback]:
         checkpoint = ModelCheckpoint(
@@ -224,24 +180,14 @@ class DiffusionPrior(LightningModule):
         return torch.where(uniform < self.wide_share, wide, typical).clamp(low, high).exp()
 
     def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
-        # The step's own generator: a resumed run draws what the uninterrupted one does.
-        # On the CPU only the lower 32 bits of a seed count, so all three must reach these.
-        number = (self.seed * 1_000_003 + self.global_rank * 10_000_019 + self.global_step) % 2**32
-        generator = torch.Generator().manual_seed(number)
+        generator = self.step_generator()
         sigma = self.noise_levels(len(images), generator).to(images)
         noise = torch.randn(images.shape, generator=generator).to(images)
-        denoised = self.network(images + sigma[:, None, None, None] * noise, sigma)
-        error = (denoised - images).square().mean((1, 2, 3))
+        clean = self.network(images + sigma[:, None, None, None] * noise, sigma)
+        error = (clean - images).square().mean((1, 2, 3))
         loss = (self.network.loss_weight(sigma) * error).mean()
         self.log("loss", loss, prog_bar=True)
         return loss
-
-    def on_train_batch_end(self, outputs: object, batch: Tensor, batch_idx: int) -> None:
-        self.average.update_parameters(self.network)
-
-    def on_train_epoch_end(self) -> None:
-        if self.trainer.is_global_zero and (self.export or self.trainer.log_dir):
-            self.prior.save(self.export or Path(self.trainer.log_dir) / "prior.safetensors")
 
     def validation_step(self, images: Tensor, batch_idx: int) -> TrainedPrior:
         return self.prior  # `DenoisingComparison` measures and draws

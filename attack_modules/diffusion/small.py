@@ -4,20 +4,17 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
+from attack_modules.diffusion.averaged_training import AveragedTraining
 from attack_modules.diffusion.classes import CIFAR10, ImageClass
 from attack_modules.diffusion.conditional import ConditionalModel, edm_alphas
+from attack_modules.diffusion.edm import denoised, loss_weight, unet_of_squares
+from attack_modules.diffusion.model_file import opened_model, save_model
 from fl_lightning.download import CHECKPOINTS
-from fl_lightning.errors import MissingFile, SettingError
-from fl_lightning.storage import StorageError, atomic_path
+from fl_lightning.errors import SettingError
 
 SHIPPED = CHECKPOINTS / "cifar10_diffusion.safetensors"
 
@@ -61,20 +58,7 @@ class SmallConditional(ConditionalModel):
         self.image_size = image_size
         self.latent_shape = (3, image_size, image_size)
         self.register_buffer("alphas", edm_alphas(1000, SIGMA_MIN, SIGMA_MAX), persistent=False)
-        self.unet = UNet2DModel(
-            in_channels=12,
-            out_channels=12,
-            block_out_channels=tuple(channels),
-            layers_per_block=layers,
-            down_block_types=("DownBlock2D",) * len(channels),
-            up_block_types=("UpBlock2D",) * len(channels),
-            add_attention=False,
-            norm_num_groups=8,
-            resnet_time_scale_shift="scale_shift",
-            num_class_embeds=len(class_names) + 1,  # the last is no class
-        )
-        nn.init.zeros_(self.unet.conv_out.weight)
-        nn.init.zeros_(self.unet.conv_out.bias)
+        self.unet = unet_of_squares(channels, layers, len(class_names) + 1)  # the last is no class
         self.to(memory_format=torch.channels_last)
 
     def denoise(self, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
@@ -85,12 +69,7 @@ class SmallConditional(ConditionalModel):
             sigma: (N,) standard deviation of that noise.
             labels: (N,) long; the one after the last class is no class.
         """
-        told = 8 * sigma.log()  # 8: a period of the embedding is 0.8 in log sigma
-        sigma = sigma[:, None, None, None]
-        variance = sigma.square() + SIGMA_DATA**2
-        squares = pixel_unshuffle(noisy * variance.rsqrt(), 2).contiguous(memory_format=torch.channels_last)
-        change = pixel_shuffle(self.unet(squares, told, class_labels=labels).sample, 2)
-        return SIGMA_DATA**2 / variance * noisy + sigma * SIGMA_DATA * variance.rsqrt() * change
+        return denoised(self.unet, noisy, sigma, sigma, SIGMA_DATA, labels)
 
     def noise(self, latents: Tensor, timestep: int, labels: Tensor) -> Tensor:
         alpha = float(self.alphas[timestep])
@@ -112,9 +91,7 @@ class SmallConditional(ConditionalModel):
         Raises:
             StorageError: the disk is full or the folder cannot be written.
         """
-        weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_path(path) as temporary:
-            save_file(weights, temporary, {"settings": json.dumps(self.settings)})
+        save_model(self, self.settings, path)
 
 
 class TrainedConditional(SmallConditional):
@@ -130,24 +107,18 @@ class TrainedConditional(SmallConditional):
     """
 
     def __init__(self, weights: Path = SHIPPED, guidance: float = 3.0) -> None:
-        if not Path(weights).is_file():
-            raise MissingFile(
-                f"There is no diffusion model at '{weights}'. Train one with `python cli.py fit --config "
-                "configs/cifar10_diffusion.yaml`, or name another file."
-            )
-        try:
-            with safe_open(weights, "pt") as file:
-                super().__init__(**json.loads((file.metadata() or {})["settings"]), guidance=guidance)
-                self.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise StorageError(
-                f"'{weights}' cannot be read as a class-conditional diffusion model: {error}. Name a file that "
-                "training exported, `diffusion.safetensors` in its run directory."
-            ) from error
+        missing = (
+            f"There is no diffusion model at '{weights}'. Train one with `python cli.py fit --config "
+            "configs/cifar10_diffusion.yaml`, or name another file."
+        )
+        advice = "Name a file that training exported, `diffusion.safetensors` in its run directory."
+        with opened_model(weights, missing, "a class-conditional diffusion model", advice) as (facts, state):
+            super().__init__(**json.loads(facts["settings"]), guidance=guidance)
+            self.load_state_dict(state)
         self.eval().requires_grad_(False)
 
 
-class ConditionalTraining(LightningModule):
+class ConditionalTraining(AveragedTraining):
     """Trains a `SmallConditional`; its data is a dataset with one client, such as `CIFAR10`.
 
     Adam at a constant rate, and an exponential moving average of the weights in place of annealing: training can be
@@ -178,31 +149,16 @@ class ConditionalTraining(LightningModule):
         export: Path | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if lr <= 0 or warmup < 0 or not 0 <= decay < 1 or min(typical_sigma, spread) <= 0 or not 0 <= dropout < 1:
             raise SettingError(
                 "`model` needs lr, typical_sigma, spread > 0, warmup >= 0, and decay and dropout in [0, 1), but got "
                 f"lr={lr}, typical_sigma={typical_sigma}, spread={spread}, warmup={warmup}, decay={decay}, "
                 f"dropout={dropout}."
             )
-        self.lr = lr
-        self.warmup = warmup
+        super().__init__(model, lr, warmup, decay, export, "diffusion.safetensors", seed)
         self.typical_sigma = typical_sigma
         self.spread = spread
         self.dropout = dropout
-        self.export = export
-        self.seed = seed
-
-        def average(averages: list[Tensor], weights: list[Tensor], steps: Tensor | int) -> None:
-            torch._foreach_lerp_(averages, weights, 1 - min(decay, float((1 + steps) / (10 + steps))))
-
-        self.network = model
-        self.average = AveragedModel(model, multi_avg_fn=average).requires_grad_(False)
-
-    def configure_optimizers(self) -> dict[str, object]:
-        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr, fused=True)
-        rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup + 1)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
 
     def configure_callbacks(self) -> list[Callback]:
         return [ModelCheckpoint(filename="{step}", save_last=True, auto_insert_metric_name=False)]
@@ -215,23 +171,18 @@ class ConditionalTraining(LightningModule):
         sigma = sigma.clamp(max=SIGMA_MAX).to(images)
         noise = torch.randn(images.shape, generator=generator).to(images)
         clean = 2 * images - 1
-        denoised = network.denoise(clean + sigma[:, None, None, None] * noise, sigma, labels)
-        weight = (sigma.square() + SIGMA_DATA**2) / (sigma * SIGMA_DATA).square()
-        return weight * (denoised - clean).square().mean((1, 2, 3))
+        found = network.denoise(clean + sigma[:, None, None, None] * noise, sigma, labels)
+        return loss_weight(sigma, SIGMA_DATA) * (found - clean).square().mean((1, 2, 3))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        # The step's own generator: a resumed run draws what the uninterrupted one does.
-        generator = torch.Generator().manual_seed((self.seed << 40) + (self.global_rank << 32) + self.global_step)
+        generator = self.step_generator()
         reflected, withheld = torch.rand(2, len(images), generator=generator).to(images.device)
         images = torch.where(reflected[:, None, None, None] < 0.5, images.flip(3), images)
         labels = labels.masked_fill(withheld < self.dropout, len(self.network.classes))
         loss = self.error(self.network, images, labels, generator).mean()
         self.log("loss", loss, prog_bar=True)
         return loss
-
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        self.average.update_parameters(self.network)
 
     def on_validation_epoch_start(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -242,7 +193,3 @@ class ConditionalTraining(LightningModule):
         self.log("validation_loss", error, prog_bar=True, batch_size=len(images))
 
     test_step = validation_step
-
-    def on_train_epoch_end(self) -> None:
-        if self.trainer.is_global_zero and (self.export or self.trainer.log_dir):
-            self.average.module.save(self.export or Path(self.trainer.log_dir) / "diffusion.safetensors")

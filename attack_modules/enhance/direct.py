@@ -13,6 +13,7 @@ from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.noise_level import likeliest_noise, noise_map
 from fl_lightning.download import CHECKPOINTS
 from fl_lightning.errors import SettingError
+from fl_lightning.seeds import seed_of
 
 PRIOR = CHECKPOINTS / "prior_photos.safetensors"
 """The diffusion model that this project trains and ships."""
@@ -112,10 +113,8 @@ class DirectEnhancement(Enhancer):
         enhanced = []
         with torch.autocast(images.device.type, enabled=False):  # differences of neighbouring noise levels are small
             for indices in torch.arange(len(images)).split(self.chunk_size):
-                # Each image has its own numbers, so that chunks are only a matter of memory. Torch's generator on the
-                # CPU takes the lower 32 bits of a seed only.
-                seeds = [(seed * 1_000_003 + index) % 2**32 for index in indices.tolist()]
-                generators = [torch.Generator().manual_seed(number) for number in seeds]
+                # Each image has its own numbers, so that chunks are only a matter of memory.
+                generators = [torch.Generator().manual_seed(seed_of(seed, index)) for index in indices.tolist()]
                 chunk = images[indices.to(images.device)]
                 enhanced.append(self._mean_sample(chunk, reconstruction.scale_factor, generators))
         return torch.cat(enhanced).clamp(0, 1)
