@@ -76,9 +76,9 @@ class GradientInversion(Attack):
             return
         observation = self.the_observation()
         device = self.trainer.strategy.root_device
-        self.peers = SimulatedPeers(observation, self.merged, device)
+        self.peers = SimulatedPeers(observation, self.merged, device, self.ranks)
         update = self.observed_update()
-        self.target = {name: tensor.to(device) for name, tensor in update.items()}
+        self.target = {name: tensor.to(device, torch.get_default_dtype()) for name, tensor in update.items()}
         self.objective.weights(list(self.target))  # refuse unknown layers now
         labels = observation.beliefs.labels
         self.register_buffer("labels", torch.tensor(labels) if labels else infer_labels(observation, update))
@@ -105,10 +105,11 @@ class GradientInversion(Attack):
         ]
 
     def loss(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Objective and weighted priors, before annealing, of one start's latent: two numbers."""
+        """Objective and weighted priors, before annealing, of one start's latent: two numbers, this process's part."""
         images = self.decode(latent).contiguous(memory_format=torch.channels_last)
-        objective = self.objective(self.peers.mean_update(images, self.labels), self.target)
-        prior = sum((prior.weight * prior(images).mean() for prior in self.priors), objective.new_zeros(()))
+        objective = self.objective(self.peers.mean_update(images, self.labels), self.target) / self.ranks.count
+        own = images[self.ranks.own(len(images))]
+        prior = sum((prior.weight * prior(own).sum() / len(images) for prior in self.priors), objective.new_zeros(()))
         return objective, prior
 
     @torch.inference_mode(False)
@@ -132,8 +133,9 @@ class GradientInversion(Attack):
         losses = []
         for trial, latent in enumerate(self.starts):
             objective, prior = self.loss(latent)
-            self.manual_backward(objective + factor * prior, inputs=[latent])  # not to the simulation's first weights
-            losses.append((objective + self.anneal[1] * prior).detach())
+            self.back_propagate(objective + factor * prior, latent)
+            self.join_gradients(latent)
+            losses.append(self.ranks.total((objective + self.anneal[1] * prior).detach()))
             self._remember(trial, latent, losses[-1])
         optimizer.step()
         scheduler.step()

@@ -29,6 +29,10 @@ class LowRank:
     left: tuple[Tensor, ...] = ()
     right: tuple[Tensor, ...] = ()
 
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
     def __add__(self, other: LowRank) -> LowRank:
         left, right = list(self.left), list(self.right)
         for other_left, other_right in zip(other.left, other.right, strict=True):
