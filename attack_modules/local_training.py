@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from attack_modules.low_rank import LowRank
 from attack_modules.objectives import SimulatedUpdate
@@ -31,14 +32,21 @@ class SimulatedPeers:
         merged: whether one virtual client holds all images (the paper's way) or each believed client its own.
         device: where to simulate.
         ranks: the processes that simulate together.
+        chunk_size: images whose activations are kept in memory at once; those of the others are computed again when
+            they are differentiated. None for all.
 
     Raises:
-        SimulationError: the model draws random numbers, or client sizes are needed and not believed, or the clients
-            cannot be divided among the processes.
+        SimulationError: the model draws random numbers, or client sizes are needed and not believed, or the work
+            cannot be divided among the processes or into chunks.
     """
 
     def __init__(
-        self, observation: Observation, merged: bool, device: torch.device, ranks: Ranks | None = None
+        self,
+        observation: Observation,
+        merged: bool,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         self.model: ImageClassifier = observation.build_model().to(device, memory_format=torch.channels_last)
         self.beliefs = observation.beliefs
@@ -62,13 +70,21 @@ class SimulatedPeers:
                 f"{len(self.client_sizes)} client(s) cannot be divided among {self.ranks.count} processes. Set "
                 "`model.merged: true`, of which every process takes a part, or lower `trainer.devices`."
             )
-        if merged and self.ranks.count > 1 and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
+        self.chunk_size = chunk_size
+        divided = chunk_size is not None or (merged and self.ranks.count > 1)
+        if divided and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
             raise SimulationError(
-                "One merged client of a model with BatchNorm cannot be divided among processes: the statistics are "
-                "those of a whole batch. Set `model.merged: false`, or `trainer.devices: 1`."
+                "A batch of a model with BatchNorm cannot be divided, because its statistics are those of all its "
+                "images. Leave `model.chunk_size` out, and on several devices set `model.merged: false`."
             )
         self.parameters = parameters(self.model)
         self.linear_weights = {f"head.{i}.weight" for i, m in enumerate(self.model.head) if isinstance(m, nn.Linear)}
+
+    def introduction(self) -> str:
+        """Which linear layers' updates stay factored, in plain words."""
+        elsewhere = sum(isinstance(module, nn.Linear) for module in self.model.features.modules())
+        dense = f"; {elsewhere} more, outside the head, are simulated densely" if elsewhere else ""
+        return f"The updates of the head's {len(self.linear_weights)} linear layer(s) stay in factors{dense}."
 
     def mean_update(self, images: Tensor, labels: Tensor) -> SimulatedUpdate:
         """The mean of the simulated clients' updates, weighted by their numbers of images.
@@ -115,10 +131,23 @@ class SimulatedPeers:
         self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor
     ) -> SimulatedUpdate:
         """The gradient of a batch's mean loss, of which a merged client's processes compute a part each."""
-        if self.client_sizes is not None or self.ranks.count == 1:
-            return self._gradient(weights, state, images, labels, len(images))
-        own = self.ranks.own(len(images)).to(images.device)
-        return self.ranks.sum(self._gradient(weights, state, images[own], labels[own], len(images)))
+        batch_size = len(images)
+        if self.client_sizes is None and self.ranks.count > 1:
+            own = self.ranks.own(batch_size).to(images.device)
+            return self.ranks.sum(self._own_gradient(weights, state, images[own], labels[own], batch_size))
+        return self._own_gradient(weights, state, images, labels, batch_size)
+
+    def _own_gradient(
+        self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor, batch_size: int
+    ) -> SimulatedUpdate:
+        """This process's part of a batch's gradient, a chunk of images at a time."""
+        if self.chunk_size is None:
+            return self._gradient(weights, state, images, labels, batch_size)
+        gradient: SimulatedUpdate = {}
+        for chunk, chunk_labels in zip(images.split(self.chunk_size), labels.split(self.chunk_size), strict=True):
+            part = checkpoint(self._gradient, weights, state, chunk, chunk_labels, batch_size, use_reentrant=False)
+            gradient = {name: gradient[name] + g if gradient else g for name, g in part.items()}
+        return gradient
 
     def _gradient(
         self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor, batch_size: int
