@@ -147,7 +147,7 @@ class SimulatedPeers:
         for chunk, chunk_labels in zip(images.split(self.chunk_size), labels.split(self.chunk_size), strict=True):
             part = checkpoint(self._gradient, weights, state, chunk, chunk_labels, batch_size, use_reentrant=False)
             gradient = {name: gradient[name] + g if gradient else g for name, g in part.items()}
-        return gradient
+        return {name: g.joined() if isinstance(g, LowRank) else g for name, g in gradient.items()}
 
     def _gradient(
         self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor, batch_size: int

@@ -72,6 +72,10 @@ class LowRank:
         base = self.scale * self.base
         return squares + 2 * ((left @ base) * right).sum() + base.square().sum()
 
+    def joined(self) -> LowRank:
+        """The same in one pair of factors."""
+        return LowRank(self.base, self.scale, (torch.cat(self.left),), (torch.cat(self.right),))
+
     def dense(self) -> Tensor:
         """The matrix itself, (H, D)."""
         return self.scale * self.base + sum(left.T @ right for left, right in zip(self.left, self.right, strict=True))

@@ -63,7 +63,8 @@ class Ranks:
         """
         if self.count == 1:
             return update
-        factors = {n: (torch.cat(u.left), torch.cat(u.right)) for n, u in update.items() if isinstance(u, LowRank)}
+        joined = {name: u.joined() for name, u in update.items() if isinstance(u, LowRank)}
+        factors = {name: (u.left[0], u.right[0]) for name, u in joined.items()}
         device = next(iter(update.values())).device
         own = torch.tensor([[len(factors[n][0]), update[n].scale] for n in factors], dtype=torch.float64, device=device)
         facts = self.strategy.all_gather(own.view(-1, 2))  # (ranks, factored layers, 2)
