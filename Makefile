@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow lint tensorboard clean
+.PHONY: demo test test-slow bench lint tensorboard clean
 
 demo: .venv/installed
 	$(BIN)/python cli.py fit --config configs/demo.yaml
@@ -11,6 +11,9 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv/installed          # the images in FOLDER/<class>/*.jpg: CURIOUS_CLIENT_IMAGES=FOLDER make bench
+	$(BIN)/python -m pytest tests/benchmarks/bench_attack.py -p no:warnings --benchmark-quiet -q $(BENCH)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 import attack_modules  # noqa: F401 - short class names in YAML
 import fl_lightning.data
@@ -125,4 +126,5 @@ if __name__ == "__main__":
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        sys.exit(f"Error: {cause}")  # a sentence for the user; a traceback is for defects of ours
+        # A sentence for the user, once; a traceback is for defects of ours.
+        sys.exit(f"Error: {cause}" if rank_zero_only.rank == 0 else 1)

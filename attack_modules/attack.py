@@ -2,13 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
 
+from attack_modules.ranks import Ranks
 from fl_lightning.client import Tensors
 from fl_lightning.errors import AuditError
 from fl_lightning.observation import Observation
@@ -28,6 +32,18 @@ class Reconstruction(NamedTuple):
     disagreement: Callable[[Tensor, Tensor], Tensor] | None = None
     """(n, C, H, W) other images, and (n,) which of these reconstructions they are to replace -> (n,): how much what was
     observed speaks against each, less is better. None where the attack cannot tell it an image at a time."""
+    numbers: Tensor | None = None
+    """(N,) long, by which an image draws its random numbers; None for 0 to N - 1."""
+
+    def part(self, indices: Tensor) -> "Reconstruction":
+        """The reconstructions of these numbers (n,), which stay what they are."""
+        told = self.disagreement
+        return self._replace(
+            images=self.images[indices],
+            labels=self.labels[indices],
+            disagreement=told and (lambda images, i: told(images, indices.to(i.device)[i])),
+            numbers=indices if self.numbers is None else self.numbers[indices],
+        )
 
 
 class AttackError(AuditError):
@@ -70,6 +86,25 @@ class Attack(LightningModule, ABC):
     @abstractmethod
     def introduction(self) -> str:
         """What the attack is going to do, in plain words."""
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The processes that share this attack."""
+        return Ranks(self.trainer)
+
+    def back_propagate(self, loss: Tensor, parameter: nn.Parameter) -> None:
+        """Add the gradient of this process's part of a loss to the parameter's.
+
+        DDP is kept from exchanging gradients: it would take means, and once for every call.
+        """
+        strategy = self.trainer.strategy
+        with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
+            self.manual_backward(loss, inputs=[parameter])  # and not to a simulation's first weights
+
+    def join_gradients(self, parameter: nn.Parameter) -> None:
+        """Give every process the sum of all processes' gradients."""
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = self.ranks.total(own)
 
     @property
     def observations(self) -> list[Observation]:

@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,10 @@ class Evaluation(Callback):
         self._lock: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(pl_module, Attack) and trainer.is_global_zero and stage != "predict":
-            self._lock = claim(Path(trainer.log_dir))
+        if isinstance(pl_module, Attack) and stage != "predict":
+            directory = Path(trainer.log_dir)  # Lightning asks all processes for it
+            with pl_module.ranks.together():
+                self._lock = claim(directory) if trainer.is_global_zero else None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._lock:
@@ -122,13 +125,13 @@ class Evaluation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seconds = self.state_dict()["seconds"]
         self._started = 0.0
-        if isinstance(pl_module, Attack) and trainer.is_global_zero:
+        if isinstance(pl_module, Attack):
             self._report(trainer, pl_module, pl_module.reconstruction())
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if isinstance(outputs, Reconstruction) and trainer.is_global_zero:
+        if isinstance(outputs, Reconstruction):
             self._report(trainer, pl_module, outputs)
 
     def _truth(self, trainer: Trainer) -> Truth | None:
@@ -138,34 +141,31 @@ class Evaluation(Callback):
 
     def _report(self, trainer: Trainer, attack: Attack, reconstruction: Reconstruction) -> None:
         directory, memory = Path(trainer.log_dir), _peak_memory_mb(attack.device)
+        misfit = attack.misfit(*reconstruction[:2]).cpu()
+        enhancements = self._enhance(attack, reconstruction, trainer.datamodule.federation.seed)
+        if not trainer.is_global_zero:
+            list(enhancements)  # this process's share of the work
+            return
         truth = self._truth(trainer)
         recogniser = _recogniser(truth) if truth else None
         lpips = Lpips.if_available() if truth else None
         images, labels = reconstruction.images.cpu(), reconstruction.labels.cpu()
         scorecard = truth and score(images, truth.images, labels, truth.labels, recogniser, lpips)
-        raw = Outcome(images, labels, scorecard, attack.misfit(*reconstruction[:2]).cpu())
+        raw = Outcome(images, labels, scorecard, misfit)
         results = self._results(trainer, attack, raw, memory)
         print(f"\n{_line(raw) or 'No truth, so no scores.'}")
         _log(trainer, "final", raw)
         _save_images(directory / "images", raw)
         outcomes = {"reconstruction": raw}
-        for name, enhancer in self.enhancers.items():
-            began = time.perf_counter()
-            try:
-                images = enhancer.enhance(reconstruction, trainer.datamodule.federation.seed).cpu()
-            except AuditError as error:
-                if len(self.enhancers) + len(self.left_out) == 1:
-                    raise
-                self.left_out[name] = str(error)
-                continue
-            seconds = time.perf_counter() - began
+        for name, images, misfit, seconds in enhancements:
             if truth:  # an enhanced image is still of the original that its reconstruction was matched to
                 settled = raw.scorecard.assignment
                 scorecard = score(images, truth.images, None, truth.labels, recogniser, lpips, settled)
-            outcomes[name] = Outcome(images, labels, scorecard, attack.misfit(images, reconstruction.labels).cpu())
+            outcomes[name] = Outcome(images, labels, scorecard, misfit)
             results[name] = _results_of(outcomes[name]) | {"seconds": round(seconds, 3)}
             verb = "Enhanced" if name == "enhanced" else name.capitalize()
-            print(f"{verb} by {type(enhancer).__name__} in {seconds:.1f} s: {_line(outcomes[name])}", flush=True)
+            maker = type(self.enhancers[name]).__name__
+            print(f"{verb} by {maker} in {seconds:.1f} s: {_line(outcomes[name])}", flush=True)
             _log(trainer, name, outcomes[name])
             _save_images(directory / name, outcomes[name])
         for name, reason in self.left_out.items():
@@ -180,6 +180,28 @@ class Evaluation(Callback):
             _panel(truth, outcomes).save(temporary, format="png")
         write_json(directory / "results.json", results)
         print(f"Pictures and numbers: {directory}", flush=True)
+
+    def _enhance(
+        self, attack: Attack, reconstruction: Reconstruction, seed: int
+    ) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+        """Name, images, misfit and seconds of every enhancement; all processes must go through them together."""
+        for name, enhancer in self.enhancers.items():
+            began = time.perf_counter()
+            chunks = torch.arange(len(reconstruction.images)).split(enhancer.chunk_size)
+            images = torch.zeros_like(reconstruction.images)
+            try:
+                with attack.ranks.together():
+                    for number in attack.ranks.own(len(chunks)).tolist():
+                        part = reconstruction.part(chunks[number])
+                        images[chunks[number]] = enhancer.enhance(part, seed).to(images)
+            except AuditError as error:
+                if len(self.enhancers) + len(self.left_out) == 1:
+                    raise
+                self.left_out[name] = str(error)
+                continue
+            images = attack.ranks.total(images)
+            seconds = time.perf_counter() - began
+            yield name, images.cpu(), attack.misfit(images, reconstruction.labels).cpu(), seconds
 
     def _results(self, trainer: Trainer, attack: Attack, raw: Outcome, memory: int) -> dict[str, Any]:
         observations = attack.observations

@@ -129,20 +129,25 @@ class FeatureInversion(Attack):
         ):
             self._resimulate()
         factor = annealed(self.anneal, self.global_step, self.trainer.max_steps)
-        errors = []
-        for chunk in torch.arange(len(self.images), device=self.device).split(self.chunk_size):
-            images = self.images[chunk].contiguous(memory_format=torch.channels_last)
-            error = self.feature_error(images, self.features[chunk])
-            prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
-            loss = error + factor * prior + self.guidance(images, chunk)
-            self.manual_backward(loss.sum())  # a sum: no image feels another
-            self._remember(chunk, error.detach(), (error + self.anneal[1] * prior).detach())
-            errors.append(error.detach())
+
+        def scores(chunk: Tensor) -> Tensor:  # (n, 2): error and loss
+            with torch.enable_grad():
+                images = self.images[chunk].contiguous(memory_format=torch.channels_last)
+                error = self.feature_error(images, self.features[chunk])
+                prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
+                loss = error + factor * prior + self.guidance(images, chunk)
+                self.back_propagate(loss.sum(), self.images)  # a sum: no image feels another
+            return torch.stack([error, error + self.anneal[1] * prior], 1)
+
+        scored = torch.empty(len(self.images), 2, device=self.device)
+        self.ranks.fill(scored, scores, self.chunk_size)
+        self.join_gradients(self.images)
+        self._remember(*scored.unbind(1))
         optimizer.step()
         scheduler.step()
         with torch.no_grad():
             self.images.clamp_(0, 1)
-        self.log("feature_error", torch.cat(errors).mean(), prog_bar=True)
+        self.log("feature_error", scored[:, 0].mean(), prog_bar=True)
 
     @property
     def _simulate_every(self) -> int:
@@ -152,15 +157,23 @@ class FeatureInversion(Attack):
     def _resimulate(self) -> None:
         """Take from the leaked features what the local steps add to those of the model half way, by the best images."""
         peers = self.leakage.peers.to(self.device)
+        trained = peers.unique()
+        own = torch.isin(peers, trained[self.ranks.own(len(trained)).to(self.device)])  # images of whole peers
         means = torch.zeros_like(self.features)
         for observation in self.observations:
             before = observation.build_model().to(self.device, memory_format=torch.channels_last)
             rate = observation.beliefs.mean_rate
-            means += mean_features(before, self.best, self.labels, peers, rate, self.steps) / len(self.observations)
-        for chunk in torch.arange(len(self.best), device=self.device).split(self.chunk_size):
+            if own.any():
+                found = mean_features(before, self.best[own], self.labels[own], peers[own], rate, self.steps)
+                means[own] += found / len(self.observations)
+        means = self.ranks.total(means)
+
+        def half_way(chunk: Tensor) -> Tensor:
             images = self.best[chunk].contiguous(memory_format=torch.channels_last)
             leaked = self.leakage.features[chunk.cpu()].to(self.device)
-            self.features[chunk] = leaked - means[chunk] + self.model.embed(images)
+            return leaked - means[chunk] + self.model.embed(images)
+
+        self.ranks.fill(self.features, half_way, self.chunk_size)
         self.best_loss.fill_(torch.inf)  # of another target
 
     def feature_error(self, images: Tensor, features: Tensor) -> Tensor:
@@ -174,16 +187,16 @@ class FeatureInversion(Attack):
     @torch.no_grad()
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
         """(N,) `|features(x) - f| / |f|`, which the labels do not enter."""
-        images = images.to(self.device)
-        chunks = zip(images.split(self.chunk_size), self.features.split(self.chunk_size), strict=True)
-        return torch.cat([self.feature_error(image, feature) for image, feature in chunks]).sqrt()
+        images, errors = images.to(self.device), self.features.new_empty(len(self.features))
+        self.ranks.fill(errors, lambda chunk: self.feature_error(images[chunk], self.features[chunk]), self.chunk_size)
+        return errors.sqrt()
 
     @torch.no_grad()
-    def _remember(self, chunk: Tensor, errors: Tensor, losses: Tensor) -> None:
+    def _remember(self, errors: Tensor, losses: Tensor) -> None:
         """Keep every image's best iterate, judged by `losses`, with the last step's weight of the priors."""
-        better = chunk[losses < self.best_loss[chunk]]
+        better = losses < self.best_loss
         self.best[better] = self.images[better]
-        self.best_loss[chunk] = torch.minimum(self.best_loss[chunk], losses.to(self.best_loss))
+        self.best_loss.copy_(torch.minimum(self.best_loss, losses))
 
     def reconstruction(self) -> Reconstruction:
         images = self.best.float().clamp(0, 1)

@@ -100,9 +100,11 @@ class GuidedInversion(FeatureInversion):
 
     @torch.no_grad()
     def _denoise(self) -> None:
-        for chunk in torch.arange(len(self.images), device=self.device).split(self.chunk_size):
+        def denoise(chunk: Tensor) -> Tensor:
             images = self.images[chunk].contiguous(memory_format=torch.channels_last)
-            self.denoised[chunk] = self.denoiser(images, self.sigma[chunk]).clamp(0, 1)
+            return self.denoiser(images, self.sigma[chunk]).clamp(0, 1)
+
+        self.ranks.fill(self.denoised, denoise, self.chunk_size)
         self.log("sigma", self.sigma.mean())
 
     def guidance(self, images: Tensor, chunk: Tensor) -> Tensor:
@@ -111,10 +113,10 @@ class GuidedInversion(FeatureInversion):
         return self.weight * (images - self.denoised[chunk]).square().mean((1, 2, 3))
 
     @torch.no_grad()
-    def _remember(self, chunk: Tensor, errors: Tensor, losses: Tensor) -> None:
+    def _remember(self, errors: Tensor, losses: Tensor) -> None:
         """Keep the last iterate: losses of different steps have different penalties, and the rate falls to zero."""
-        self.best[chunk] = self.images[chunk]
-        self.errors[chunk] = errors.to(self.errors)
+        self.best.copy_(self.images)
+        self.errors.copy_(errors)
 
     def introduction(self) -> str:
         return (

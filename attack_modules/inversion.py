@@ -30,6 +30,8 @@ class GradientInversion(Attack):
         anneal: factor on the priors' weights at the first and at the last step, geometric between.
         betas: of Adam. The second is short, because the gradient falls by orders of magnitude within a hundred steps.
         merged: simulate one virtual client with all images (the paper's way), or client by client.
+        chunk_size: images whose activations are kept in memory at once; those of the others are computed twice more,
+            for more images than memory has room for. null for all.
         subtract_own: take the attacker's own update out of the aggregate first.
         restarts: independent starts that run side by side; the one with the least loss is the result.
         divergence_factor: a start whose loss exceeds its best by this factor returns to its best at half the rate.
@@ -46,6 +48,7 @@ class GradientInversion(Attack):
         anneal: tuple[float, float] = (1.0, 1.0),
         betas: tuple[float, float] = (0.8, 0.99),
         merged: bool = True,
+        chunk_size: int | None = None,
         subtract_own: bool = True,
         restarts: int = 1,
         divergence_factor: float = 10.0,
@@ -53,11 +56,12 @@ class GradientInversion(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
-        if min(lr, *anneal) <= 0 or scale_factor < 1 or restarts < 1 or divergence_factor <= 1:
+        least = min(scale_factor, restarts, 1 if chunk_size is None else chunk_size)
+        if min(lr, *anneal) <= 0 or least < 1 or divergence_factor <= 1:
             raise SettingError(
-                "`model` needs lr > 0, anneal > 0, scale_factor >= 1, restarts >= 1 and divergence_factor > 1, but got "
-                f"lr={lr}, anneal={anneal}, scale_factor={scale_factor}, restarts={restarts}, "
-                f"divergence_factor={divergence_factor}."
+                "`model` needs lr > 0, anneal > 0, scale_factor >= 1, restarts >= 1, divergence_factor > 1, and "
+                f"chunk_size >= 1 or null, but got lr={lr}, anneal={anneal}, scale_factor={scale_factor}, "
+                f"restarts={restarts}, divergence_factor={divergence_factor}, chunk_size={chunk_size}."
             )
         self.automatic_optimization = False  # one backward pass a start, so that memory holds one graph
         self.lr = lr
@@ -67,6 +71,7 @@ class GradientInversion(Attack):
         self.anneal = anneal
         self.betas = betas
         self.merged = merged
+        self.chunk_size = chunk_size
         self.restarts = restarts
         self.divergence_factor = divergence_factor
         self.seed = seed
@@ -76,9 +81,9 @@ class GradientInversion(Attack):
             return
         observation = self.the_observation()
         device = self.trainer.strategy.root_device
-        self.peers = SimulatedPeers(observation, self.merged, device)
+        self.peers = SimulatedPeers(observation, self.merged, device, self.ranks, self.chunk_size)
         update = self.observed_update()
-        self.target = {name: tensor.to(device) for name, tensor in update.items()}
+        self.target = {name: tensor.to(device, torch.get_default_dtype()) for name, tensor in update.items()}
         self.objective.weights(list(self.target))  # refuse unknown layers now
         labels = observation.beliefs.labels
         self.register_buffer("labels", torch.tensor(labels) if labels else infer_labels(observation, update))
@@ -105,10 +110,11 @@ class GradientInversion(Attack):
         ]
 
     def loss(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Objective and weighted priors, before annealing, of one start's latent: two numbers."""
+        """Objective and weighted priors, before annealing, of one start's latent: two numbers, this process's part."""
         images = self.decode(latent).contiguous(memory_format=torch.channels_last)
-        objective = self.objective(self.peers.mean_update(images, self.labels), self.target)
-        prior = sum((prior.weight * prior(images).mean() for prior in self.priors), objective.new_zeros(()))
+        objective = self.objective(self.peers.mean_update(images, self.labels), self.target) / self.ranks.count
+        own = images[self.ranks.own(len(images))]
+        prior = sum((prior.weight * prior(own).sum() / len(images) for prior in self.priors), objective.new_zeros(()))
         return objective, prior
 
     @torch.inference_mode(False)
@@ -132,8 +138,9 @@ class GradientInversion(Attack):
         losses = []
         for trial, latent in enumerate(self.starts):
             objective, prior = self.loss(latent)
-            self.manual_backward(objective + factor * prior, inputs=[latent])  # not to the simulation's first weights
-            losses.append((objective + self.anneal[1] * prior).detach())
+            self.back_propagate(objective + factor * prior, latent)
+            self.join_gradients(latent)
+            losses.append(self.ranks.total((objective + self.anneal[1] * prior).detach()))
             self._remember(trial, latent, losses[-1])
         optimizer.step()
         scheduler.step()
@@ -180,5 +187,6 @@ class GradientInversion(Attack):
             f"latents of shape {shape}: {unknown:,} unknown numbers against {known:,} of the update.\n"
             f"It simulates {clients} ({rate}) and minimises {type(self.objective).__name__}"
             + "".join(f" + {prior.weight:g} {type(prior).__name__}" for prior in self.priors)
-            + f" by Adam at rate {self.lr:g} for {self.trainer.max_steps} steps, {self.restarts} start(s)."
+            + f" by Adam at rate {self.lr:g} for {self.trainer.max_steps} steps, {self.restarts} start(s).\n"
+            f"{self.peers.introduction()}"
         )

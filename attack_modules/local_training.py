@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from attack_modules.low_rank import LowRank
 from attack_modules.objectives import SimulatedUpdate
+from attack_modules.ranks import Ranks
 from fl_lightning.client import Tensors, buffers, parameters
 from fl_lightning.errors import AuditError
 from fl_lightning.models import ImageClassifier
@@ -22,16 +25,29 @@ class SimulationError(AuditError):
 class SimulatedPeers:
     """The peers' local SGD from the observed global model, on images that the attacker makes up.
 
+    Several processes divide the clients among them; if there is one merged client, they divide its every batch.
+
     Args:
         observation: gives the global model `w_t` and the attacker's beliefs of the peers' training.
         merged: whether one virtual client holds all images (the paper's way) or each believed client its own.
         device: where to simulate.
+        ranks: the processes that simulate together.
+        chunk_size: images whose activations are kept in memory at once; those of the others are computed again when
+            they are differentiated. None for all.
 
     Raises:
-        SimulationError: the model draws random numbers, or client sizes are needed and not believed.
+        SimulationError: the model draws random numbers, or client sizes are needed and not believed, or the work
+            cannot be divided among the processes or into chunks.
     """
 
-    def __init__(self, observation: Observation, merged: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        observation: Observation,
+        merged: bool,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
         self.model: ImageClassifier = observation.build_model().to(device, memory_format=torch.channels_last)
         self.beliefs = observation.beliefs
         random = [
@@ -48,11 +64,32 @@ class SimulatedPeers:
                 "neither. Give `knowledge.num_clients` and `knowledge.num_images`, or set `model.merged: true`."
             )
         self.client_sizes = None if merged else self.beliefs.client_sizes
+        self.ranks = ranks or Ranks()
+        if not merged and len(self.client_sizes) < self.ranks.count:
+            raise SimulationError(
+                f"{len(self.client_sizes)} client(s) cannot be divided among {self.ranks.count} processes. Set "
+                "`model.merged: true`, of which every process takes a part, or lower `trainer.devices`."
+            )
+        self.chunk_size = chunk_size
+        divided = chunk_size is not None or (merged and self.ranks.count > 1)
+        if divided and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
+            raise SimulationError(
+                "A batch of a model with BatchNorm cannot be divided, because its statistics are those of all its "
+                "images. Leave `model.chunk_size` out, and on several devices set `model.merged: false`."
+            )
         self.parameters = parameters(self.model)
         self.linear_weights = {f"head.{i}.weight" for i, m in enumerate(self.model.head) if isinstance(m, nn.Linear)}
 
+    def introduction(self) -> str:
+        """Which linear layers' updates stay factored, in plain words."""
+        elsewhere = sum(isinstance(module, nn.Linear) for module in self.model.features.modules())
+        dense = f"; {elsewhere} more, outside the head, are simulated densely" if elsewhere else ""
+        return f"The updates of the head's {len(self.linear_weights)} linear layer(s) stay in factors{dense}."
+
     def mean_update(self, images: Tensor, labels: Tensor) -> SimulatedUpdate:
         """The mean of the simulated clients' updates, weighted by their numbers of images.
+
+        Every process gets all of it; see `Ranks` for its gradient.
 
         Args:
             images: (N, C, H, W) in [0, 1], client by client.
@@ -61,13 +98,16 @@ class SimulatedPeers:
         Returns:
             Parameters before minus after by name, differentiable with respect to `images`.
         """
-        sizes = self.client_sizes or [len(images)]
+        if self.client_sizes is None:
+            return self._local_update(images, labels)
+        clients = list(zip(images.split(self.client_sizes), labels.split(self.client_sizes), strict=True))
         mean: SimulatedUpdate = {}
-        for own_images, own_labels in zip(images.split(sizes), labels.split(sizes), strict=True):
+        for client in self.ranks.own(len(clients)).tolist():
+            own_images, own_labels = clients[client]
             for name, update in self._local_update(own_images, own_labels).items():
                 share = (len(own_images) / len(images)) * update
                 mean[name] = mean[name] + share if name in mean else share
-        return mean
+        return self.ranks.sum(mean)
 
     def _local_update(self, images: Tensor, labels: Tensor) -> SimulatedUpdate:
         """One client's update: the sum of its SGD steps (`torch.optim.SGD` with momentum and weight decay)."""
@@ -78,7 +118,7 @@ class SimulatedPeers:
         }
         weights, velocity = start, None
         for batch_images, batch_labels in self._batches(images, labels):
-            gradient = self._gradient(weights, state, batch_images, batch_labels)
+            gradient = self._batch_gradient(weights, state, batch_images, batch_labels)
             if self.beliefs.weight_decay:
                 gradient = {name: g + self.beliefs.weight_decay * weights[name] for name, g in gradient.items()}
             if self.beliefs.momentum and velocity:
@@ -87,8 +127,32 @@ class SimulatedPeers:
             weights = {name: weight - self.beliefs.client_lr * velocity[name] for name, weight in weights.items()}
         return {name: start[name] - weight for name, weight in weights.items()}
 
-    def _gradient(self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor) -> SimulatedUpdate:
-        """The loss's gradient with respect to every parameter, that of linear weights in factors."""
+    def _batch_gradient(
+        self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor
+    ) -> SimulatedUpdate:
+        """The gradient of a batch's mean loss, of which a merged client's processes compute a part each."""
+        batch_size = len(images)
+        if self.client_sizes is None and self.ranks.count > 1:
+            own = self.ranks.own(batch_size).to(images.device)
+            return self.ranks.sum(self._own_gradient(weights, state, images[own], labels[own], batch_size))
+        return self._own_gradient(weights, state, images, labels, batch_size)
+
+    def _own_gradient(
+        self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor, batch_size: int
+    ) -> SimulatedUpdate:
+        """This process's part of a batch's gradient, a chunk of images at a time."""
+        if self.chunk_size is None:
+            return self._gradient(weights, state, images, labels, batch_size)
+        gradient: SimulatedUpdate = {}
+        for chunk, chunk_labels in zip(images.split(self.chunk_size), labels.split(self.chunk_size), strict=True):
+            part = checkpoint(self._gradient, weights, state, chunk, chunk_labels, batch_size, use_reentrant=False)
+            gradient = {name: gradient[name] + g if gradient else g for name, g in part.items()}
+        return {name: g.joined() if isinstance(g, LowRank) else g for name, g in gradient.items()}
+
+    def _gradient(
+        self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor, batch_size: int
+    ) -> SimulatedUpdate:
+        """The gradient of `sum of losses / batch_size` with respect to all parameters, of linear weights in factors."""
         convolutional = {n.removeprefix("features."): w for n, w in weights.items() if n.startswith("features.")}
         x = functional_call(self.model.features, (convolutional, state), (self.model.normalise(images),)).flatten(1)
         inputs, outputs = {}, {}
@@ -101,7 +165,7 @@ class SimulatedPeers:
             outputs[name] = x = weights[name].linear(x)
             if layer.bias is not None:
                 x = x + weights[f"head.{index}.bias"]
-        loss = F.cross_entropy(x, labels)
+        loss = F.cross_entropy(x, labels, reduction="sum") / batch_size
         dense = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
         sources = {**dense, **outputs}
         gradient = dict(zip(sources, torch.autograd.grad(loss, sources.values(), create_graph=True), strict=True))

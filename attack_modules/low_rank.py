@@ -29,6 +29,10 @@ class LowRank:
     left: tuple[Tensor, ...] = ()
     right: tuple[Tensor, ...] = ()
 
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
     def __add__(self, other: LowRank) -> LowRank:
         left, right = list(self.left), list(self.right)
         for other_left, other_right in zip(other.left, other.right, strict=True):
@@ -67,6 +71,10 @@ class LowRank:
             return squares
         base = self.scale * self.base
         return squares + 2 * ((left @ base) * right).sum() + base.square().sum()
+
+    def joined(self) -> LowRank:
+        """The same in one pair of factors."""
+        return LowRank(self.base, self.scale, (torch.cat(self.left),), (torch.cat(self.right),))
 
     def dense(self) -> Tensor:
         """The matrix itself, (H, D)."""

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from fl_lightning.data import FederatedData
 from fl_lightning.federation import Federation, Record, RecordError, fingerprint
@@ -97,11 +96,11 @@ class ObservedRounds(LightningDataModule):
         ]
 
     def train_dataloader(self) -> Iterable[int]:
-        """One item for each step of the attack."""
-        return DataLoader(range(max(self.trainer.max_steps, 1)), batch_size=None)
+        """One item for each step of the attack, in every process: no DataLoader, which Lightning would divide."""
+        return range(max(self.trainer.max_steps, 1))
 
     def val_dataloader(self) -> Iterable[int]:
         """One item: the reconstruction is looked at once."""
-        return DataLoader(range(1), batch_size=None)
+        return range(1)
 
     test_dataloader = predict_dataloader = val_dataloader

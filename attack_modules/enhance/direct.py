@@ -110,11 +110,12 @@ class DirectEnhancement(Enhancer):
         if not len(images):
             return images
         self.denoiser.to(images.device)
+        numbers = torch.arange(len(images)) if reconstruction.numbers is None else reconstruction.numbers
         enhanced = []
         with torch.autocast(images.device.type, enabled=False):  # differences of neighbouring noise levels are small
             for indices in torch.arange(len(images)).split(self.chunk_size):
                 # Each image has its own numbers, so that chunks are only a matter of memory.
-                generators = [torch.Generator().manual_seed(seed_of(seed, index)) for index in indices.tolist()]
+                generators = [torch.Generator().manual_seed(seed_of(seed, n)) for n in numbers[indices].tolist()]
                 chunk = images[indices.to(images.device)]
                 enhanced.append(self._mean_sample(chunk, reconstruction.scale_factor, generators))
         return torch.cat(enhanced).clamp(0, 1)

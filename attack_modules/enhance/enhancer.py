@@ -10,6 +10,9 @@ from attack_modules.attack import Reconstruction
 class Enhancer(ABC):
     """Makes better images of reconstructed ones, from those alone: no original is at hand."""
 
+    chunk_size: int
+    """Images that are enhanced at a time. Several processes deal such chunks among them."""
+
     @abstractmethod
     def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
         """(N, C, H, W) images in [0, 1], as many, as large and in the same order as the reconstructed ones.
@@ -17,5 +20,6 @@ class Enhancer(ABC):
         Args:
             reconstruction: images (N, C, H, W) in [0, 1] with labels (N,); `scale_factor` says by how much they were
                 upsampled from what was truly reconstructed, 1 for nothing.
-            seed: of the enhancement's own randomness; the same seed gives the same images.
+            seed: of the enhancement's own randomness; the same seed gives the same images, and a chunk alone
+                (`Reconstruction.part`) what it gives among the others.
         """

@@ -1,17 +1,27 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from attack_modules.local_training import SimulatedPeers, SimulationError
 from attack_modules.low_rank import LowRank
+from attack_modules.objectives import Cosine, SquaredL2
 from fl_lightning.client import LocalTraining, parameters
 from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
-from fl_lightning.models import VGG7, ClassifierFactory, LeNet5, ResNet9
+from fl_lightning.models import (
+    VGG7,
+    ClassifierFactory,
+    ImageClassifier,
+    ImageShape,
+    LeNet5,
+    ResNet9,
+    ResNet18,
+    TorchvisionClassifier,
+)
 from fl_lightning.observation import Observation
 
 Observe = Callable[..., Observation]
@@ -57,35 +67,74 @@ def test_batch_norm_in_train_mode_is_simulated(
     assert relative_error(dense(simulated), observation.peers_update()) < 2e-3
 
 
-def test_factored_simulation_equals_the_dense_one_forward_and_backward(observe: Observe) -> None:
-    """An independent dense reading: mini-batches, momentum and weight decay through functional calls."""
-    training = LocalTraining(lr=0.2, local_epochs=2, batch_size=2, momentum=0.5, weight_decay=0.05)
-    observation = observe(Federation(client=training), num_clients=2, images_per_client=[4, 1])
-    peers = SimulatedPeers(observation, merged=True, device=CPU)
-    images = torch.rand(4, 3, 16, 16, requires_grad=True)
-    labels = torch.tensor([1, 1, 0, 7])
-
+def dense_update(
+    observation: Observation, training: LocalTraining, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """One client's local training, with all weights and gradients whole: an independent reading of SGD."""
     model = observation.build_model()
-    weights = {name: tensor.requires_grad_() for name, tensor in parameters(model).items()}
-    start, velocity = weights, dict.fromkeys(weights, 0.0)
-    for _ in range(2):
-        for batch in (slice(0, 2), slice(2, 4)):
-            loss = F.cross_entropy(functional_call(model, weights, (images[batch],)), labels[batch])
+    start = {name: tensor.requires_grad_() for name, tensor in parameters(model).items()}
+    weights, velocity = start, dict.fromkeys(start, 0.0)
+    size = training.batch_size or len(images)
+    for _ in range(training.local_epochs):
+        for batch in zip(images.split(size), labels.split(size), strict=True):
+            loss = F.cross_entropy(functional_call(model, weights, (batch[0],)), batch[1])
             gradient = torch.autograd.grad(loss, weights.values(), create_graph=True)
             for (name, weight), g in zip(list(weights.items()), gradient, strict=True):
-                velocity[name] = 0.5 * velocity[name] + g + 0.05 * weight
-                weights = {**weights, name: weight - 0.2 * velocity[name]}
-    expected = {name: start[name] - weights[name] for name in start}
+                velocity[name] = training.momentum * velocity[name] + g + training.weight_decay * weight
+                weights = {**weights, name: weight - training.lr * velocity[name]}
+    return {name: start[name] - weights[name] for name in start}
 
-    found = dense(peers.mean_update(images, labels))
-    direction = {name: torch.randn_like(tensor) for name, tensor in expected.items()}
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
-    slopes = [
-        torch.autograd.grad(sum((u[n] * direction[n]).sum() for n in direction), images, retain_graph=True)[0]
-        for u in (found, expected)
-    ]
-    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5 * float(slopes[1].abs().max()))
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class LinearInside(ImageClassifier):
+    """Has a linear layer outside the head, like some of torchvision's: that one takes the dense path."""
+
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__((0.5,), (0.25,))
+        self.save_hyperparameters()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 12), nn.Tanh())
+        self.head = nn.Sequential(nn.Linear(12, num_classes))
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        LocalTraining(lr=0.2, local_epochs=2),
+        LocalTraining(lr=0.2, local_epochs=1, batch_size=2, momentum=0.5, weight_decay=0.05),
+    ],
+)
+@pytest.mark.parametrize("model", [LeNet5, VGG7, ResNet9, ResNet18, LinearInside])
+def test_factored_simulation_equals_the_dense_one_forward_and_backward(
+    observe: Observe, relative_error: Callable, float64: None, model: ClassifierFactory, training: LocalTraining
+) -> None:
+    observation = observe(Federation(model=model, client=training), num_clients=2, images_per_client=[4, 2])
+    images = torch.rand(4, 3, 16, 16, requires_grad=True)
+    labels = torch.tensor([1, 1, 0, 7])
+    target = {name: tensor.double() for name, tensor in observation.peers_update().items()}
+    expected = dense_update(observation, training, images, labels)
+    for chunk_size in (None, 1):
+        peers = SimulatedPeers(observation, merged=True, device=CPU, chunk_size=chunk_size)
+        found = peers.mean_update(images, labels)
+        assert relative_error(dense(found), expected) < 1e-10
+        for objective in (SquaredL2(), Cosine()):
+            losses = [objective(update, target) for update in (found, expected)]
+            torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=0)
+            slopes = [torch.autograd.grad(loss, images, retain_graph=True)[0] for loss in losses]
+            assert relative_error({"images": slopes[0]}, {"images": slopes[1]}) < 1e-8
+        assert "head's" in peers.introduction()
+        assert ("outside the head" in peers.introduction()) == (model is LinearInside)
+
+
+def test_what_cannot_be_divided_is_refused(observe: Observe, batch_norm_classifier: ClassifierFactory) -> None:
+    seen = observe(Federation(model=batch_norm_classifier, client=LocalTraining(local_epochs=1)))
+    with pytest.raises(SimulationError, match=r"BatchNorm cannot be divided.*Leave `model.chunk_size` out"):
+        SimulatedPeers(seen, True, CPU, chunk_size=2)
 
 
 def test_a_guessed_client_lr_is_the_one_that_is_simulated(observe: Observe, relative_error: Callable) -> None:
@@ -98,8 +147,6 @@ def test_a_guessed_client_lr_is_the_one_that_is_simulated(observe: Observe, rela
 
 
 def test_dropout_and_unknown_client_sizes_are_refused(observe: Observe) -> None:
-    from fl_lightning.models import TorchvisionClassifier
-
     def with_dropout(num_classes: int, image_shape: tuple[int, int, int]) -> TorchvisionClassifier:
         return TorchvisionClassifier(num_classes, image_shape, name="mobilenet_v3_small", dropout=0.2)
 

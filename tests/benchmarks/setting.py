@@ -1,0 +1,33 @@
+"""What the benchmarks work on, and where their rows go."""
+
+from dataclasses import dataclass
+
+from fl_lightning.federation import Record
+from fl_lightning.observed import ObservedRounds
+
+PEERS = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The paper's setting: LeNet5, four peers, 3 full-batch local epochs at rate 0.003, one round."""
+
+    rounds: ObservedRounds
+    images: int
+    size: int
+    repetitions: int
+    attack_steps: int
+
+    @property
+    def record(self) -> Record:
+        return self.rounds.record
+
+
+class Table:
+    """Collects rows; a session prints them all at its end."""
+
+    def __init__(self, rows: list[tuple[str, ...]]) -> None:
+        self.rows = rows
+
+    def add(self, what: str, value: str, ratio: str = "", remark: str = "") -> None:
+        self.rows.append((what, value, ratio, remark))

@@ -1,0 +1,108 @@
+"""One matching step in every way that is compared; as a script, one way in a process of its own.
+
+python steps.py WAY OBSERVATION THREADS -> JSON with its seconds, peak memory and page faults
+"""
+
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from vmapped import vmapped_update
+from yardstick import dense_loss
+
+from attack_modules.local_training import SimulatedPeers
+from attack_modules.objectives import SquaredL2
+from fl_lightning.allocation import keep_freed_memory
+from fl_lightning.observation import Observation
+
+SCALE_FACTOR = 4
+Step = Callable[[], Tensor]
+"""Computes the gradient of the latent, which it returns."""
+
+
+def step_of(way: str, observation: Observation, images: int | None = None, local_epochs: int | None = None) -> Step:
+    """A step of some way, on other numbers of images or local epochs if they are given.
+
+    Args:
+        way: `yardstick`, `merged`, `bf16`, `chunks`, `loop` or `vmap`.
+        observation: the observed round.
+        images: N, of classes 0 to N - 1 modulo the classes; None for those believed.
+        local_epochs: None for those believed.
+    """
+    labels = torch.tensor(observation.beliefs.labels)
+    if images is not None:
+        labels = torch.arange(images) % observation.num_classes
+    if local_epochs is not None:
+        observation = replace(observation, beliefs=replace(observation.beliefs, local_epochs=local_epochs))
+    channels, height, width = observation.image_shape
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(labels), channels, height // SCALE_FACTOR, width // SCALE_FACTOR)
+    latent = (0.5 + 0.05 * torch.randn(shape, generator=generator)).requires_grad_()
+    target, objective = observation.peers_update(), SquaredL2()
+    cpu, merged = torch.device("cpu"), way not in ("loop", "vmap")
+    peers = None
+    if way != "yardstick":
+        peers = SimulatedPeers(observation, merged, cpu, chunk_size=16 if way == "chunks" else None)
+
+    def loss() -> Tensor:
+        pixels = F.interpolate(latent, scale_factor=SCALE_FACTOR, mode="bicubic")
+        if way == "yardstick":
+            return dense_loss(observation, pixels, labels, target)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if way == "vmap":
+            return objective(vmapped_update(peers, pixels, labels, len(observation.beliefs.client_sizes)), target)
+        return objective(peers.mean_update(pixels, labels), target)
+
+    def step() -> Tensor:
+        latent.grad = None
+        with torch.autocast("cpu", torch.bfloat16) if way == "bf16" else nullcontext():
+            loss().backward(inputs=[latent])
+        return latent.grad
+
+    return step
+
+
+def seconds(step: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def peak_mib() -> int:
+    """Of this process. `ru_maxrss` would not do: it starts with the parent's."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
+
+
+if __name__ == "__main__":
+    way, stem, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    torch.set_float32_matmul_precision("high")
+    if not way.endswith("-default"):  # glibc's own way with large blocks
+        keep_freed_memory()
+    step = step_of(way.removesuffix("-default"), Observation.load(Path(stem)))
+    idle = peak_mib()
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    taken = seconds(step)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    print(
+        json.dumps(
+            {
+                "seconds": taken,
+                "system": after.ru_stime - before.ru_stime,
+                "faults": after.ru_minflt - before.ru_minflt,
+                "peak": peak_mib(),
+                "idle": idle,
+            }
+        )
+    )
