@@ -36,14 +36,22 @@ class Objective(ABC):
         """The weight of each parameter.
 
         Raises:
-            ValueError: a key of `layer_weights` fits no parameter.
+            SettingError: a key of `layer_weights` fits no parameter, or no weight is left.
         """
         for prefix in self.layer_weights:
             if not any(name.startswith(prefix) for name in names):
                 raise SettingError(
                     f"`layer_weights` names '{prefix}', but no parameter starts so; there are {', '.join(names)}."
                 )
-        return [next((w for p, w in self.layer_weights.items() if name.startswith(p)), 1.0) for name in names]
+        weights = [next((w for p, w in self.layer_weights.items() if name.startswith(p)), 1.0) for name in names]
+        if not any(weights):
+            raise SettingError(f"`layer_weights` is {self.layer_weights}, which leaves no parameter to compare.")
+        return weights
+
+    def weighted(self, simulated: SimulatedUpdate, observed: Tensors) -> list[tuple[float, Tensor | LowRank, Tensor]]:
+        """Weight, simulated and observed update of each parameter; without those of weight 0, which cost nothing so."""
+        parts = zip(self.weights(list(observed)), observed.items(), strict=True)
+        return [(weight, simulated[name], update) for weight, (name, update) in parts if weight]
 
 
 class SquaredL2(Objective):
@@ -54,10 +62,8 @@ class SquaredL2(Objective):
     """
 
     def __call__(self, simulated: SimulatedUpdate, observed: Tensors) -> Tensor:
-        weights = self.weights(list(observed))
-        error = sum(w * squared_distance(simulated[n], u) for w, (n, u) in zip(weights, observed.items(), strict=True))
-        scale = sum(w * squared_norm(u) for w, u in zip(weights, observed.values(), strict=True))
-        return error / scale
+        parts = self.weighted(simulated, observed)
+        return sum(w * squared_distance(s, u) for w, s, u in parts) / sum(w * squared_norm(u) for w, _, u in parts)
 
 
 class Cosine(Objective):
@@ -68,8 +74,7 @@ class Cosine(Objective):
     """
 
     def __call__(self, simulated: SimulatedUpdate, observed: Tensors) -> Tensor:
-        weights = self.weights(list(observed))
-        pairs = [(w, simulated[n], u) for w, (n, u) in zip(weights, observed.items(), strict=True)]
-        product = sum(w * inner(s, u) for w, s, u in pairs)
-        norms = sum(w * squared_norm(s) for w, s, _ in pairs) * sum(w * squared_norm(u) for w, _, u in pairs)
+        parts = self.weighted(simulated, observed)
+        product = sum(w * inner(s, u) for w, s, u in parts)
+        norms = sum(w * squared_norm(s) for w, s, _ in parts) * sum(w * squared_norm(u) for w, _, u in parts)
         return 1 - product / torch.sqrt(norms)

@@ -18,7 +18,7 @@ from torchvision.io import read_image
 
 from attack_modules.attack import Reconstruction
 from attack_modules.cifar10_classifier import Cifar10Recogniser
-from attack_modules.diffusion.mixture import FittedMixture
+from attack_modules.diffusion.small import TrainedConditional
 from attack_modules.enhance.semantic import SemanticEnhancer, Step
 from fl_lightning.truth import Truth
 
@@ -68,6 +68,6 @@ def hindsight(run: Path, enhancer: SemanticEnhancer, patience: int) -> dict[str,
 
 
 if __name__ == "__main__":
-    search = SemanticEnhancer(FittedMixture(), lr=0.05, timesteps=25, steps=60, starts=8)
+    search = SemanticEnhancer(TrainedConditional(), lr=0.05, timesteps=25, steps=60, starts=8)
     for name, value in hindsight(Path(sys.argv[1]), search, patience=10).items():
         print(f"{name}: {value}")

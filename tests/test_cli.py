@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.classes import CIFAR10
-from attack_modules.diffusion.mixture import GaussianMixture
+from attack_modules.diffusion.small import SmallConditional
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.named import NAMED
 from attack_modules.labels import pink_noise
@@ -318,10 +318,10 @@ def test_all_enhancements_are_compared_or_left_out_with_a_reason(
 
 @pytest.fixture
 def small_cifar10(tmp_path: Path) -> list[str]:
-    """What `configs/semantic_demo.yaml` takes, with a mixture that was not fitted."""
+    """What `configs/semantic_demo.yaml` takes, with a model that was not trained."""
     for index, image in enumerate(pink_noise(20, (3, 32, 32))):
         save_png(image, tmp_path / "cifar/test" / CIFAR10[index % 10] / f"{index}.png")
-    GaussianMixture(1).save(tmp_path / "diffusion.safetensors")
+    SmallConditional([8], 1).save(tmp_path / "diffusion.safetensors")
     return ["--data.root", str(tmp_path / "cifar"), "--data.images_per_client", "2", "--data.num_clients", "3",
             "--postprocess.init_args.model.init_args.weights", str(tmp_path / "diffusion.safetensors"),
             "--postprocess.init_args.timesteps", "3", "--postprocess.init_args.steps", "3",
@@ -345,5 +345,5 @@ def test_semantic_demo_configuration(small_cifar10: list[str]) -> None:
 def test_semantic_enhancement_refuses_foreign_labels(small_cifar10: list[str]) -> None:
     weights = small_cifar10[small_cifar10.index("--postprocess.init_args.model.init_args.weights") + 1]
     with pytest.raises(SettingError, match=r"attacked model has 16 classes, but the diffusion model 10, airplane to t"):
-        main([*INVERSION, "--postprocess", "SemanticEnhancer", "--postprocess.model", "FittedMixture",
+        main([*INVERSION, "--postprocess", "SemanticEnhancer", "--postprocess.model", "TrainedConditional",
               "--postprocess.model.weights", weights])  # fmt: skip

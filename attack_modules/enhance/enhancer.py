@@ -10,7 +10,7 @@ from attack_modules.attack import Reconstruction
 class Enhancer(ABC):
     """Makes better images of reconstructed ones, from those alone: no original is at hand."""
 
-    chunk_size: int
+    chunk_size: int = 16
     """Images that are enhanced at a time. Several processes deal such chunks among them."""
 
     @abstractmethod

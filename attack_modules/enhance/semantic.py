@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.classes import class_index
 from attack_modules.diffusion.conditional import ConditionalModel, ddim, explicit_timesteps
-from attack_modules.diffusion.mixture import FittedMixture
+from attack_modules.diffusion.small import TrainedConditional
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.report import SearchReport
 from fl_lightning.data.images import PathLike, read_image, read_size
@@ -163,7 +163,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
     comparison at the resolution of the reconstruction, see `NoiseSearch`.
 
     Args:
-        model: a class-conditional diffusion model; null for the mixture of CIFAR-10 that is shipped.
+        model: a class-conditional diffusion model; null for that of CIFAR-10 that is shipped.
         class_label: the class of `fit`'s image: index, synset or name. An attack's images bring their own.
         lr: learning rate of Adam.
         timesteps: of each sample.
@@ -197,7 +197,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
                 f"in [0, 1), but got lr={lr}, timesteps={timesteps}, steps={steps}, starts={starts}, "
                 f"patience={patience}, chunk_size={chunk_size}, margin={margin}."
             )
-        model = model or FittedMixture()
+        model = model or TrainedConditional()
         self._model = (model,)  # no submodule: checkpoints are to hold the search alone
         self.class_label = None if class_label is None else class_index(class_label, model.classes)
         self.lr = lr

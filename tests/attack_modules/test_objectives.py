@@ -31,5 +31,7 @@ def test_cosine_does_not_see_length() -> None:
 def test_mistyped_and_negative_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"names 'fc', but no parameter starts so; there are conv\.weight"):
         SquaredL2({"fc": 1.0})(A, B)
+    with pytest.raises(ValueError, match="leaves no parameter to compare"):
+        SquaredL2({"conv": 0.0, "head": 0.0})(A, B)
     with pytest.raises(ValueError, match="must not be negative"):
         Cosine({"conv": -1.0})
