@@ -49,6 +49,9 @@ class SimulatedPeers:
         chunk_size: int | None = None,
     ) -> None:
         self.model: ImageClassifier = observation.build_model().to(device, memory_format=torch.channels_last)
+        for layer in self.model.features.modules():
+            if isinstance(layer, nn.Flatten):
+                layer.register_forward_pre_hook(_keep_layout)
         self.beliefs = observation.beliefs
         random = [
             name for name, m in self.model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p
@@ -179,3 +182,9 @@ class SimulatedPeers:
         size = self.beliefs.batch_size or len(images)
         for _ in range(self.beliefs.local_epochs):
             yield from zip(images.split(size), labels.split(size), strict=True)
+
+
+def _keep_layout(layer: nn.Flatten, inputs: tuple[Tensor]) -> None:
+    """A flattened tensor's gradient is laid out otherwise than its layers, which slows pooling and convolution."""
+    if inputs[0].requires_grad:
+        inputs[0].register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
