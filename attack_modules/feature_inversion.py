@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.attack import Attack, Reconstruction
-from attack_modules.feature_drift import mean_features
+from attack_modules.feature_drift import mean_features, model_half_way
 from attack_modules.leakage import Leakage, PeerTraining, leak_rounds
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from fl_lightning.client import Tensors
@@ -98,12 +98,8 @@ class FeatureInversion(Attack):
                 "Several images share a class. A head of one layer shows only the sum of their features, so each of "
                 "them comes out as their mean; images that are alone in their class are not affected."
             )
-        elapsed = (self.steps - 1) / (2 * self.steps)
-        with torch.no_grad():
-            for name, tensor in model.named_parameters():
-                halves = [o.before[name] - elapsed * u[name] for o, u in zip(self.observations, updates, strict=True)]
-                tensor.copy_(sum(halves) / len(halves))
-        self.embedder = (model.requires_grad_(False).to(device, memory_format=torch.channels_last),)  # no submodule
+        half_way = model_half_way(self.observations, updates, self.steps)
+        self.embedder = (half_way.to(device, memory_format=torch.channels_last),)  # no submodule
         self.register_buffer("features", self.leakage.features.clone())  # those of the model half way
         self.register_buffer("labels", self.leakage.labels)
         self.images = nn.Parameter(torch.full((len(self.labels), *observation.image_shape), 0.5))

@@ -1,16 +1,22 @@
 """Gradient matching: the paper's attack (arXiv 2410.04661, section 4)."""
 
+from typing import Literal
+
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from attack_modules.attack import Attack, AttackError, Reconstruction
+from attack_modules.detail import FIRST_LAYER, Detail, public_photographs, upsampled
+from attack_modules.feature_drift import model_half_way
 from attack_modules.labels import infer_labels
 from attack_modules.local_training import SimulatedPeers
-from attack_modules.objectives import Objective, SquaredL2
+from attack_modules.objectives import Objective, SimulatedUpdate, SquaredL2
 from attack_modules.priors import Prior, annealed
+from fl_lightning.data import Photographs
 from fl_lightning.errors import SettingError
+from fl_lightning.models import ImageClassifier
+from fl_lightning.observation import Observation
 
 RESOLUTION = 1e-6
 """Of a relative loss in float32: two losses below it do not differ."""
@@ -30,6 +36,11 @@ class GradientInversion(Attack):
         anneal: factor on the priors' weights at the first and at the last step, geometric between.
         betas: of Adam. The second is short, because the gradient falls by orders of magnitude within a hundred steps.
         merged: simulate one virtual client with all images (the paper's way), or client by client.
+        simulate: `all` trains the whole model in the simulation; `head` the head alone, with the convolutions held half
+            way between the two observed models, which takes a small part of the time. The convolutions' update is then
+            not compared.
+        detail: count what the latent leaves out of an image as noise, whose mean and covariance in the features are
+            those of public photographs, and compare the first linear layer's update where it is white (`Detail`).
         chunk_size: images whose activations are kept in memory at once; those of the others are computed twice more,
             for more images than memory has room for. null for all.
         subtract_own: take the attacker's own update out of the aggregate first.
@@ -48,6 +59,8 @@ class GradientInversion(Attack):
         anneal: tuple[float, float] = (1.0, 1.0),
         betas: tuple[float, float] = (0.8, 0.99),
         merged: bool = True,
+        simulate: Literal["all", "head"] = "all",
+        detail: bool = False,
         chunk_size: int | None = None,
         subtract_own: bool = True,
         restarts: int = 1,
@@ -63,6 +76,11 @@ class GradientInversion(Attack):
                 f"chunk_size >= 1 or null, but got lr={lr}, anneal={anneal}, scale_factor={scale_factor}, "
                 f"restarts={restarts}, divergence_factor={divergence_factor}, chunk_size={chunk_size}."
             )
+        if detail and scale_factor == 1:
+            raise SettingError(
+                "`model.detail` is what a latent leaves out of an image, but `model.scale_factor` is 1, which leaves "
+                "out nothing. Give a larger one, or set `model.detail: false`."
+            )
         self.automatic_optimization = False  # one backward pass a start, so that memory holds one graph
         self.lr = lr
         self.scale_factor = scale_factor
@@ -71,6 +89,8 @@ class GradientInversion(Attack):
         self.anneal = anneal
         self.betas = betas
         self.merged = merged
+        self.simulate = simulate
+        self.detail = detail
         self.chunk_size = chunk_size
         self.restarts = restarts
         self.divergence_factor = divergence_factor
@@ -81,9 +101,13 @@ class GradientInversion(Attack):
             return
         observation = self.the_observation()
         device = self.trainer.strategy.root_device
-        self.peers = SimulatedPeers(observation, self.merged, device, self.ranks, self.chunk_size)
         update = self.observed_update()
-        self.target = {name: tensor.to(device, torch.get_default_dtype()) for name, tensor in update.items()}
+        self.observed = {name: tensor.to(device, torch.get_default_dtype()) for name, tensor in update.items()}
+        half_way = model_half_way([observation], [update], observation.beliefs.local_steps)
+        half_way = half_way.to(device, memory_format=torch.channels_last)
+        self.noise = self._detail(half_way, observation) if self.detail else None
+        self.peers = self._simulated(half_way if self.simulate == "head" else None, self.noise and self.noise.mean)
+        self.target = self._compared({name: self.observed[name] for name in self.peers.parameters})
         self.objective.weights(list(self.target))  # refuse unknown layers now
         labels = observation.beliefs.labels
         self.register_buffer("labels", torch.tensor(labels) if labels else infer_labels(observation, update))
@@ -91,6 +115,23 @@ class GradientInversion(Attack):
         for trial, start in enumerate(self.starts):
             self.register_buffer(f"best_{trial}", start.detach().clone())
         self.register_buffer("best_loss", torch.full((self.restarts,), torch.inf))
+
+    def _detail(self, model: ImageClassifier, observation: Observation) -> Detail:
+        if isinstance(getattr(self.trainer.datamodule, "data", None), Photographs):
+            raise AttackError(
+                "`model.detail` takes what it knows of photographs from those of scikit-image and scikit-learn, but "
+                "here they are the victims' own. Attack other images, or set `model.detail: false`."
+            )
+        photographs = public_photographs(observation.image_shape).to(self.trainer.strategy.root_device)
+        return Detail.of(model, photographs, self.scale_factor, self.observed[FIRST_LAYER])
+
+    def _simulated(self, held: ImageClassifier | None = None, shift: Tensor | None = None) -> SimulatedPeers:
+        device = self.trainer.strategy.root_device
+        return SimulatedPeers(self.the_observation(), self.merged, device, self.ranks, self.chunk_size, held, shift)
+
+    def _compared(self, update: SimulatedUpdate) -> SimulatedUpdate:
+        """An update in the metric in which two of them are compared."""
+        return self.noise.whitened(update) if self.noise else update
 
     def _start(self, trial: int, image_shape: tuple[int, int, int]) -> nn.Parameter:
         channels, height, width = image_shape
@@ -112,7 +153,8 @@ class GradientInversion(Attack):
     def loss(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and weighted priors, before annealing, of one start's latent: two numbers, this process's part."""
         images = self.decode(latent).contiguous(memory_format=torch.channels_last)
-        objective = self.objective(self.peers.mean_update(images, self.labels), self.target) / self.ranks.count
+        simulated = self._compared(self.peers.mean_update(images, self.labels))
+        objective = self.objective(simulated, self.target) / self.ranks.count
         own = images[self.ranks.own(len(images))]
         prior = sum((prior.weight * prior(own).sum() / len(images) for prior in self.priors), objective.new_zeros(()))
         return objective, prior
@@ -122,14 +164,12 @@ class GradientInversion(Attack):
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
         """() `|simulated - observed| / |observed|` over all layers, whatever the objective weighs."""
         images = images.detach().to(self.device).clone(memory_format=torch.channels_last)
-        simulated = self.peers.mean_update(images, labels.to(self.device).clone())
-        return SquaredL2()(simulated, self.target).sqrt().detach()
+        simulated = self._simulated().mean_update(images, labels.to(self.device).clone())
+        return SquaredL2()(simulated, self.observed).sqrt().detach()
 
     def decode(self, latent: Tensor) -> Tensor:
         """(N, C, h, w) latent -> (N, C, h * scale_factor, w * scale_factor) images."""
-        if self.scale_factor == 1:
-            return latent
-        return F.interpolate(latent, scale_factor=self.scale_factor, mode="bicubic")
+        return upsampled(latent, self.scale_factor)
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
@@ -180,6 +220,7 @@ class GradientInversion(Attack):
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])
         unknown, known = self.starts[0].numel(), sum(tensor.numel() for tensor in self.target.values())
+        detail = "What a latent leaves out counts as noise, like that of public photographs.\n" if self.detail else ""
         clients = "one merged client" if self.peers.client_sizes is None else f"{len(self.peers.client_sizes)} clients"
         rate = f"learning rate {self.peers.beliefs.client_lr:g}, {self.peers.beliefs.local_epochs} local epochs"
         return (
@@ -188,5 +229,5 @@ class GradientInversion(Attack):
             f"It simulates {clients} ({rate}) and minimises {type(self.objective).__name__}"
             + "".join(f" + {prior.weight:g} {type(prior).__name__}" for prior in self.priors)
             + f" by Adam at rate {self.lr:g} for {self.trainer.max_steps} steps, {self.restarts} start(s).\n"
-            f"{self.peers.introduction()}"
+            f"{detail}{self.peers.introduction()}"
         )

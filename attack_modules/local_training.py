@@ -1,6 +1,6 @@
 """The peers' local training, simulated so that one can differentiate through it."""
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,25 @@ class SimulationError(AuditError):
     """The observed model, or what the attacker believes of its peers, cannot be simulated."""
 
 
+class Batch(NamedTuple):
+    """The part of a mini-batch that this process trains on."""
+
+    inputs: Tensor
+    """(b, C, H, W) images, or (b, D) features where those are not trained."""
+    labels: Tensor
+    """(b,) long."""
+    size: int
+    """Images in the whole mini-batch."""
+
+
 class SimulatedPeers:
     """The peers' local SGD from the observed global model, on images that the attacker makes up.
 
     Several processes divide the clients among them; if there is one merged client, they divide its every batch.
+
+    With `held`, only the head's training is simulated, exactly, and images pass through the convolutions of that model
+    once. The attacker observes where these went, so that of the features' drift only the peers' differences are lost;
+    a step costs a small part.
 
     Args:
         observation: gives the global model `w_t` and the attacker's beliefs of the peers' training.
@@ -34,6 +49,8 @@ class SimulatedPeers:
         ranks: the processes that simulate together.
         chunk_size: images whose activations are kept in memory at once; those of the others are computed again when
             they are differentiated. None for all.
+        held: a model whose features are those of the images all through the training; None to train them too.
+        shift: (D,) what is added to the features of every image; None for nothing.
 
     Raises:
         SimulationError: the model draws random numbers, or client sizes are needed and not believed, or the work
@@ -47,9 +64,12 @@ class SimulatedPeers:
         device: torch.device,
         ranks: Ranks | None = None,
         chunk_size: int | None = None,
+        held: ImageClassifier | None = None,
+        shift: Tensor | None = None,
     ) -> None:
         self.model: ImageClassifier = observation.build_model().to(device, memory_format=torch.channels_last)
-        for layer in self.model.features.modules():
+        self.held, self.shift = held, shift
+        for layer in (held or self.model).features.modules():
             if isinstance(layer, nn.Flatten):
                 layer.register_forward_pre_hook(_keep_layout)
         self.beliefs = observation.beliefs
@@ -80,11 +100,14 @@ class SimulatedPeers:
                 "A batch of a model with BatchNorm cannot be divided, because its statistics are those of all its "
                 "images. Leave `model.chunk_size` out, and on several devices set `model.merged: false`."
             )
-        self.parameters = parameters(self.model)
+        trained = self.model if held is None else nn.ModuleDict({"head": self.model.head})
+        self.parameters = parameters(trained)
         self.linear_weights = {f"head.{i}.weight" for i, m in enumerate(self.model.head) if isinstance(m, nn.Linear)}
 
     def introduction(self) -> str:
-        """Which linear layers' updates stay factored, in plain words."""
+        """What is simulated, and which linear layers' updates stay factored, in plain words."""
+        if self.held is not None:
+            return "Only the head's training is simulated; the convolutions are held half way between the two models."
         elsewhere = sum(isinstance(module, nn.Linear) for module in self.model.features.modules())
         dense = f"; {elsewhere} more, outside the head, are simulated densely" if elsewhere else ""
         return f"The updates of the head's {len(self.linear_weights)} linear layer(s) stay in factors{dense}."
@@ -120,8 +143,8 @@ class SimulatedPeers:
             for name, tensor in self.parameters.items()
         }
         weights, velocity = start, None
-        for batch_images, batch_labels in self._batches(images, labels):
-            gradient = self._batch_gradient(weights, state, batch_images, batch_labels)
+        for batch in self.beliefs.local_epochs * self._batches(images, labels):
+            gradient = self._batch_gradient(weights, state, batch)
             if self.beliefs.weight_decay:
                 gradient = {name: g + self.beliefs.weight_decay * weights[name] for name, g in gradient.items()}
             if self.beliefs.momentum and velocity:
@@ -130,41 +153,69 @@ class SimulatedPeers:
             weights = {name: weight - self.beliefs.client_lr * velocity[name] for name, weight in weights.items()}
         return {name: start[name] - weight for name, weight in weights.items()}
 
-    def _batch_gradient(
-        self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor
-    ) -> SimulatedUpdate:
-        """The gradient of a batch's mean loss, of which a merged client's processes compute a part each."""
-        batch_size = len(images)
-        if self.client_sizes is None and self.ranks.count > 1:
-            own = self.ranks.own(batch_size).to(images.device)
-            return self.ranks.sum(self._own_gradient(weights, state, images[own], labels[own], batch_size))
-        return self._own_gradient(weights, state, images, labels, batch_size)
+    def _batches(self, images: Tensor, labels: Tensor) -> list[Batch]:
+        """An epoch's mini-batches in one fixed order: the peers' own is unknown, and any image may be in any batch."""
+        size = self.beliefs.batch_size or len(images)
+        batches = []
+        for inputs, targets in zip(images.split(size), labels.split(size), strict=True):
+            whole = len(inputs)
+            if self._divides_batches:
+                own = self.ranks.own(whole).to(images.device)
+                inputs, targets = inputs[own], targets[own]
+            batches.append(Batch(inputs if self.held is None else self._held_features(inputs), targets, whole))
+        return batches
 
-    def _own_gradient(
-        self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor, batch_size: int
-    ) -> SimulatedUpdate:
-        """This process's part of a batch's gradient, a chunk of images at a time."""
+    @property
+    def _divides_batches(self) -> bool:
+        """Whether several processes compute a part each of every batch, since there is but one merged client."""
+        return self.client_sizes is None and self.ranks.count > 1
+
+    def _held_features(self, images: Tensor) -> Tensor:
+        """(b, C, H, W) images -> (b, D) features of the model that is held."""
         if self.chunk_size is None:
-            return self._gradient(weights, state, images, labels, batch_size)
+            return self._shifted(self.held.embed(images))
+        chunks = [checkpoint(self.held.embed, chunk, use_reentrant=False) for chunk in images.split(self.chunk_size)]
+        return self._shifted(torch.cat(chunks))
+
+    def _shifted(self, features: Tensor) -> Tensor:
+        return features if self.shift is None else features + self.shift
+
+    def _batch_gradient(self, weights: SimulatedUpdate, state: Tensors, batch: Batch) -> SimulatedUpdate:
+        """The gradient of a batch's mean loss, of which a merged client's processes compute a part each."""
+        gradient = self._own_gradient(weights, state, batch)
+        return self.ranks.sum(gradient) if self._divides_batches else gradient
+
+    def _own_gradient(self, weights: SimulatedUpdate, state: Tensors, batch: Batch) -> SimulatedUpdate:
+        """This process's part of a batch's gradient, a chunk of images at a time."""
+        inputs, labels, size = batch
+        if self.chunk_size is None or self.held is not None:
+            return self._gradient(weights, state, inputs, labels, size)
         gradient: SimulatedUpdate = {}
-        for chunk, chunk_labels in zip(images.split(self.chunk_size), labels.split(self.chunk_size), strict=True):
-            part = checkpoint(self._gradient, weights, state, chunk, chunk_labels, batch_size, use_reentrant=False)
+        for chunk, chunk_labels in zip(inputs.split(self.chunk_size), labels.split(self.chunk_size), strict=True):
+            part = checkpoint(self._gradient, weights, state, chunk, chunk_labels, size, use_reentrant=False)
             gradient = {name: gradient[name] + g if gradient else g for name, g in part.items()}
         return {name: g.joined() if isinstance(g, LowRank) else g for name, g in gradient.items()}
 
+    def _features(self, weights: SimulatedUpdate, state: Tensors, images: Tensor) -> Tensor:
+        """(b, C, H, W) images -> (b, D) features of the model as it is trained."""
+        convolutional = {n.removeprefix("features."): w for n, w in weights.items() if n.startswith("features.")}
+        normalised = self.model.normalise(images)
+        return self._shifted(functional_call(self.model.features, (convolutional, state), (normalised,)).flatten(1))
+
     def _gradient(
-        self, weights: SimulatedUpdate, state: Tensors, images: Tensor, labels: Tensor, batch_size: int
+        self, weights: SimulatedUpdate, state: Tensors, inputs: Tensor, labels: Tensor, batch_size: int
     ) -> SimulatedUpdate:
         """The gradient of `sum of losses / batch_size` with respect to all parameters, of linear weights in factors."""
-        convolutional = {n.removeprefix("features."): w for n, w in weights.items() if n.startswith("features.")}
-        x = functional_call(self.model.features, (convolutional, state), (self.model.normalise(images),)).flatten(1)
-        inputs, outputs = {}, {}
+        x = inputs if self.held is not None else self._features(weights, state, inputs)
+        if not x.requires_grad:  # of images that ask for no gradient: the head's outputs must know how they came about
+            x = x.detach().requires_grad_()
+        seen, outputs = {}, {}
         for index, layer in enumerate(self.model.head):
             name = f"head.{index}.weight"
             if name not in weights:
                 x = layer(x)
                 continue
-            inputs[name] = x
+            seen[name] = x
             outputs[name] = x = weights[name].linear(x)
             if layer.bias is not None:
                 x = x + weights[f"head.{index}.bias"]
@@ -173,15 +224,9 @@ class SimulatedPeers:
         sources = {**dense, **outputs}
         gradient = dict(zip(sources, torch.autograd.grad(loss, sources.values(), create_graph=True), strict=True))
         for name, errors in gradient.items():
-            if name in inputs:
-                gradient[name] = LowRank(self.parameters[name], 0.0, (errors,), (inputs[name],))
+            if name in seen:
+                gradient[name] = LowRank(self.parameters[name], 0.0, (errors,), (seen[name],))
         return gradient
-
-    def _batches(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Mini-batches in one fixed order: the peers' own order is unknown, and any image may be in any batch."""
-        size = self.beliefs.batch_size or len(images)
-        for _ in range(self.beliefs.local_epochs):
-            yield from zip(images.split(size), labels.split(size), strict=True)
 
 
 def _keep_layout(layer: nn.Flatten, inputs: tuple[Tensor]) -> None:

@@ -90,6 +90,18 @@ def test_labels_are_inferred_when_not_known(observe: Observe, attack: Run) -> No
     assert attack(GradientInversion(), seen, steps=1).labels.tolist() == [0, 1, 2, 3]
 
 
+def test_the_head_alone_with_detail_as_noise_runs(observe: Observe, attack: Run) -> None:
+    seen = observe(Federation(client=LocalTraining(lr=0.01)))
+    settings = {"scale_factor": 2, "simulate": "head", "detail": True}
+    first = attack(GradientInversion(**settings), seen, steps=1).best_loss
+    module = attack(GradientInversion(**settings), seen, steps=25)
+    assert module.best_loss < 0.7 * first
+    assert set(module.target) == {"head.0.weight", "head.2.weight"}
+    misfit = module.misfit(*module.reconstruction()[:2])
+    whole = attack(GradientInversion(scale_factor=2), seen, steps=1)
+    torch.testing.assert_close(misfit, whole.misfit(*module.reconstruction()[:2]))  # whatever the attack looked at
+
+
 def test_unfit_settings_are_refused(observe: Observe, attack: Run) -> None:
     seen = observe(Federation())
     with pytest.raises(AttackError, match=r"scale_factor` is 3, which does not divide the image size 16x16"):
@@ -98,6 +110,8 @@ def test_unfit_settings_are_refused(observe: Observe, attack: Run) -> None:
         attack(GradientInversion(), seen, seen, steps=1)
     with pytest.raises(ValueError, match="lr > 0"):
         GradientInversion(lr=0.0)
+    with pytest.raises(ValueError, match=r"scale_factor` is 1, which leaves out nothing"):
+        GradientInversion(scale_factor=1, detail=True)
     with pytest.raises(ValueError, match="names 'fc'"):
         attack(GradientInversion(objective=SquaredL2({"fc": 2.0})), seen, steps=1)
 

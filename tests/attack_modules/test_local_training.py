@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from attack_modules.feature_drift import model_half_way
 from attack_modules.local_training import SimulatedPeers, SimulationError
 from attack_modules.low_rank import LowRank
 from attack_modules.objectives import Cosine, SquaredL2
@@ -129,6 +130,52 @@ def test_factored_simulation_equals_the_dense_one_forward_and_backward(
             assert relative_error({"images": slopes[0]}, {"images": slopes[1]}) < 1e-8
         assert "head's" in peers.introduction()
         assert ("outside the head" in peers.introduction()) == (model is LinearInside)
+
+
+def test_one_step_moves_no_feature_so_that_held_convolutions_lose_nothing(
+    observe: Observe, relative_error: Callable
+) -> None:
+    seen = observe(Federation(client=LocalTraining(lr=0.02, local_epochs=1)))
+    images, labels = torch.rand(4, 3, 16, 16, requires_grad=True), torch.tensor([1, 1, 0, 7])
+    whole = SimulatedPeers(seen, merged=False, device=CPU).mean_update(images, labels)
+    expected = {name: whole[name] for name in whole if name.startswith("head.")}
+    target = {name: seen.peers_update()[name] for name in expected}
+    slope = torch.autograd.grad(SquaredL2()(expected, target), images)[0]
+    for chunk_size in (None, 1):
+        peers = SimulatedPeers(seen, False, CPU, chunk_size=chunk_size, held=seen.build_model().requires_grad_(False))
+        found = peers.mean_update(images, labels)
+        assert relative_error(dense(found), dense(expected)) < 1e-5
+        other = torch.autograd.grad(SquaredL2()(found, target), images)[0]
+        assert relative_error({"images": other}, {"images": slope}) < 1e-4
+
+
+def test_held_half_way_the_drift_of_features_is_right_to_first_order(
+    observe: Observe, noise_images: type, relative_error: Callable
+) -> None:
+    """Of one peer; the last layer shows it best, because no gates hang on it."""
+    data = noise_images(num_clients=2, images_per_client=2, image_size=16)
+    data.setup()
+    images, labels = data.clients[0].images, data.clients[0].labels
+    seen = observe(Federation(client=LocalTraining(lr=0.005, local_epochs=3)), num_clients=2)
+    half_way = model_half_way([seen], [seen.peers_update()], 3)
+    whole = dense(SimulatedPeers(seen, False, CPU).mean_update(images, labels))["head.2.weight"]
+    errors = []
+    for held in (half_way, seen.build_model().requires_grad_(False)):
+        found = dense(SimulatedPeers(seen, False, CPU, held=held).mean_update(images, labels))["head.2.weight"]
+        errors.append(relative_error({"": found}, {"": whole}))
+    assert errors[0] < 0.004
+    assert errors[0] < errors[1] / 3
+
+
+def test_a_shift_is_added_to_the_features(observe: Observe, relative_error: Callable) -> None:
+    seen = observe(Federation(client=LocalTraining(lr=0.02, local_epochs=1)))
+    images, labels, shift = torch.rand(2, 3, 16, 16), torch.arange(2), torch.rand(1024)
+    model = seen.build_model()
+    loss = F.cross_entropy(model.head(model.embed(images) + shift), labels)
+    expected = torch.autograd.grad(loss, model.head[0].weight)[0] * 0.02
+    for held in (None, seen.build_model()):
+        found = SimulatedPeers(seen, True, CPU, held=held, shift=shift).mean_update(images, labels)
+        assert relative_error({"w": found["head.0.weight"].dense()}, {"w": expected}) < 1e-4
 
 
 def test_what_cannot_be_divided_is_refused(observe: Observe, batch_norm_classifier: ClassifierFactory) -> None:
