@@ -75,7 +75,11 @@ class AuditCLI(LightningCLI):
             load_checkpoint(Path(ckpt_path))  # a file that is cut short or foreign is refused before work starts
 
     def before_instantiate_classes(self) -> None:
-        if self.config[self.config.subcommand].trainer.enable_progress_bar is False:  # else Lightning refuses ours
+        trainer = self.config[self.config.subcommand].trainer
+        interval, steps = trainer.val_check_interval, trainer.max_steps
+        if isinstance(interval, int) and 0 < steps < interval:  # Lightning refuses it; the end is looked at anyway
+            trainer.val_check_interval = steps
+        if trainer.enable_progress_bar is False:  # else Lightning refuses ours
             callbacks = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, RichProgressBar)]
 

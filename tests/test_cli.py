@@ -72,6 +72,11 @@ def test_the_progress_bar_can_be_left_out(capsys: pytest.CaptureFixture[str]) ->
     assert "4/4" not in capsys.readouterr().out
 
 
+def test_a_run_shorter_than_the_time_between_panels_shows_its_end() -> None:
+    main([*INVERSION, "--trainer.val_check_interval", "5"])
+    assert results(0)["steps"] == 4
+
+
 def test_panels_and_scores_reach_tensorboard() -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
