@@ -245,6 +245,8 @@ class SemanticEnhancer(LightningModule, Enhancer):
     def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
         images, labels = reconstruction.images.clone(), reconstruction.labels.clone()
         reconstruction = reconstruction._replace(images=images, labels=labels)
+        if not len(images):
+            return images
         chunks = []
         for indices in torch.arange(len(images)).split(self.chunk_size):
             search = self.search(reconstruction.part(indices), seed)

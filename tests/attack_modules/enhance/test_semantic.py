@@ -170,6 +170,7 @@ def test_an_image_does_not_depend_on_those_beside_it() -> None:
     torch.testing.assert_close(enhanced(given(images(4)), chunk_size=3), whole)
     alone = enhanced(given(images(4)).part(torch.tensor([3, 1])), chunk_size=2)
     torch.testing.assert_close(alone, whole[[3, 1]])
+    assert enhanced(given(images(4)).part(torch.arange(0)), chunk_size=2).shape == (0, 3, 16, 16)
 
 
 def test_the_best_of_several_starts_goes_on() -> None:
