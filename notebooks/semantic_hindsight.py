@@ -83,12 +83,22 @@ def mean(scores: list[Score]) -> Score:
     return Score(*torch.tensor(scores).mean(0).tolist())
 
 
+def compare(kept: Score, by_step: list[Score]) -> None:
+    """Print the best steps in hindsight, and what the rule kept of them."""
+    most = max(score.ssim for score in by_step)
+    alike = [score for score in by_step if score.ssim >= 0.9 * most]
+    for measure, among, scores in (
+        ("ssim", "all steps", by_step),
+        ("recognised", "all steps", by_step),
+        ("recognised", "the steps whose SSIM is within 10 % of the best", alike),
+    ):
+        best = max(scores, key=lambda score: getattr(score, measure))
+        share = getattr(kept, measure) / getattr(best, measure)
+        print(f"best {measure} of {among}, step {by_step.index(best)}: {best}; the rule kept {share:.1%} of it")
+
+
 if __name__ == "__main__":
     found = [hindsight(Path(run), Cifar10Recogniser()) for run in sys.argv[1:]]
     raw, kept = (mean([scores[index] for scores in found]) for index in (0, 1))
-    by_step = [mean(list(scores)) for scores in zip(*(scores[2] for scores in found), strict=True)]
     print(f"\n{len(found)} run(s) together: raw {raw}; the rule kept {kept}")
-    for measure in Score._fields:
-        step = max(range(len(by_step)), key=lambda step: getattr(by_step[step], measure))
-        share = getattr(kept, measure) / getattr(by_step[step], measure)
-        print(f"best {measure} at step {step}: {by_step[step]}; the rule kept {share:.1%} of it")
+    compare(kept, [mean(list(scores)) for scores in zip(*(scores[2] for scores in found), strict=True)])
