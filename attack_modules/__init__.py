@@ -2,7 +2,6 @@
 
 from attack_modules.diffusion.latent import LatentDiffusion
 from attack_modules.diffusion.mdt import MDTv2
-from attack_modules.diffusion.mixture import FittedMixture
 from attack_modules.diffusion.openai import OpenAIDenoiser
 from attack_modules.diffusion.schedules import Karras, LinearBetas
 from attack_modules.diffusion.small import TrainedConditional
@@ -22,7 +21,6 @@ __all__ = [
     "Cosine",
     "DirectEnhancement",
     "FeatureInversion",
-    "FittedMixture",
     "GradientInversion",
     "GuidedInversion",
     "Karras",

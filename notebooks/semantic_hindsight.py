@@ -1,15 +1,16 @@
-"""How well does semantic enhancement's stopping rule choose? Its step against the best one in hindsight.
+"""How well does semantic enhancement's stopping rule choose? What it kept, against the best step in hindsight.
 
-    python notebooks/semantic_hindsight.py runs/semantic_demo/version_0
+    python notebooks/semantic_hindsight.py runs/semantic_demo/version_0 runs/semantic_demo/version_1 ...
 
-takes a run's reconstructions and the labels that it inferred, searches all steps without stopping, and compares what
-the rule would have kept, image by image, with the one step for all images that turns out best against the originals.
+takes runs of `configs/semantic_demo.yaml` with the images that the rule kept, repeats their searches to the last step
+without stopping, and looks for the one step at which all images together turn out best against the originals.
 """
 
 import csv
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,56 +19,86 @@ from torchvision.io import read_image
 
 from attack_modules.attack import Reconstruction
 from attack_modules.cifar10_classifier import Cifar10Recogniser
-from attack_modules.diffusion.small import TrainedConditional
-from attack_modules.enhance.semantic import SemanticEnhancer, Step
+from attack_modules.enhance.named import small_semantic
 from fl_lightning.truth import Truth
 
 
-def hindsight(run: Path, enhancer: SemanticEnhancer, patience: int) -> dict[str, object]:
-    """SSIM and recognition by step, at the step that the rule keeps, and of the raw reconstructions."""
+class Score(NamedTuple):
+    """Of several images; the truth is used."""
+
+    ssim: float
+    recognised: float
+
+    @classmethod
+    def of(cls, images: Tensor, truth: Truth, recogniser: Cifar10Recogniser) -> "Score":
+        recognised = recogniser(images, truth.labels)[0].float().mean()
+        return cls(ssim(images, truth.images, data_range=1.0).item(), recognised.item())
+
+    def __str__(self) -> str:
+        return f"SSIM {self.ssim:.3f}, recognised {self.recognised:.1%}"
+
+
+def read_images(folder: Path, rows: list[dict[str, str]]) -> Tensor:
+    """(N, 3, H, W) in the originals' order."""
+    return torch.stack([read_image(folder / f"{int(row['reconstruction']):03d}.png") for row in rows]) / 255
+
+
+def without_stopping(reconstruction: Reconstruction, seed: int) -> tuple[list[Tensor], list[float]]:
+    """All images, and their mean pixel loss, at every step of the demo's search."""
+    enhancer = small_semantic()
+    enhancer.patience = enhancer.max_steps
+    search = enhancer.search(reconstruction, seed)
+    search.tolerance.zero_()
+    optimizer = torch.optim.Adam([search.noise], lr=enhancer.lr)
+    samples, losses = [], []
+    for _ in range(enhancer.max_steps):
+        loss, found = search.step()
+        samples.append(found.images)
+        losses.append(found.pixel_loss.mean().item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return samples, losses
+
+
+def hindsight(run: Path, recogniser: Cifar10Recogniser) -> tuple[Score, Score, list[Score]]:
+    """Scores of the raw reconstructions, of what the rule kept, and of every step."""
     results = json.loads((run / "results.json").read_text())
     truth = Truth.load(next(Path(results["observation"], "truth").glob("*.json")).with_suffix(""))
     rows = list(csv.DictReader((run / "per_image.csv").open()))
-    raw = torch.stack([read_image(run / "images" / f"{int(row['reconstruction']):03d}.png") for row in rows]) / 255
+    raw = read_images(run / "images", rows)
     labels = torch.tensor([int(row["inferred_label"]) for row in rows])
-    factor = 4 if results["attack"] == "GradientInversion" else 1
+    numbers = torch.tensor([int(row["reconstruction"]) for row in rows])
+    samples, losses = without_stopping(Reconstruction(raw, labels, 4, numbers=numbers), results["seed"])
+    by_step = [Score.of(images, truth, recogniser) for images in samples]
+    kept = Score.of(read_images(run / "enhanced", rows), truth, recogniser)
+    print(f"\n{run}: raw {Score.of(raw, truth, recogniser)}; the rule kept {kept}")
+    for step, (loss, score) in enumerate(zip(losses, by_step, strict=True)):
+        print(f"  step {step:2d}: pixel loss {loss:.4f}, {score}")
+    return Score.of(raw, truth, recogniser), kept, by_step
 
-    samples: list[Tensor] = []
-    scores: list[Tensor] = []
-    losses: list[float] = []
 
-    def watch(step: int, indices: Tensor, found: Step) -> None:
-        samples.append(found.images)
-        scores.append(found.score)
-        losses.append(found.pixel_loss.mean().item())
+def mean(scores: list[Score]) -> Score:
+    """Of runs with as many images each."""
+    return Score(*torch.tensor(scores).mean(0).tolist())
 
-    enhancer.watch, enhancer.patience, enhancer.chunk_size = watch, 10**6, len(raw)
-    enhancer.enhance(Reconstruction(raw, labels, factor), seed=results["seed"])
-    recogniser = Cifar10Recogniser()
 
-    def measured(images: Tensor) -> tuple[float, float]:
-        similarity = ssim(images, truth.images, data_range=1.0).item()
-        return round(similarity, 4), round(recogniser(images, truth.labels)[0].float().mean().item(), 4)
-
-    kept, best, last = samples[0].clone(), scores[0].clone(), torch.zeros(len(raw), dtype=torch.long)
-    for step in range(1, len(samples)):
-        if (step - 1 - last > patience).all():
-            break
-        better = scores[step] < (1 - enhancer.margin) * best
-        kept[better], best[better], last[better] = samples[step][better], scores[step][better], step
-    by_step = [measured(images) for images in samples]
-    return {
-        "pixel loss by step": [round(loss, 5) for loss in losses],
-        "steps kept": last.tolist(),
-        "raw SSIM, recognised": measured(raw),
-        "kept SSIM, recognised": measured(kept),
-        "best SSIM in hindsight": max(by_step, key=lambda pair: pair[0]),
-        "best recognised in hindsight": max(by_step, key=lambda pair: pair[1]),
-        "by step": by_step,
-    }
+def compare(kept: Score, by_step: list[Score]) -> None:
+    """Print the best steps in hindsight, and what the rule kept of them."""
+    most = max(score.ssim for score in by_step)
+    alike = [score for score in by_step if score.ssim >= 0.9 * most]
+    for measure, among, scores in (
+        ("ssim", "all steps", by_step),
+        ("recognised", "all steps", by_step),
+        ("recognised", "the steps whose SSIM is within 10 % of the best", alike),
+    ):
+        best = max(scores, key=lambda score: getattr(score, measure))
+        share = getattr(kept, measure) / getattr(best, measure)
+        print(f"best {measure} of {among}, step {by_step.index(best)}: {best}; the rule kept {share:.1%} of it")
 
 
 if __name__ == "__main__":
-    search = SemanticEnhancer(TrainedConditional(), lr=0.05, timesteps=25, steps=60, starts=8)
-    for name, value in hindsight(Path(sys.argv[1]), search, patience=10).items():
-        print(f"{name}: {value}")
+    found = [hindsight(Path(run), Cifar10Recogniser()) for run in sys.argv[1:]]
+    raw, kept = (mean([scores[index] for scores in found]) for index in (0, 1))
+    print(f"\n{len(found)} run(s) together: raw {raw}; the rule kept {kept}")
+    compare(kept, [mean(list(scores)) for scores in zip(*(scores[2] for scores in found), strict=True)])

@@ -42,18 +42,6 @@ class ConditionalModel(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """(N, *latent_shape) clean latents -> (N, 3, image_size, image_size) images in [0, 1], not clamped."""
 
-    def noise_variance(self, images: Tensor, labels: Tensor) -> Tensor:
-        """How noisy images are: by wavelet, or better where the model knows how likely an image is.
-
-        Args:
-            images: (N, 1 or 3, h, h) in [0, 1] plus noise, no larger than the model's.
-            labels: (N,) long.
-
-        Returns:
-            (N,) variances.
-        """
-        return wavelet_noise(images)
-
 
 class Sample(NamedTuple):
     """What came of some initial noise."""

@@ -12,7 +12,7 @@ from fl_lightning.errors import AuditError
 
 def small_semantic() -> SemanticEnhancer:
     """Semantic enhancement with the shipped model of CIFAR-10, at the settings of `configs/semantic_demo.yaml`."""
-    return SemanticEnhancer(TrainedConditional(), lr=0.05, timesteps=25, steps=60, starts=8, patience=10)
+    return SemanticEnhancer(TrainedConditional(), lr=0.05, timesteps=25, steps=40, starts=8, patience=10)
 
 
 NAMED: dict[str, Callable[[], Enhancer]] = {"direct": DirectEnhancement, "gan": GAN, "semantic": small_semantic}

@@ -13,26 +13,26 @@ from torch.utils.data import DataLoader
 
 from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.classes import class_index
-from attack_modules.diffusion.conditional import ConditionalModel, ddim, explicit_timesteps
+from attack_modules.diffusion.conditional import ConditionalModel, ddim, explicit_timesteps, wavelet_noise
 from attack_modules.diffusion.small import TrainedConditional
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.report import SearchReport
 from fl_lightning.data.images import PathLike, read_image, read_size
 from fl_lightning.errors import SettingError
-
-Disagreement = Callable[[Tensor], Tensor]
-"""(N, C, H, W) images in [0, 1], of the attack's shape -> (N,): how much what was observed speaks against them."""
+from fl_lightning.seeds import seed_of
 
 
 class Step(NamedTuple):
-    """What one step of a search found, an entry an image."""
+    """What one step of a search found, an entry an image that is still sought."""
 
+    sought: Tensor
+    """(n,) long: which images of the search these are."""
     images: Tensor
-    """(N, 3, M, M) the samples, in [0, 1]."""
+    """(n, 3, M, M) the samples, in [0, 1]."""
     pixel_loss: Tensor
-    """(N,) mean squared distance to the reconstruction, of pixels in [0, 1], at its resolution."""
+    """(n,) mean squared distance to the reconstruction, of pixels in [0, 1], at its resolution."""
     score: Tensor
-    """(N,) what the stopping rule goes by, less is better."""
+    """(n,) what the stopping rule goes by, less is better."""
 
 
 class NoiseSearch(nn.Module):
@@ -45,19 +45,19 @@ class NoiseSearch(nn.Module):
     What the attacker cannot know is not compared: finer detail than the reconstruction's resolution, and the colours of
     a grey one.
 
-    The best step is the first whose score no later one undercuts by more than `margin`. The score is the disagreement
-    with what was observed, where that can be told an image at a time. Otherwise it is the pixel loss, in which all
-    values below the reconstruction's own noise (`ConditionalModel.noise_variance`) count as equal: to fit that noise is
-    no merit.
+    Every image has a stopping rule of its own, so that it depends on no other. Its search ends when `patience` steps
+    have not undercut the best score by more than `margin`, and the best is what it keeps. The score is the disagreement
+    with what was observed, where the attack can tell it an image at a time. Otherwise it is the pixel loss, down to the
+    reconstruction's own noise (`wavelet_noise`), where the search ends at once: to fit that noise is no merit.
 
     Args:
         model: the diffusion model.
         reconstruction: images (N, C, H, W) with H = W in [0, 1], C 1 or 3, and labels (N,).
         timesteps: number of DDIM's steps.
         starts: draws of initial noise an image, of which the one with the best score goes on.
+        patience: steps without improvement of an image, after which its search ends.
         margin: relative improvement of the score that counts.
-        seed: of the draws.
-        disagreement: of images with what was observed; None where nothing was.
+        seed: of the draws; every image has its own.
 
     Raises:
         SettingError: an image is not square or neither RGB nor grey, or a label is none of the model's.
@@ -69,52 +69,66 @@ class NoiseSearch(nn.Module):
         reconstruction: Reconstruction,
         timesteps: int = 250,
         starts: int = 1,
+        patience: int = 20,
         margin: float = 0.01,
         seed: int = 0,
-        disagreement: Disagreement | None = None,
     ) -> None:
         super().__init__()
         images, labels, scale_factor = reconstruction.images, reconstruction.labels, reconstruction.scale_factor
         _refuse_unfit(model, reconstruction)
         self._model = (model,)  # no submodule: checkpoints are to hold the search alone
         self.timesteps = explicit_timesteps(timesteps, len(model.alphas))
+        self.patience = patience
         self.margin = margin
-        self.disagreement = disagreement
+        self.disagreement = reconstruction.disagreement
         self.shape = images.shape[1:]
         side = max(1, min(images.shape[-1] // scale_factor, model.image_size))
         self.register_buffer("target", F.adaptive_avg_pool2d(images.float(), side))
         self.register_buffer("labels", labels)
-        self.register_buffer("tolerance", model.noise_variance(self.target, labels))
+        self.register_buffer("tolerance", wavelet_noise(self.target))
         self.register_buffer("best", images.new_zeros(len(images), 3, model.image_size, model.image_size))
         self.register_buffer("best_score", torch.full((len(images),), torch.inf))
         self.register_buffer("best_step", torch.zeros(len(images), dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        generator = torch.Generator().manual_seed(seed)
-        draws = torch.randn(starts, len(images), *model.latent_shape, generator=generator)
-        self.noise = nn.Parameter(self._best_start(draws.to(images.device)) if starts > 1 else draws[0])
+        numbers = range(len(images)) if reconstruction.numbers is None else reconstruction.numbers.tolist()
+        generators = [torch.Generator().manual_seed(seed_of(seed, number)) for number in numbers]
+        draws = [torch.randn(starts, *model.latent_shape, generator=generator) for generator in generators]
+        self.noise = nn.Parameter(self._best_start(torch.stack(draws, dim=1).to(images.device)))
 
     @property
     def model(self) -> ConditionalModel:
         """The diffusion model, which is not searched for."""
         return self._model[0]
 
+    @property
+    def finished(self) -> Tensor:
+        """(N,) bool: the images whose search has ended."""
+        finished = self.steps - self.best_step > self.patience
+        if self.disagreement is None:
+            finished |= (1 - self.margin) * self.best_score <= self.tolerance  # no improvement would count any more
+        return finished
+
     def step(self) -> tuple[Tensor, Step]:
-        """Sample once, and remember what is better than before.
+        """Sample once for each image that is still sought, and remember what is better than before.
+
+        Of a search that has ended, all images are looked at once more.
 
         Returns:
             The loss to be minimised, the sum of the pixel losses, so that no image feels another; and what was found.
         """
-        sample = ddim(self.model, self.noise.detach(), self.labels, self.timesteps)
+        finished = self.finished
+        sought = (~finished | finished.all()).nonzero()[:, 0]
+        noise, labels = self.noise[sought], self.labels[sought]
+        sample = ddim(self.model, noise.detach(), labels, self.timesteps)
         # The affine function at its own foot: its value is the sample, its slope the gain.
-        latents = sample.latents + sample.gain * (self.noise - self.noise.detach())
-        images = self.model.decode(latents)
-        pixel_loss = (self.seen(images) - self.target).square().mean((1, 2, 3))
+        images = self.model.decode(sample.latents + sample.gain * (noise - noise.detach()))
+        pixel_loss = self._pixel_loss(images, sought)
         images = images.detach().clamp(0, 1)
-        found = Step(images, pixel_loss.detach(), self._score(images, pixel_loss.detach()))
-        better = found.score < (1 - self.margin) * self.best_score
-        self.best[better] = images[better]
-        self.best_score[better] = found.score[better]
-        self.best_step[better] = self.steps
+        found = Step(sought, images, pixel_loss.detach(), self._score(images, pixel_loss.detach(), sought))
+        better = found.score < (1 - self.margin) * self.best_score[sought]
+        self.best[sought[better]] = images[better]
+        self.best_score[sought[better]] = found.score[better]
+        self.best_step[sought[better]] = self.steps
         self.steps += 1
         return pixel_loss.sum(), found
 
@@ -123,33 +137,32 @@ class NoiseSearch(nn.Module):
         images = F.adaptive_avg_pool2d(images, self.target.shape[-1])
         return images if self.target.shape[1] == 3 else images.mean(1, keepdim=True)
 
-    def stale(self, patience: int) -> bool:
-        """Whether no image has improved for so many steps, or all are as near as the reconstruction's noise tells."""
-        done = self.steps - self.best_step > patience
-        if self.disagreement is None:
-            done |= self.best_score <= self.tolerance
-        return bool(done.all())
-
     def fitted(self, images: Tensor) -> Tensor:
         """(N, 3, M, M) images -> (N, C, H, W), as the reconstruction came."""
         if images.shape[-2:] != self.shape[-2:]:
             images = F.interpolate(images, self.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
         return images if self.shape[0] == 3 else images.mean(1, keepdim=True)
 
-    def _score(self, images: Tensor, pixel_loss: Tensor) -> Tensor:
+    def _pixel_loss(self, images: Tensor, sought: Tensor) -> Tensor:
+        return (self.seen(images) - self.target[sought]).square().mean((1, 2, 3))
+
+    def _score(self, images: Tensor, pixel_loss: Tensor, sought: Tensor) -> Tensor:
         if self.disagreement is None:
-            return torch.maximum(pixel_loss, self.tolerance)
+            return torch.maximum(pixel_loss, self.tolerance[sought])
         with torch.no_grad():
-            return self.disagreement(self.fitted(images)).to(pixel_loss)
+            return self.disagreement(self.fitted(images), sought).to(pixel_loss)
 
     @torch.no_grad()
     def _best_start(self, draws: Tensor) -> Tensor:
-        scores = []
+        """The best of (starts, N, *latent_shape) draws for each image: (N, *latent_shape)."""
+        if len(draws) == 1:
+            return draws[0]
+        scores, every = [], torch.arange(draws.shape[1], device=draws.device)
         for noise in draws:
             images = self.model.decode(ddim(self.model, noise, self.labels, self.timesteps).latents)
-            pixel_loss = (self.seen(images) - self.target).square().mean((1, 2, 3))
-            scores.append(self._score(images.clamp(0, 1), pixel_loss) if self.disagreement else pixel_loss)
-        return draws[torch.stack(scores).argmin(0), torch.arange(draws.shape[1])]
+            pixel_loss = self._pixel_loss(images, every)  # of starts that are all within the noise, too, the nearest
+            scores.append(self._score(images.clamp(0, 1), pixel_loss, every) if self.disagreement else pixel_loss)
+        return draws[torch.stack(scores).argmin(0), every]
 
 
 class SemanticEnhancer(LightningModule, Enhancer):
@@ -169,9 +182,9 @@ class SemanticEnhancer(LightningModule, Enhancer):
         timesteps: of each sample.
         steps: at most, after an attack; in `fit` it is `trainer.max_steps`.
         starts: draws of initial noise an image, of which the best goes on.
-        patience: steps without improvement of any image, after which the search ends.
+        patience: steps without improvement of an image, after which its search ends.
         margin: relative improvement that counts.
-        chunk_size: images that are searched for at once, which bounds memory.
+        chunk_size: images that are searched for at once, which bounds memory and changes nothing else.
         checkpoint_every: steps between checkpoints of `fit`, from which `--ckpt_path` goes on.
         seed: of the starts in `fit`.
     """
@@ -222,27 +235,28 @@ class SemanticEnhancer(LightningModule, Enhancer):
         """Numbers in one image's initial noise."""
         return math.prod(self.model.latent_shape)
 
-    def search(self, reconstruction: Reconstruction, seed: int, disagreement: Disagreement | None) -> NoiseSearch:
+    def search(self, reconstruction: Reconstruction, seed: int) -> NoiseSearch:
         """The search for some images, at its start, on their device."""
-        model = self.model.to(reconstruction.images.device)
-        arguments = (self.timesteps, self.starts, self.margin, seed, disagreement)
-        return NoiseSearch(model, reconstruction, *arguments).to(reconstruction.images.device)
+        device = reconstruction.images.device
+        settings = (self.timesteps, self.starts, self.patience, self.margin, seed)
+        return NoiseSearch(self.model.to(device), reconstruction, *settings).to(device)
 
     @torch.inference_mode(False)  # `trainer.test` is in it, but the search differentiates
     def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
         images, labels = reconstruction.images.clone(), reconstruction.labels.clone()
+        reconstruction = reconstruction._replace(images=images, labels=labels)
+        if not len(images):
+            return images
         chunks = []
         for indices in torch.arange(len(images)).split(self.chunk_size):
-            part = reconstruction._replace(images=images[indices], labels=labels[indices])
-            told = reconstruction.disagreement
-            search = self.search(part, seed, told and (lambda images, i=indices: told(images, i)))  # noqa: B023
+            search = self.search(reconstruction.part(indices), seed)
             optimizer = torch.optim.Adam([search.noise], lr=self.lr)
             for step in range(self.max_steps):
                 with torch.enable_grad():
                     loss, found = search.step()
                 if self.watch:
-                    self.watch(step, indices, found)
-                if search.stale(self.patience):
+                    self.watch(step, indices[found.sought.cpu()], found)
+                if search.finished.all():
                     break
                 optimizer.zero_grad()
                 loss.backward()
@@ -261,7 +275,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
         given: ReconstructedImage = self.trainer.datamodule
         images = given.image[None].to(self.trainer.strategy.root_device)
         labels = torch.tensor([self.class_label], device=images.device)
-        self.found = self.search(Reconstruction(images, labels, given.scale_factor), self.seed, None)
+        self.found = self.search(Reconstruction(images, labels, given.scale_factor), self.seed)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam([self.found.noise], lr=self.lr)
@@ -278,7 +292,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
     def training_step(self, batch: int, batch_idx: int) -> dict[str, Tensor | Step]:
         loss, found = self.found.step()
         self.log("pixel_loss", found.pixel_loss.mean(), prog_bar=True)
-        if self.found.stale(self.patience):
+        if self.found.finished.all():
             self.trainer.should_stop = True
         return {"loss": loss, "found": found}
 

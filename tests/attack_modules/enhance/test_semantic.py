@@ -18,6 +18,7 @@ from attack_modules.enhance.semantic import NoiseSearch, ReconstructedImage, Sem
 from attack_modules.labels import pink_noise
 from cli import main
 from fl_lightning.errors import SettingError
+from fl_lightning.seeds import seed_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -124,21 +125,58 @@ def test_what_was_observed_decides_where_it_is_known() -> None:
 
 
 def test_the_search_stops_when_nothing_improves_or_only_noise_is_left() -> None:
-    search = NoiseSearch(tiny(), given(images()), timesteps=2)
+    search = NoiseSearch(tiny(), given(images()), timesteps=2, patience=2)
     search.step()
-    assert not search.stale(patience=2)
-    search.step(), search.step(), search.step()  # the noise stays, so nothing improves
-    assert search.stale(patience=2)
-    search = NoiseSearch(tiny(), given(images()), timesteps=2)
-    search.tolerance.fill_(1.0)  # of a very noisy reconstruction
+    search.step()  # the noise stays, so nothing improves
+    assert not search.finished.any()
     search.step()
-    assert search.stale(patience=100)
+    assert search.finished.all()
+    search = NoiseSearch(tiny(), given(images()), timesteps=2)
+    search.tolerance[1] = 0.9  # of a very noisy reconstruction
+    search.step()
+    assert search.finished.tolist() == [False, True]
+
+
+def test_what_is_within_the_margin_of_the_noise_has_no_more_to_gain() -> None:
+    search = NoiseSearch(tiny(), given(images(1)), timesteps=2, margin=0.01)
+    _, found = search.step()
+    search.tolerance[:] = 0.995 * found.pixel_loss
+    assert search.finished.all()
+    search.tolerance[:] = 0.98 * found.pixel_loss
+    assert not search.finished.any()
+
+
+def test_an_image_whose_search_has_ended_is_sampled_no_more_and_stays() -> None:
+    search = NoiseSearch(tiny(), given(images()), timesteps=2)
+    search.tolerance[0] = 1.0
+    search.step()
+    kept = search.best[0].clone()
+    search.noise.data.normal_(generator=torch.Generator().manual_seed(9))
+    loss, found = search.step()
+    assert found.sought.tolist() == [1]
+    torch.testing.assert_close(search.best[0], kept)
+    loss.backward()
+    assert search.noise.grad[0].abs().max() == 0 < search.noise.grad[1].abs().max()
+    search.tolerance[1] = 1.0
+    assert search.step()[1].sought.tolist() == [0, 1]  # a run that is resumed after its end looks once more
+
+
+def test_an_image_does_not_depend_on_those_beside_it() -> None:
+    def enhanced(reconstruction: Reconstruction, chunk_size: int) -> Tensor:
+        enhancer = SemanticEnhancer(tiny(), lr=0.1, timesteps=3, steps=6, starts=2, patience=1, chunk_size=chunk_size)
+        return enhancer.enhance(reconstruction, seed=0)
+
+    whole = enhanced(given(images(4)), chunk_size=4)
+    torch.testing.assert_close(enhanced(given(images(4)), chunk_size=3), whole)
+    alone = enhanced(given(images(4)).part(torch.tensor([3, 1])), chunk_size=2)
+    torch.testing.assert_close(alone, whole[[3, 1]])
+    assert enhanced(given(images(4)).part(torch.arange(0)), chunk_size=2).shape == (0, 3, 16, 16)
 
 
 def test_the_best_of_several_starts_goes_on() -> None:
     several = NoiseSearch(tiny(), given(images(1)), 2, starts=4, seed=0)
     losses = []
-    for draw in torch.randn(4, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0)):
+    for draw in torch.randn(4, 1, 3, 16, 16, generator=torch.Generator().manual_seed(seed_of(0, 0))):
         alone = NoiseSearch(tiny(), given(images(1)), 2)
         alone.noise.data = draw
         losses.append(alone.step()[0].item())
