@@ -36,6 +36,7 @@ NAMES = {
     "loop": "step, client by client, a loop",
     "vmap": "the same by torch.func.vmap",
     "chunks": "one merged client, chunks of 16 images",
+    "head": "the head alone, convolutions held half way",
 }
 
 

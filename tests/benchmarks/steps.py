@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from vmapped import vmapped_update
 from yardstick import dense_loss
 
+from attack_modules.feature_drift import model_half_way
 from attack_modules.local_training import SimulatedPeers
 from attack_modules.objectives import SquaredL2
 from fl_lightning.allocation import keep_freed_memory
@@ -33,7 +34,7 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
     """A step of some way, on other numbers of images or local epochs if they are given.
 
     Args:
-        way: `yardstick`, `merged`, `bf16`, `chunks`, `loop` or `vmap`.
+        way: `yardstick`, `merged`, `bf16`, `chunks`, `loop`, `vmap` or `head`.
         observation: the observed round.
         images: N, of classes 0 to N - 1 modulo the classes; None for those believed.
         local_epochs: None for those believed.
@@ -48,10 +49,14 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
     shape = (len(labels), channels, height // SCALE_FACTOR, width // SCALE_FACTOR)
     latent = (0.5 + 0.05 * torch.randn(shape, generator=generator)).requires_grad_()
     target, objective = observation.peers_update(), SquaredL2()
-    cpu, merged = torch.device("cpu"), way not in ("loop", "vmap")
-    peers = None
+    cpu, merged = torch.device("cpu"), way not in ("loop", "vmap", "head")
+    peers = held = None
+    if way == "head":
+        held = model_half_way([observation], [target], observation.beliefs.local_steps)
+        held = held.to(memory_format=torch.channels_last)
+        target = {name: update for name, update in target.items() if name.startswith("head.")}
     if way != "yardstick":
-        peers = SimulatedPeers(observation, merged, cpu, chunk_size=16 if way == "chunks" else None)
+        peers = SimulatedPeers(observation, merged, cpu, chunk_size=16 if way == "chunks" else None, held=held)
 
     def loss() -> Tensor:
         pixels = F.interpolate(latent, scale_factor=SCALE_FACTOR, mode="bicubic")
