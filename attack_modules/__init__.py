@@ -15,6 +15,7 @@ from attack_modules.guided_inversion import GuidedInversion
 from attack_modules.inversion import GradientInversion
 from attack_modules.objectives import Cosine, SquaredL2
 from attack_modules.priors import ChromaTotalVariation, TotalVariation
+from attack_modules.refined_inversion import RefinedInversion
 
 __all__ = [
     "GAN",
@@ -31,6 +32,7 @@ __all__ = [
     "MDTv2",
     "OpenAIDenoiser",
     "ReconstructedImage",
+    "RefinedInversion",
     "Restoration",
     "SemanticEnhancer",
     "SquaredL2",

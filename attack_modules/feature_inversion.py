@@ -7,12 +7,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.attack import Attack, Reconstruction
-from attack_modules.feature_drift import mean_features
+from attack_modules.feature_drift import SimulatedTraining, simulate_peers
 from attack_modules.leakage import Leakage, PeerTraining, leak_rounds
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError
 from fl_lightning.models import ImageClassifier
+from fl_lightning.observation import Observation
 
 
 class FeatureInversion(Attack):
@@ -25,7 +26,7 @@ class FeatureInversion(Attack):
     Several observed rounds are read together (`leak_rounds`): the same peers must have trained on the same images.
 
     Features leak as their mean over the peers' local steps, which is nearly that of the model half way. The rest of
-    the difference is simulated now and then from the images so far, peer by peer (`mean_features`).
+    the difference is simulated now and then from the images so far, peer by peer (`simulate_peers`).
 
     Args:
         lr: the attacker's own learning rate, of Adam on the pixels, with cosine decay to zero.
@@ -156,25 +157,39 @@ class FeatureInversion(Attack):
     @torch.no_grad()
     def _resimulate(self) -> None:
         """Take from the leaked features what the local steps add to those of the model half way, by the best images."""
-        peers = self.leakage.peers.to(self.device)
-        trained = peers.unique()
-        own = torch.isin(peers, trained[self.ranks.own(len(trained)).to(self.device)])  # images of whole peers
-        means = torch.zeros_like(self.features)
-        for observation in self.observations:
-            before = observation.build_model().to(self.device, memory_format=torch.channels_last)
-            rate = observation.beliefs.mean_rate
-            if own.any():
-                found = mean_features(before, self.best[own], self.labels[own], peers[own], rate, self.steps)
-                means[own] += found / len(self.observations)
-        means = self.ranks.total(means)
+        rounds = [self._simulate(observation) for observation in self.observations]
+        drift = self.leaked_features(rounds) - torch.stack([round_.features for round_ in rounds]).mean(0)
 
         def half_way(chunk: Tensor) -> Tensor:
-            images = self.best[chunk].contiguous(memory_format=torch.channels_last)
-            leaked = self.leakage.features[chunk.cpu()].to(self.device)
-            return leaked - means[chunk] + self.model.embed(images)
+            return drift[chunk] + self.model.embed(self.best[chunk].contiguous(memory_format=torch.channels_last))
 
         self.ranks.fill(self.features, half_way, self.chunk_size)
         self.best_loss.fill_(torch.inf)  # of another target
+
+    def _simulate(self, observation: Observation) -> SimulatedTraining:
+        """The peers' training of one round on the best images so far; each process takes a part of the peers."""
+        before = observation.build_model().to(self.device, memory_format=torch.channels_last)
+        peers = self.leakage.peers.to(self.device)
+        trained = peers.unique()
+        own = torch.isin(peers, trained[self.ranks.own(len(trained)).to(self.device)])  # images of whole peers
+        first = before.head[0].weight
+        features, errors = torch.zeros_like(self.features), first.new_zeros(len(peers), len(first))
+        update = torch.zeros_like(first)
+        if own.any():
+            images = self.best[own].contiguous(memory_format=torch.channels_last)
+            count = self.leakage.diagnosis.num_images
+            with torch.autocast(self.device.type, enabled=False):  # it is the difference to the observed that counts
+                found = simulate_peers(before, images, self.labels[own], peers[own], observation.beliefs, count)
+            features[own], errors[own], update = found.features, found.errors, found.update
+        return SimulatedTraining(*(self.ranks.total(part) for part in (features, errors, update)))
+
+    def leaked_features(self, rounds: list[SimulatedTraining]) -> Tensor:
+        """(N, D) mean over the local steps of the images' features, as they leaked.
+
+        Args:
+            rounds: the observed rounds, simulated on the best images so far.
+        """
+        return self.leakage.features.to(self.device)
 
     def feature_error(self, images: Tensor, features: Tensor) -> Tensor:
         """(N,) relative squared distance of the images' features (N, D) to those that leaked."""
