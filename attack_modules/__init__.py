@@ -1,5 +1,6 @@
 """The attacker: from Observations to images."""
 
+from attack_modules.attributed_inversion import AttributedInversion
 from attack_modules.diffusion.latent import LatentDiffusion
 from attack_modules.diffusion.mdt import MDTv2
 from attack_modules.diffusion.mixture import FittedMixture
@@ -19,6 +20,7 @@ from attack_modules.refined_inversion import RefinedInversion
 
 __all__ = [
     "GAN",
+    "AttributedInversion",
     "ChromaTotalVariation",
     "Cosine",
     "DirectEnhancement",

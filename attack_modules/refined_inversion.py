@@ -49,7 +49,7 @@ class RefinedInversion(FeatureInversion):
         observed = [self.update_of(observation)[first].to(self.device) for observation in self.observations]
         lacking = torch.cat([update - round_.update for update, round_ in zip(observed, rounds, strict=True)])
         errors = torch.cat([round_.errors for round_ in rounds], 1)
-        means = torch.stack([round_.features for round_ in rounds]).mean(0)
+        means = self._mean_features(rounds)
         return means + solve_robustly(errors, lacking).to(means)
 
     def introduction(self) -> str:

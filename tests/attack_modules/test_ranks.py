@@ -24,6 +24,7 @@ RUNS = {
                 "--federation.client.weight_decay", "0.1", "--model.restarts", "2"],
     "clients": [*INVERSION, "--model.merged", "false", "--model.objective", "Cosine"],
     "refined": [*LEAKAGE, "--config", str(ROOT / "configs/refined.yaml")],
+    "attribution": [*LEAKAGE, "--config", str(ROOT / "configs/attribution.yaml")],
     "leakage": [*LEAKAGE, "--postprocess", "DirectEnhancement", "--postprocess.chunk_size", "4",
                 "--postprocess.schedule", "Karras", "--postprocess.schedule.steps", "2"],
 }  # fmt: skip
