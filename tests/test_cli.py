@@ -165,6 +165,16 @@ def test_attribution_names_the_peer_of_every_image_and_goes_on(capsys: pytest.Ca
         assert (Path("runs/demo/version_2/images") / path.name).read_bytes() == path.read_bytes()
 
 
+def test_refinement_goes_on_where_it_stopped() -> None:
+    run = [*DEMO, "--config", str(ROOT / "configs/refined.yaml"), "--model.checkpoint_every", "2"]
+    main(run)
+    assert results(0, "demo")["attack"] == "RefinedInversion"
+    main([*run, "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "0"])
+    main([*run, "--ckpt_path", "runs/demo/version_1/checkpoints/last.ckpt"])
+    for path in Path("runs/demo/version_0/images").iterdir():
+        assert (Path("runs/demo/version_2/images") / path.name).read_bytes() == path.read_bytes()
+
+
 def test_paper_configuration(image_folder: Path) -> None:
     main(["fit", "--config", str(ROOT / "configs/paper.yaml"), "--data.root", str(image_folder), *SMALL])
     assert results(0, "paper")["scores"]["originals"] == 64
