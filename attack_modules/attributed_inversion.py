@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from attack_modules.attribution import Attribution, attribute, joined_features, joined_labels
 from attack_modules.feature_inversion import FeatureInversion
 from attack_modules.leakage import Diagnosis, Leakage, PeerTraining, leak
 from fl_lightning.client import Tensors
+
+UNREAD = 0.5
+"""Residual of a round that says nothing. Measured: below 0.05 where images came out, 0.97 where they did not."""
 
 
 class AttributedInversion(FeatureInversion):
@@ -21,6 +26,13 @@ class AttributedInversion(FeatureInversion):
 
     def leak(self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[PeerTraining]) -> Leakage:
         rounds = [leak(*seen) for seen in zip(updates, weights, beliefs, strict=True)]
+        for observation, found in zip(self.observations, rounds, strict=True):
+            if found.diagnosis.residual > UNREAD:
+                rank_zero_warn(
+                    f"Round {observation.round} could not be read: {found.diagnosis.residual:.0%} of its update is "
+                    "left unexplained, and what is taken for its images spoils the recognition of the others'. "
+                    "Leave it out of `federation.observed_rounds`."
+                )
         self.attribution = attribute(rounds)
         self.presence = self.attribution.presence
         return Leakage(

@@ -1,11 +1,12 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from attack_modules import AttributedInversion, FeatureInversion
+from attack_modules import AttributedInversion, FeatureInversion, attributed_inversion
 from attack_modules.attack import Attack, AttackError
 from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation, Record
@@ -51,3 +52,16 @@ def test_images_are_recognised_and_grouped_by_client(watched: tuple[list[Observa
 def test_feature_inversion_points_here(watched: tuple[list[Observation], Truth], attack: Run) -> None:
     with pytest.raises(AttackError, match="or use `AttributedInversion`"):
         attack(FeatureInversion(), *watched[0], steps=1)
+
+
+def test_a_round_that_cannot_be_read_is_named(
+    watched: tuple[list[Observation], Truth], attack: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, _ = watched
+    module = attack(AttributedInversion(), *seen[:2], steps=1)
+    bad = replace(module.leakage, diagnosis=replace(module.leakage.diagnosis, residual=0.97))
+    monkeypatch.setattr(attributed_inversion, "leak", lambda updates, weights, beliefs: bad)
+    with pytest.warns(
+        UserWarning, match=r"Round 1 could not be read: 97% of its update .* `federation.observed_rounds`"
+    ):
+        attack(AttributedInversion(), seen[1], steps=1)
