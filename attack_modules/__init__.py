@@ -1,5 +1,6 @@
 """The attacker: from Observations to images."""
 
+from attack_modules.attributed_inversion import AttributedInversion
 from attack_modules.diffusion.latent import LatentDiffusion
 from attack_modules.diffusion.mdt import MDTv2
 from attack_modules.diffusion.openai import OpenAIDenoiser
@@ -14,9 +15,11 @@ from attack_modules.guided_inversion import GuidedInversion
 from attack_modules.inversion import GradientInversion
 from attack_modules.objectives import Cosine, SquaredL2
 from attack_modules.priors import ChromaTotalVariation, TotalVariation
+from attack_modules.refined_inversion import RefinedInversion
 
 __all__ = [
     "GAN",
+    "AttributedInversion",
     "ChromaTotalVariation",
     "Cosine",
     "DirectEnhancement",
@@ -29,6 +32,7 @@ __all__ = [
     "MDTv2",
     "OpenAIDenoiser",
     "ReconstructedImage",
+    "RefinedInversion",
     "Restoration",
     "SemanticEnhancer",
     "SquaredL2",

