@@ -311,12 +311,14 @@ def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: i
         gradient: (C, H), in any basis of the input space.
         weight: (C, H) in the same basis, half way through the local steps.
         targets: (N, C) one-hot. Images of one class come out as their common mean.
-        iterations: of the fixed point between inputs and probabilities.
+        iterations: at most, of the fixed point between inputs and probabilities.
     """
     probabilities = torch.full_like(targets, 1 / targets.shape[1])
     for _ in range(iterations):
         inputs = torch.linalg.lstsq((probabilities - targets).T, gradient, driver="gelsd").solution
-        probabilities = (inputs @ weight.T).softmax(1)
+        previous, probabilities = probabilities, (inputs @ weight.T).softmax(1)
+        if (probabilities - previous).abs().max() < torch.finfo(gradient.dtype).eps:
+            break
     return inputs, probabilities
 
 
