@@ -106,7 +106,9 @@ class GradientInversion(Attack):
         half_way = model_half_way([observation], [update], observation.beliefs.local_steps)
         half_way = half_way.to(device, memory_format=torch.channels_last)
         self.noise = self._detail(half_way, observation) if self.detail else None
-        self.peers = self._simulated(half_way if self.simulate == "head" else None, self.noise and self.noise.mean)
+        self.whole = self.peers = self._simulated()  # in the precision that is set now, and not at the end of the run
+        if self.simulate == "head" or self.noise:
+            self.peers = self._simulated(half_way if self.simulate == "head" else None, self.noise and self.noise.mean)
         self.target = self._compared({name: self.observed[name] for name in self.peers.parameters})
         self.objective.weights(list(self.target))  # refuse unknown layers now
         labels = observation.beliefs.labels
@@ -164,7 +166,7 @@ class GradientInversion(Attack):
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
         """() `|simulated - observed| / |observed|` over all layers, whatever the objective weighs."""
         images = images.detach().to(self.device).clone(memory_format=torch.channels_last)
-        simulated = self._simulated().mean_update(images, labels.to(self.device).clone())
+        simulated = self.whole.mean_update(images, labels.to(self.device).clone())
         return SquaredL2()(simulated, self.observed).sqrt().detach()
 
     def decode(self, latent: Tensor) -> Tensor:
