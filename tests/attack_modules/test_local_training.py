@@ -110,7 +110,7 @@ class LinearInside(ImageClassifier):
         LocalTraining(lr=0.2, local_epochs=1, batch_size=2, momentum=0.5, weight_decay=0.05),
     ],
 )
-@pytest.mark.parametrize("model", [LeNet5, VGG7, ResNet9, ResNet18, LinearInside])
+@pytest.mark.parametrize("model", [LeNet5, VGG7, ResNet9, pytest.param(ResNet18, marks=pytest.mark.slow), LinearInside])
 def test_factored_simulation_equals_the_dense_one_forward_and_backward(
     observe: Observe, relative_error: Callable, float64: None, model: ClassifierFactory, training: LocalTraining
 ) -> None:
