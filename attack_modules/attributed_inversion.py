@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from attack_modules.attribution import Attribution, attribute, joined_features, joined_labels
 from attack_modules.feature_inversion import FeatureInversion
@@ -24,7 +25,9 @@ class AttributedInversion(FeatureInversion):
 
     attribution: Attribution
 
-    def leak(self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[PeerTraining]) -> Leakage:
+    def leak(
+        self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[PeerTraining]
+    ) -> tuple[Leakage, Tensor]:
         rounds = [leak(*seen) for seen in zip(updates, weights, beliefs, strict=True)]
         for observation, found in zip(self.observations, rounds, strict=True):
             if found.diagnosis.residual > UNREAD:
@@ -34,13 +37,14 @@ class AttributedInversion(FeatureInversion):
                     "Leave it out of `federation.observed_rounds`."
                 )
         self.attribution = attribute(rounds)
-        self.presence = self.attribution.presence
-        return Leakage(
+        presence = self.attribution.presence
+        joined = Leakage(
             labels=joined_labels(rounds, self.attribution),
             features=joined_features(rounds, self.attribution),
             peers=self.attribution.peers,
-            diagnosis=worst([found.diagnosis for found in rounds], self.presence.shape[1]),
+            diagnosis=worst([found.diagnosis for found in rounds], presence.shape[1]),
         )
+        return joined, presence
 
     def introduction(self) -> str:
         found, shown = self.attribution, ", ".join(str(int(count)) for count in self.presence.sum(1))

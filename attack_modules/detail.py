@@ -10,9 +10,8 @@ from attack_modules.low_rank import LowRank
 from attack_modules.objectives import SimulatedUpdate
 from fl_lightning.client import Tensors
 from fl_lightning.data import Photographs
-from fl_lightning.models import ImageClassifier, ImageShape
+from fl_lightning.models import FIRST_LAYER, ImageClassifier, ImageShape
 
-FIRST_LAYER = "head.0.weight"
 RIDGE = 0.01
 """Share of the largest variance that is added to all, because a covariance of few photographs is no surer."""
 

@@ -80,8 +80,7 @@ class FeatureInversion(Attack):
                 f"believed, so that one step an epoch is taken for granted. If they took k, the features come out k "
                 "times too large. Give `knowledge.num_clients`."
             )
-        self.presence: Tensor | None = None
-        self.leakage = self.leak(
+        self.leakage, self.presence = self.leak(
             [_head(o.without_weight_decay(u), model) for o, u in zip(self.observations, updates, strict=True)],
             [_head(o.before, model) for o in self.observations],
             [_training(o.beliefs) for o in self.observations],
@@ -105,17 +104,18 @@ class FeatureInversion(Attack):
         self.register_buffer("best", self.images.detach().clone())
         self.register_buffer("best_loss", torch.full((len(self.labels),), torch.inf))
 
-    def leak(self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[PeerTraining]) -> Leakage:
-        """What the head's updates say of the images; here of the same images in every round.
-
-        A subclass whose rounds show different images says in `presence` (rounds, N) which.
+    def leak(
+        self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[PeerTraining]
+    ) -> tuple[Leakage, Tensor]:
+        """What the head's updates say of the images, and (rounds, N) bool which rounds show which: here all show all.
 
         Args:
             updates: of each observed round, as in `leak_rounds`.
             weights: of each round, as there.
             beliefs: how the peers trained, of each round.
         """
-        return leak_rounds(updates, weights, beliefs[0])
+        leakage = leak_rounds(updates, weights, beliefs[0])
+        return leakage, torch.ones(len(updates), len(leakage.labels), dtype=torch.bool)
 
     @property
     def model(self) -> ImageClassifier:
@@ -173,8 +173,7 @@ class FeatureInversion(Attack):
 
     def _simulate(self) -> list[SimulatedTraining]:
         """The peers' training of all rounds on the best images so far; an image has no part in a round without it."""
-        everywhere = torch.ones(len(self.observations), len(self.labels), dtype=torch.bool)
-        presence = (everywhere if self.presence is None else self.presence).to(self.device)
+        presence = self.presence.to(self.device)
         return [self._simulate_round(seen, shown) for seen, shown in zip(self.observations, presence, strict=True)]
 
     def _simulate_round(self, observation: Observation, shown: Tensor) -> SimulatedTraining:
@@ -205,7 +204,7 @@ class FeatureInversion(Attack):
     def _mean_features(self, rounds: list[SimulatedTraining]) -> Tensor:
         """(N, D) mean of each image's simulated features over the rounds that show it."""
         total = torch.stack([round_.features for round_ in rounds]).sum(0)
-        return total / (len(rounds) if self.presence is None else self.presence.sum(0).to(total)[:, None])
+        return total / self.presence.sum(0).to(total)[:, None]
 
     def feature_error(self, images: Tensor, features: Tensor) -> Tensor:
         """(N,) relative squared distance of the images' features (N, D) to those that leaked."""

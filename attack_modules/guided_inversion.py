@@ -1,6 +1,7 @@
 """Feature inversion guided by a diffusion model: plug and play."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,6 @@ from torch import Tensor
 from attack_modules.diffusion.denoiser import Denoiser
 from attack_modules.diffusion.prior import TrainedPrior
 from attack_modules.feature_inversion import FeatureInversion
-from attack_modules.priors import Prior
 from fl_lightning.errors import SettingError
 
 
@@ -28,14 +28,7 @@ class GuidedInversion(FeatureInversion):
         sigma_per_error: sigma, in units of [0, 1], for a relative feature error (not squared) of one.
         sigma_start: the largest sigma, which the first steps would surpass.
         denoise_every: steps between denoisings.
-        lr: the attacker's own learning rate, of Adam on the pixels, with cosine decay to zero.
-        priors: penalties that are added to the relative feature error; null for `ChromaTotalVariation`.
-        anneal: factor on the priors' weights at the first and at the last step, geometric between.
-        betas: of Adam.
-        subtract_own: take the attacker's own update out of the aggregate first.
-        resimulations: times, spread evenly over the steps, at which the peers' training is simulated; 0 for never.
-        chunk_size: images that are passed through the model at once, which bounds memory.
-        checkpoint_every: steps between checkpoints.
+        settings: those of `FeatureInversion`.
     """
 
     def __init__(
@@ -45,16 +38,9 @@ class GuidedInversion(FeatureInversion):
         sigma_per_error: float = 1.0,
         sigma_start: float = 0.3,
         denoise_every: int = 20,
-        lr: float = 0.8,
-        priors: list[Prior] | None = None,
-        anneal: tuple[float, float] = (1.0, 0.01),
-        betas: tuple[float, float] = (0.8, 0.99),
-        subtract_own: bool = True,
-        resimulations: int = 2,
-        chunk_size: int = 16,
-        checkpoint_every: int = 25,
+        **settings: Any,
     ) -> None:
-        super().__init__(lr, priors, anneal, betas, subtract_own, resimulations, chunk_size, checkpoint_every)
+        super().__init__(**settings)
         if weight < 0 or min(sigma_per_error, sigma_start) <= 0 or denoise_every < 1:
             raise SettingError(
                 "`model` needs weight >= 0, sigma_per_error > 0, sigma_start > 0 and denoise_every >= 1, but got "

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.attack import Attack, AttackError, Reconstruction
-from attack_modules.detail import FIRST_LAYER, Detail, public_photographs, upsampled
+from attack_modules.detail import Detail, public_photographs, upsampled
 from attack_modules.feature_drift import model_half_way
 from attack_modules.labels import infer_labels
 from attack_modules.local_training import SimulatedPeers
@@ -15,7 +15,7 @@ from attack_modules.objectives import Objective, SimulatedUpdate, SquaredL2
 from attack_modules.priors import Prior, annealed
 from fl_lightning.data import Photographs
 from fl_lightning.errors import SettingError
-from fl_lightning.models import ImageClassifier
+from fl_lightning.models import FIRST_LAYER, ImageClassifier
 from fl_lightning.observation import Observation
 
 RESOLUTION = 1e-6
@@ -103,11 +103,12 @@ class GradientInversion(Attack):
         device = self.trainer.strategy.root_device
         update = self.observed_update()
         self.observed = {name: tensor.to(device, torch.get_default_dtype()) for name, tensor in update.items()}
-        half_way = model_half_way([observation], [update], observation.beliefs.local_steps)
-        half_way = half_way.to(device, memory_format=torch.channels_last)
-        self.noise = self._detail(half_way, observation) if self.detail else None
         self.whole = self.peers = self._simulated()  # in the precision that is set now, and not at the end of the run
-        if self.simulate == "head" or self.noise:
+        self.noise: Detail | None = None
+        if self.simulate == "head" or self.detail:
+            half_way = model_half_way([observation], [update], observation.beliefs.local_steps)
+            half_way = half_way.to(device, memory_format=torch.channels_last)
+            self.noise = self._detail(half_way, observation) if self.detail else None
             self.peers = self._simulated(half_way if self.simulate == "head" else None, self.noise and self.noise.mean)
         self.target = self._compared({name: self.observed[name] for name in self.peers.parameters})
         self.objective.weights(list(self.target))  # refuse unknown layers now

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from attack_modules.attack import AttackError
 from fl_lightning.client import Tensors
+from fl_lightning.models import FIRST_LAYER
 from fl_lightning.observation import Observation
 
 
@@ -63,9 +64,9 @@ def infer_num_images(observation: Observation, update: Tensors) -> int:
     Raises:
         AttackError: the layer is too narrow for its rank to tell.
     """
-    weight = observation.without_weight_decay(update)["head.0.weight"].double()
+    weight = observation.without_weight_decay(update)[FIRST_LAYER].double()
     outputs, inputs = weight.shape
-    rounding = observation.before["head.0.weight"].square().mean().sqrt().double() * 2**-23
+    rounding = observation.before[FIRST_LAYER].square().mean().sqrt().double() * 2**-23
     floor = rounding * (math.sqrt(outputs) + math.sqrt(inputs)) / observation.beliefs.server_lr
     singular = torch.linalg.eigvalsh(weight @ weight.T).flip(0).clamp_min(0).sqrt()
     rank = int((singular[:-1] / singular[1:].clamp_min(floor)).argmax()) + 1

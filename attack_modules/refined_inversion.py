@@ -1,12 +1,14 @@
 """Closed-form leakage, refined until the simulated update is the observed one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attack_modules.feature_drift import SimulatedTraining
 from attack_modules.feature_inversion import FeatureInversion
 from attack_modules.gates import regress_features
-from attack_modules.priors import Prior
+from fl_lightning.models import FIRST_LAYER
 
 
 class RefinedInversion(FeatureInversion):
@@ -21,32 +23,15 @@ class RefinedInversion(FeatureInversion):
     With one local step the leakage is exact already, and nothing changes.
 
     Args:
-        lr: the attacker's own learning rate, of Adam on the pixels, with cosine decay to zero.
-        priors: penalties that are added to the relative feature error; null for `ChromaTotalVariation`.
-        anneal: factor on the priors' weights at the first and at the last step, geometric between.
-        betas: of Adam.
-        subtract_own: take the attacker's own update out of the aggregate first.
         resimulations: times, spread evenly over the steps, at which the training is simulated and matched.
-        chunk_size: images that are passed through the model at once, which bounds memory.
-        checkpoint_every: steps between checkpoints.
+        settings: those of `FeatureInversion`.
     """
 
-    def __init__(
-        self,
-        lr: float = 0.8,
-        priors: list[Prior] | None = None,
-        anneal: tuple[float, float] = (1.0, 0.01),
-        betas: tuple[float, float] = (0.8, 0.99),
-        subtract_own: bool = True,
-        resimulations: int = 3,
-        chunk_size: int = 16,
-        checkpoint_every: int = 25,
-    ) -> None:
-        super().__init__(lr, priors, anneal, betas, subtract_own, resimulations, chunk_size, checkpoint_every)
+    def __init__(self, *, resimulations: int = 3, **settings: Any) -> None:
+        super().__init__(resimulations=resimulations, **settings)
 
     def leaked_features(self, rounds: list[SimulatedTraining]) -> Tensor:
-        first = "head.0.weight"
-        observed = [self.update_of(observation)[first].to(self.device) for observation in self.observations]
+        observed = [self.update_of(observation)[FIRST_LAYER].to(self.device) for observation in self.observations]
         lacking = torch.cat([update - round_.update for update, round_ in zip(observed, rounds, strict=True)])
         errors = torch.cat([round_.errors for round_ in rounds], 1)
         means = self._mean_features(rounds)

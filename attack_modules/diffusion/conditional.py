@@ -92,17 +92,3 @@ def edm_alphas(total: int = 1000, sigma_min: float = 0.02, sigma_max: float = 80
     """(total,) `alpha bar` whose noise levels sigma are evenly spaced in sigma^(1/rho) (EDM, equation 5), float64."""
     sigmas = torch.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), total, dtype=torch.float64) ** rho
     return 1 / (1 + sigmas.square())
-
-
-def wavelet_noise(images: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N,) variance of the noise in images, by the median of their finest diagonal detail.
-
-    That detail, of an orthonormal Haar transform, is mostly noise; its median absolute value is 0.6745 standard
-    deviations of a Gaussian (Donoho and Johnstone 1994). 0 where an image has less than 2 pixels a side.
-    """
-    height, width = (2 * (side // 2) for side in images.shape[-2:])
-    if not height or not width:
-        return images.new_zeros(len(images))
-    even, odd = images[..., 0:height:2, :width], images[..., 1:height:2, :width]
-    detail = (even[..., 0::2] - even[..., 1::2] - odd[..., 0::2] + odd[..., 1::2]) / 2
-    return (detail.abs().flatten(1).median(1).values / 0.6745).square()

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.classes import class_index
-from attack_modules.diffusion.conditional import ConditionalModel, ddim, explicit_timesteps, wavelet_noise
+from attack_modules.diffusion.conditional import ConditionalModel, ddim, explicit_timesteps
 from attack_modules.diffusion.small import TrainedConditional
 from attack_modules.enhance.enhancer import Enhancer
+from attack_modules.enhance.noise_level import wavelet_noise
 from attack_modules.enhance.report import SearchReport
 from fl_lightning.data.images import PathLike, read_image, read_size
 from fl_lightning.errors import SettingError

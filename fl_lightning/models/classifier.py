@@ -11,6 +11,9 @@ from fl_lightning.errors import SettingError
 ImageShape = tuple[int, int, int]
 """(C, H, W) of one image."""
 
+FIRST_LAYER = "head.0.weight"
+"""Name of the first weight of every head, which belongs to the features."""
+
 
 class ImageClassifier(nn.Module, HyperparametersMixin):
     """Logits `head(features((x - mean) / std))` of images `x` in [0, 1].

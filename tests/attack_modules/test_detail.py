@@ -8,12 +8,12 @@ from torch import nn
 
 from attack_modules import GradientInversion
 from attack_modules.attack import AttackError
-from attack_modules.detail import FIRST_LAYER, Detail, feature_channels, nearest_latent, public_photographs, upsampled
+from attack_modules.detail import Detail, feature_channels, nearest_latent, public_photographs, upsampled
 from attack_modules.low_rank import LowRank
 from fl_lightning.data import Photographs
 from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
-from fl_lightning.models import ImageClassifier, LeNet5, ResNet9
+from fl_lightning.models import FIRST_LAYER, ImageClassifier, LeNet5, ResNet9
 from fl_lightning.observed import ObservedRounds
 
 

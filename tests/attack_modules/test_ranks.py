@@ -23,6 +23,7 @@ RUNS = {
     "batches": [*INVERSION, "--federation.client.batch_size", "3", "--federation.client.momentum", "0.5",
                 "--federation.client.weight_decay", "0.1", "--model.restarts", "2"],
     "clients": [*INVERSION, "--model.merged", "false", "--model.objective", "Cosine"],
+    "head": [*INVERSION, "--model.simulate", "head"],
     "refined": [*LEAKAGE, "--config", str(ROOT / "configs/refined.yaml")],
     "attribution": [*LEAKAGE, "--config", str(ROOT / "configs/attribution.yaml")],
     "leakage": [*LEAKAGE, "--postprocess", "DirectEnhancement", "--postprocess.chunk_size", "4",

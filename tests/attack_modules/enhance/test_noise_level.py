@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from attack_modules.enhance.noise_level import likeliest_noise
+from attack_modules.enhance.noise_level import likeliest_noise, wavelet_noise
 
 CANDIDATES = torch.logspace(-2, 0, 13).double()
 
@@ -30,3 +30,9 @@ def test_each_image_has_its_own(prior: Any) -> None:
     noise = lambda: torch.randn(images.shape, dtype=torch.float64, generator=generator)  # noqa: E731
     found = likeliest_noise(prior, images, CANDIDATES, noise)
     assert found[0::2].max() < found[1::2].min()
+
+
+def test_wavelet_noise() -> None:
+    noise = 0.2 * torch.randn(2, 3, 65, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(wavelet_noise(noise + 0.5), torch.full((2,), 0.04), rtol=0.1, atol=0)
+    assert wavelet_noise(torch.ones(1, 3, 1, 1)) == 0

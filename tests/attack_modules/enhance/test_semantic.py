@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from attack_modules.attack import Reconstruction
-from attack_modules.diffusion.conditional import ConditionalModel, ddim, wavelet_noise
+from attack_modules.diffusion.conditional import ConditionalModel, ddim
 from attack_modules.diffusion.latent import LatentDiffusion, sd_vae
 from attack_modules.diffusion.mdt import MDTv2
 from attack_modules.diffusion.small import SmallConditional
@@ -182,12 +182,6 @@ def test_the_best_of_several_starts_goes_on() -> None:
         losses.append(alone.step()[0].item())
     assert len(set(losses)) == 4
     assert several.step()[0].item() == pytest.approx(min(losses), rel=1e-5)
-
-
-def test_wavelet_noise() -> None:
-    noise = 0.2 * torch.randn(2, 3, 65, 64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(wavelet_noise(noise + 0.5), torch.full((2,), 0.04), rtol=0.1, atol=0)
-    assert wavelet_noise(torch.ones(1, 3, 1, 1)) == 0
 
 
 def test_what_it_refuses() -> None:
