@@ -55,6 +55,11 @@ def test_peers_that_come_and_go_together_are_one_unless_local_steps_tell() -> No
     assert told.peers.tolist() == [0, 0, 1, 1]
 
 
+def test_an_image_that_stays_away_once_belongs_to_another_peer() -> None:
+    found = attribute([leaked(features(), [0, 1, 2]), leaked(features(), [0, 1])])
+    assert found.peers.tolist() == [0, 0, 1]
+
+
 def test_a_round_that_groups_wrongly_is_outvoted() -> None:
     rounds = [leaked(features(), [0, 1, 2, 3], peers) for peers in ([0, 0, 1, 1], [0, 1, 1, 1], [2, 2, 0, 0])]
     assert attribute(rounds).peers.tolist() == [0, 0, 1, 1]

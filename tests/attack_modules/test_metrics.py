@@ -259,5 +259,7 @@ def test_attribution_counts_pairs_that_belong_together() -> None:
     clients, assignment = torch.tensor([0, 0, 3, 3, 4]), torch.tensor([3, 2, 1, 0, -1])
     found = attribution(torch.tensor([8, 8, 5, 5]), clients, assignment)
     assert found == {"peers": 2, "clients": 3, "adjusted_rand": 1.0}
+    crossed = torch.tensor([0, 2, 1, 3, -1])
+    assert attribution(torch.tensor([8, 5, 8, 5]), clients, crossed)["adjusted_rand"] == 1
     assert attribution(torch.zeros(4).long(), clients, assignment)["adjusted_rand"] == 0
     assert attribution(torch.tensor([0, 1, 0, 1]), clients, assignment)["adjusted_rand"] < 0
