@@ -6,8 +6,8 @@ BIN = .venv/bin
 demo: .venv/installed
 	$(BIN)/python cli.py fit --config configs/demo.yaml
 
-test: .venv/installed
-	$(BIN)/python -m pytest --cov=fl_lightning --cov=attack_modules --cov-report=term:skip-covered
+test: .venv/installed           # two processes of one thread each: two threads on such small tensors mostly wait
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov=fl_lightning --cov=attack_modules --cov-report=term:skip-covered
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
