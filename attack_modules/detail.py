@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from attack_modules.feature_map import feature_map_shape
 from attack_modules.low_rank import LowRank
 from attack_modules.objectives import SimulatedUpdate
 from fl_lightning.client import Tensors
@@ -47,7 +48,8 @@ class Detail:
                 it the layer's weight beside the others.
         """
         shown = upsampled(nearest_latent(images, scale_factor), scale_factor)
-        changes = (model.embed(images) - model.embed(shown)).unflatten(1, (feature_channels(model, images[:1]), -1))
+        changes = (model.embed(images) - model.embed(shown)).unflatten(1, feature_map_shape(model, images.shape[1:]))
+        changes = changes.flatten(2)
         mean = changes.mean((0, 2))
         centred = (changes - mean[:, None]).transpose(0, 1).flatten(1)
         variances, axes = torch.linalg.eigh(centred @ centred.T / centred.shape[1])
@@ -83,18 +85,6 @@ def nearest_latent(images: Tensor, scale_factor: int) -> Tensor:
         return torch.linalg.pinv(F.interpolate(rows, scale_factor=(scale_factor, 1), mode="bicubic")[0, 0]).to(images)
 
     return back(images.shape[2]) @ images @ back(images.shape[3]).T
-
-
-def feature_channels(model: ImageClassifier, image: Tensor) -> int:
-    """Channels of the feature map that a model flattens, of one image (1, C, H, W); D where it has no map."""
-    maps: list[torch.Size] = []
-    layers = [layer for layer in model.features.modules() if isinstance(layer, nn.Flatten)]
-    hooks = [layer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].shape)) for layer in layers]
-    features = model.features(model.normalise(image))
-    for hook in hooks:
-        hook.remove()
-    flattened = maps[-1] if maps and maps[-1].numel() == features.numel() else features.shape
-    return flattened[1]
 
 
 def public_photographs(image_shape: ImageShape) -> Tensor:

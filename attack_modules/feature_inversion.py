@@ -8,13 +8,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.attack import Attack, Reconstruction
+from attack_modules.feature_decoder import FeatureDecoder
 from attack_modules.feature_drift import SimulatedTraining, model_half_way, simulate_peers
 from attack_modules.leakage import Leakage, PeerTraining, leak_rounds
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError
 from fl_lightning.knowledge import Beliefs
-from fl_lightning.models import ImageClassifier
+from fl_lightning.models import ImageClassifier, ImageShape
 from fl_lightning.observation import Observation
 
 
@@ -23,7 +24,8 @@ class FeatureInversion(Attack):
 
     The head's part of the peers' update gives every image's features (`attack_modules.leakage`), so that what is left
     is N separate problems: Adam on `|features(x) - f|^2 / |f|^2` plus priors, with one forward and one backward pass of
-    the convolutional part a step. `trainer.max_steps` is the number of steps.
+    the convolutional part a step. `trainer.max_steps` is the number of steps. It begins with the images that a linear
+    regression finds in the features (`FeatureDecoder`), or with grey ones where the features are no map.
 
     Several observed rounds are read together (`leak_rounds`): the same peers must have trained on the same images.
 
@@ -34,7 +36,8 @@ class FeatureInversion(Attack):
         lr: the attacker's own learning rate, of Adam on the pixels, with cosine decay to zero.
         priors: penalties that are added to the relative feature error; null for `ChromaTotalVariation`.
         anneal: factor on the priors' weights at the first and at the last step, geometric between.
-        betas: of Adam. The second is short, because the gradient falls by orders of magnitude within a hundred steps.
+        betas: of Adam. The second is short, because gradients fall by orders of magnitude: remembered for longer, the
+            large ones of the beginning hold every later step back.
         subtract_own: take the attacker's own update out of the aggregate first.
         resimulations: times, spread evenly over the steps, at which the peers' training is simulated; 0 for never.
         chunk_size: images that are passed through the model at once, which bounds memory.
@@ -43,10 +46,10 @@ class FeatureInversion(Attack):
 
     def __init__(
         self,
-        lr: float = 0.8,
+        lr: float = 0.1,
         priors: list[Prior] | None = None,
-        anneal: tuple[float, float] = (1.0, 0.01),
-        betas: tuple[float, float] = (0.8, 0.99),
+        anneal: tuple[float, float] = (0.3, 0.01),
+        betas: tuple[float, float] = (0.5, 0.5),
         subtract_own: bool = True,
         resimulations: int = 2,
         chunk_size: int = 16,
@@ -100,9 +103,16 @@ class FeatureInversion(Attack):
         self.embedder = (half_way.to(device, memory_format=torch.channels_last),)  # no submodule
         self.register_buffer("features", self.leakage.features.clone())  # those of the model half way
         self.register_buffer("labels", self.leakage.labels)
-        self.images = nn.Parameter(torch.full((len(self.labels), *observation.image_shape), 0.5))
+        self.images = nn.Parameter(self._beginning(observation.image_shape))
         self.register_buffer("best", self.images.detach().clone())
         self.register_buffer("best_loss", torch.full((len(self.labels),), torch.inf))
+
+    def _beginning(self, image_shape: ImageShape) -> Tensor:
+        """(N, C, H, W) images to begin with."""
+        self.decodes = FeatureDecoder.fits(self.model, image_shape)
+        if self.decodes:
+            return FeatureDecoder(self.model, image_shape)(self.features.to(self.model.mean))
+        return torch.full((len(self.features), *image_shape), 0.5)
 
     def leak(
         self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[PeerTraining]
@@ -243,6 +253,7 @@ class FeatureInversion(Attack):
         found, observation = self.leakage.diagnosis, self.observations[0]
         several = len(self.observations) > 1
         subject = f"updates of {len(self.observations)} rounds hold" if several else "update holds"
+        beginning = "images that a regression decodes" if self.decodes else "grey ones, since the features are no map"
         unknown = self.images[0].numel()
         return (
             f"Attack: closed-form leakage. The head's {subject} {found.num_images} images, {found.separated} told "
@@ -251,7 +262,7 @@ class FeatureInversion(Attack):
             f"{len(self.leakage.peers.unique())} peer(s) as far as it shows; labels "
             f"{observation.sources['labels']}.\n"
             f"From {self.features.shape[1]:,} features each, {unknown:,} unknown numbers an image are found by Adam at "
-            f"rate {self.lr:g} for {self.trainer.max_steps} steps."
+            f"rate {self.lr:g} for {self.trainer.max_steps} steps from {beginning}."
         )
 
 

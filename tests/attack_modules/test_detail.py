@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,12 @@ from torch import nn
 
 from attack_modules import GradientInversion
 from attack_modules.attack import AttackError
-from attack_modules.detail import Detail, feature_channels, nearest_latent, public_photographs, upsampled
+from attack_modules.detail import Detail, nearest_latent, public_photographs, upsampled
 from attack_modules.low_rank import LowRank
 from fl_lightning.data import Photographs
 from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
-from fl_lightning.models import FIRST_LAYER, ImageClassifier, LeNet5, ResNet9
+from fl_lightning.models import FIRST_LAYER, ImageClassifier, LeNet5
 from fl_lightning.observed import ObservedRounds
 
 
@@ -60,11 +59,6 @@ def test_whitening_keeps_the_observed_norm_and_factors_stay_factors() -> None:
     whitened = detail.whitened({FIRST_LAYER: factored, "head.2.weight": other})
     torch.testing.assert_close(whitened[FIRST_LAYER].dense(), detail.whiten(factored.dense()), rtol=1e-4, atol=1e-4)
     assert whitened["head.2.weight"] is other
-
-
-@pytest.mark.parametrize(("model", "channels"), [(LeNet5, 64), (ResNet9, 512)])
-def test_channels_of_the_feature_map(model: Callable[..., ImageClassifier], channels: int) -> None:
-    assert feature_channels(model(5, (3, 32, 32)), torch.rand(1, 3, 32, 32)) == channels
 
 
 def test_photographs_in_grey_for_grey_victims() -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -6,9 +7,11 @@ import torch
 from attack_modules import FeatureInversion
 from attack_modules.assignment import match
 from attack_modules.attack import Attack
+from attack_modules.feature_decoder import FeatureDecoder
 from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
+from fl_lightning.models import TorchvisionClassifier
 from fl_lightning.observation import Observation
 
 Observe = Callable[..., Observation]
@@ -43,6 +46,21 @@ def test_images_do_not_feel_each_other_and_chunks_do_not_matter(observe: Observe
     seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
     whole, chunked = (attack(FeatureInversion(chunk_size=size), seen, steps=5) for size in (4, 1))
     torch.testing.assert_close(whole.images, chunked.images, rtol=1e-3, atol=1e-3)
+
+
+def test_it_begins_with_decoded_images(observe: Observe, attack: Run) -> None:
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
+    module = attack(FeatureInversion(), seen, steps=1)  # the one step scores what it began with
+    torch.testing.assert_close(module.best, FeatureDecoder(module.model, (3, 16, 16))(module.features))
+    assert "images that a regression decodes" in module.introduction()
+
+
+def test_it_begins_with_grey_images_if_the_features_are_no_map(observe: Observe, attack: Run) -> None:
+    resnet = partial(TorchvisionClassifier, name="resnet18")
+    seen = observe(Federation(model=resnet, client=LocalTraining(local_epochs=1)), **WIDE)
+    module = attack(FeatureInversion(), seen, steps=1)
+    assert (module.best == 0.5).all()
+    assert "grey ones, since the features are no map" in module.introduction()
 
 
 def test_impossible_settings_are_refused() -> None:

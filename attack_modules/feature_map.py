@@ -1,0 +1,21 @@
+"""The map that a model's features are before they are flattened."""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from fl_lightning.models import ImageClassifier, ImageShape
+
+
+@torch.no_grad()
+def feature_map_shape(model: ImageClassifier, image_shape: ImageShape) -> tuple[int, int, int]:
+    """(c, h, w) of the map that becomes one image's features; (D, 1, 1) where there is none."""
+    maps: list[torch.Size] = []
+    trial = deepcopy(model).eval()  # in train mode BatchNorm takes no single image, and would remember it
+    for layer in trial.features.modules():
+        if isinstance(layer, nn.Flatten):
+            layer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].shape))
+    features = trial.embed(torch.zeros(1, *image_shape, device=model.mean.device))
+    flattened = maps[-1] if maps and maps[-1].numel() == features.numel() else (*features.shape, 1, 1)
+    return tuple(flattened[1:])
