@@ -55,6 +55,7 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
         held = model_half_way([observation], [target], observation.beliefs.local_steps)
         held = held.to(memory_format=torch.channels_last)
         target = {name: update for name, update in target.items() if name.startswith("head.")}
+    model = observation.build_model().to(memory_format=torch.channels_last)
     if way != "yardstick":
         peers = SimulatedPeers(observation, merged, cpu, chunk_size=16 if way == "chunks" else None, held=held)
 
@@ -64,7 +65,8 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
             return dense_loss(observation, pixels, labels, target)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         if way == "vmap":
-            return objective(vmapped_update(peers, pixels, labels, len(observation.beliefs.client_sizes)), target)
+            clients = len(observation.beliefs.client_sizes)
+            return objective(vmapped_update(peers, model, pixels, labels, clients), target)
         return objective(peers.mean_update(pixels, labels), target)
 
     def step() -> Tensor:

@@ -7,18 +7,22 @@ from torch.nn import functional as F
 from attack_modules.local_training import SimulatedPeers
 from attack_modules.low_rank import LowRank
 from attack_modules.objectives import SimulatedUpdate
+from fl_lightning.models import ImageClassifier
 
 
-def vmapped_update(peers: SimulatedPeers, images: Tensor, labels: Tensor, clients: int) -> SimulatedUpdate:
+def vmapped_update(
+    peers: SimulatedPeers, model: ImageClassifier, images: Tensor, labels: Tensor, clients: int
+) -> SimulatedUpdate:
     """The mean update of clients with equally many images, as `SimulatedPeers.mean_update` gives it.
 
     Args:
-        peers: gives the model (a head of linear layers without bias) and the believed training.
+        peers: gives the weights and the believed training.
+        model: as theirs (a head of linear layers without bias), but without hooks, which vmap does not pass through.
         images: (N, C, H, W) in [0, 1], client by client.
         labels: (N,) long.
         clients: how many.
     """
-    model, lr = peers.model, peers.beliefs.client_lr
+    lr = peers.beliefs.client_lr
     base = {name: peers.parameters[name] for name in peers.linear_weights}
     names = list(base)
 
