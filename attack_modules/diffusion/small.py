@@ -106,7 +106,7 @@ class TrainedConditional(SmallConditional):
         StorageError: it is cut short, or no such model.
     """
 
-    def __init__(self, weights: Path = SHIPPED, guidance: float = 3.0) -> None:
+    def __init__(self, weights: Path = SHIPPED, guidance: float = 8.0) -> None:
         missing = (
             f"There is no diffusion model at '{weights}'. Train one with `python cli.py fit --config "
             "configs/cifar10_diffusion.yaml`, or name another file."

@@ -43,6 +43,9 @@ class NoiseSearch(nn.Module):
     function of the initial noise, so that the gradient needs the decoder alone and no pass through the network. It is
     exact for that function, and no more than a direction for the sampler itself.
 
+    After every step the noise is scaled back to the length of normal noise, sqrt(d) in d dimensions, because the model
+    has seen no other: what is free to grow fits the reconstruction no better, and looks less like its class.
+
     What the attacker cannot know is not compared: finer detail than the reconstruction's resolution, and the colours of
     a grey one.
 
@@ -93,7 +96,7 @@ class NoiseSearch(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         numbers = range(len(images)) if reconstruction.numbers is None else reconstruction.numbers.tolist()
         generators = [torch.Generator().manual_seed(seed_of(seed, number)) for number in numbers]
-        draws = [torch.randn(starts, *model.latent_shape, generator=generator) for generator in generators]
+        draws = [typical(torch.randn(starts, *model.latent_shape, generator=generator)) for generator in generators]
         self.noise = nn.Parameter(self._best_start(torch.stack(draws, dim=1).to(images.device)))
 
     @property
@@ -117,6 +120,8 @@ class NoiseSearch(nn.Module):
         Returns:
             The loss to be minimised, the sum of the pixel losses, so that no image feels another; and what was found.
         """
+        with torch.no_grad():
+            self.noise.copy_(typical(self.noise))
         finished = self.finished
         sought = (~finished | finished.all()).nonzero()[:, 0]
         noise, labels = self.noise[sought], self.labels[sought]
@@ -329,6 +334,12 @@ class ReconstructedImage(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """One item for each step."""
         return DataLoader(range(max(self.trainer.max_steps, 1)), batch_size=None)
+
+
+def typical(noise: Tensor) -> Tensor:
+    """(N, ...) -> (N, ...) noise in the same direction, of the length at which normal noise concentrates."""
+    lengths = noise.flatten(1).norm(dim=1) / noise[0].numel() ** 0.5
+    return noise / lengths.view(-1, *[1] * (noise.ndim - 1))
 
 
 def _refuse_unfit(model: ConditionalModel, reconstruction: Reconstruction) -> None:

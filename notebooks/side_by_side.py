@@ -1,0 +1,43 @@
+"""Several attacks on the same images in one picture.
+
+    python notebooks/side_by_side.py PICTURE.png "gradient matching=runs/inversion/version_0" "closed form=runs/demo/..."
+
+draws the originals, and below them what each run made of them, with its PSNR.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import read_image
+
+from attack_modules.panels import draw_panel
+from fl_lightning.errors import SettingError
+from fl_lightning.truth import Truth
+
+
+def truth_of(run: Path) -> Truth:
+    """What the run's images are compared with."""
+    observation = Path(json.loads((run / "results.json").read_text())["observation"])
+    return Truth.load(next((observation / "truth").glob("*.json")).with_suffix(""))
+
+
+def reconstructions(run: Path) -> tuple[Tensor, list[str]]:
+    """(N, C, H, W) in the originals' order, and the PSNR of each."""
+    rows = sorted(csv.DictReader((run / "per_image.csv").open()), key=lambda row: int(row["original"]))
+    images = [read_image(run / "images" / f"{int(row['reconstruction']):03d}.png") for row in rows]
+    return torch.stack(images) / 255, [f"{float(row['psnr']):.1f}" for row in rows]
+
+
+if __name__ == "__main__":
+    runs = {name: Path(run) for name, run in (argument.split("=", 1) for argument in sys.argv[2:])}
+    originals = [truth_of(run).images for run in runs.values()]
+    if any(not torch.equal(images, originals[0]) for images in originals):
+        raise SettingError("These runs are of different images. Name runs of one dataset with one seed.")
+    found = {name: reconstructions(run) for name, run in runs.items()}
+    captions = [f"{' / '.join(psnrs)} dB" for psnrs in zip(*(psnrs for _, psnrs in found.values()), strict=True)]
+    rows = {"original": originals[0]} | {name: images for name, (images, _) in found.items()}
+    draw_panel(rows, captions).save(sys.argv[1])
