@@ -41,7 +41,7 @@ class SmallConditional(ConditionalModel):
         layers: int = 1,
         image_size: int = 32,
         class_names: list[str] = list(CIFAR10),  # noqa: B006
-        guidance: float = 3.0,
+        guidance: float = 8.0,
     ) -> None:
         super().__init__()
         if layers < 1 or not channels or any(c < 8 or c % 8 for c in channels) or image_size % 2 ** len(channels):

@@ -70,9 +70,9 @@ def test_guidance_leads_away_from_no_class() -> None:
 
 
 def test_a_file_gives_the_model_back(tmp_path: Path) -> None:
-    model = changed(untrained(class_names=["cat", "dog"]))
+    model = changed(untrained(class_names=["cat", "dog"], guidance=3.0))
     model.save(tmp_path / "model.safetensors")
-    loaded = TrainedConditional(tmp_path / "model.safetensors")
+    loaded = TrainedConditional(tmp_path / "model.safetensors", guidance=3.0)
     assert [known.name for known in loaded.classes] == ["cat", "dog"]
     x, labels = torch.randn(1, 3, 16, 16), torch.tensor([1])
     torch.testing.assert_close(loaded.noise(x, 300, labels), model.noise(x, 300, labels), rtol=1e-2, atol=1e-2)
