@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 def tiny() -> SmallConditional:
     """Untrained, so that it denoises like a Wiener filter; the class changes it a little."""
     torch.manual_seed(0)
-    model = SmallConditional([8], 1, image_size=16, class_names=["cat", "dog"])
+    model = SmallConditional([8], 1, image_size=16, class_names=["cat", "dog"], guidance=3.0)
     torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
     return model.eval().requires_grad_(False)
 
