@@ -48,8 +48,8 @@ class Detail:
                 it the layer's weight beside the others.
         """
         shown = upsampled(nearest_latent(images, scale_factor), scale_factor)
-        changes = (model.embed(images) - model.embed(shown)).unflatten(1, feature_map_shape(model, images.shape[1:]))
-        changes = changes.flatten(2)
+        channels = feature_map_shape(model, images.shape[1:])[0]
+        changes = (model.embed(images) - model.embed(shown)).unflatten(1, (channels, -1))
         mean = changes.mean((0, 2))
         centred = (changes - mean[:, None]).transpose(0, 1).flatten(1)
         variances, axes = torch.linalg.eigh(centred @ centred.T / centred.shape[1])

@@ -37,7 +37,7 @@ class FeatureDecoder(nn.Module):
     def __init__(self, model: ImageClassifier, image_shape: ImageShape) -> None:
         super().__init__()
         self.map_shape = channels, height, width = feature_map_shape(model, image_shape)
-        if not self.fits(model, image_shape):
+        if not _divides(self.map_shape, image_shape):
             raise ValueError(f"Features of shape {self.map_shape} are no map of images of shape {tuple(image_shape)}.")
         self.image_size = image_shape[1:]
         self.block = image_shape[1] // height
@@ -58,9 +58,7 @@ class FeatureDecoder(nn.Module):
     @staticmethod
     def fits(model: ImageClassifier, image_shape: ImageShape) -> bool:
         """Whether the model's features are a map whose places have square blocks of pixels to themselves."""
-        _, height, width = feature_map_shape(model, image_shape)
-        block = image_shape[1] // height
-        return height * width > 1 and (height * block, width * block) == tuple(image_shape[1:])
+        return _divides(feature_map_shape(model, image_shape), image_shape)
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
@@ -76,3 +74,10 @@ class FeatureDecoder(nn.Module):
         size = self.neighbourhood
         around = F.unfold(features.unflatten(1, self.map_shape), size, padding=size // 2)
         return F.pad(around.transpose(1, 2).flatten(0, 1), (0, 1), value=1.0)
+
+
+def _divides(map_shape: tuple[int, int, int], image_shape: ImageShape) -> bool:
+    """Whether several places of a map share an image's pixels in square blocks."""
+    _, height, width = map_shape
+    block = image_shape[1] // height
+    return height * width > 1 and (height * block, width * block) == tuple(image_shape[1:])

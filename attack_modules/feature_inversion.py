@@ -109,8 +109,7 @@ class FeatureInversion(Attack):
 
     def _beginning(self, image_shape: ImageShape) -> Tensor:
         """(N, C, H, W) images to begin with."""
-        self.decodes = FeatureDecoder.fits(self.model, image_shape)
-        if self.decodes:
+        if FeatureDecoder.fits(self.model, image_shape):
             return FeatureDecoder(self.model, image_shape)(self.features.to(self.model.mean))
         return torch.full((len(self.features), *image_shape), 0.5)
 
@@ -253,7 +252,8 @@ class FeatureInversion(Attack):
         found, observation = self.leakage.diagnosis, self.observations[0]
         several = len(self.observations) > 1
         subject = f"updates of {len(self.observations)} rounds hold" if several else "update holds"
-        beginning = "images that a regression decodes" if self.decodes else "grey ones, since the features are no map"
+        decoded = FeatureDecoder.fits(self.model, self.images.shape[1:])
+        beginning = "images that a regression decodes" if decoded else "grey ones, since the features are no map"
         unknown = self.images[0].numel()
         return (
             f"Attack: closed-form leakage. The head's {subject} {found.num_images} images, {found.separated} told "

@@ -12,10 +12,10 @@ from fl_lightning.models import ImageClassifier, ImageShape
 def feature_map_shape(model: ImageClassifier, image_shape: ImageShape) -> tuple[int, int, int]:
     """(c, h, w) of the map that becomes one image's features; (D, 1, 1) where there is none."""
     maps: list[torch.Size] = []
-    trial = deepcopy(model).eval()  # in train mode BatchNorm takes no single image, and would remember it
-    for layer in trial.features.modules():
+    trial = deepcopy(model.features).eval()  # in train mode BatchNorm takes no single image, and would remember it
+    for layer in trial.modules():
         if isinstance(layer, nn.Flatten):
             layer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].shape))
-    features = trial.embed(torch.zeros(1, *image_shape, device=model.mean.device))
+    features = trial(model.normalise(torch.zeros(1, *image_shape, device=model.mean.device))).flatten(1)
     flattened = maps[-1] if maps and maps[-1].numel() == features.numel() else (*features.shape, 1, 1)
     return tuple(flattened[1:])

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from run_files import read_images, truth_of
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-from torchvision.io import read_image
 
 from attack_modules.attack import Reconstruction
 from attack_modules.cifar10_classifier import Cifar10Recogniser
@@ -36,11 +36,6 @@ class Score(NamedTuple):
 
     def __str__(self) -> str:
         return f"SSIM {self.ssim:.3f}, recognised {self.recognised:.1%}"
-
-
-def read_images(folder: Path, rows: list[dict[str, str]]) -> Tensor:
-    """(N, 3, H, W) in the originals' order."""
-    return torch.stack([read_image(folder / f"{int(row['reconstruction']):03d}.png") for row in rows]) / 255
 
 
 def without_stopping(reconstruction: Reconstruction, seed: int) -> tuple[list[Tensor], list[float]]:
@@ -64,7 +59,7 @@ def without_stopping(reconstruction: Reconstruction, seed: int) -> tuple[list[Te
 def hindsight(run: Path, recogniser: Cifar10Recogniser) -> tuple[Score, Score, list[Score]]:
     """Scores of the raw reconstructions, of what the rule kept, and of every step."""
     results = json.loads((run / "results.json").read_text())
-    truth = Truth.load(next(Path(results["observation"], "truth").glob("*.json")).with_suffix(""))
+    truth = truth_of(run)
     rows = list(csv.DictReader((run / "per_image.csv").open()))
     raw = read_images(run / "images", rows)
     labels = torch.tensor([int(row["inferred_label"]) for row in rows])

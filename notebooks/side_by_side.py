@@ -6,30 +6,21 @@ draws the originals, and below them what each run made of them, with its PSNR.
 """
 
 import csv
-import json
 import sys
 from pathlib import Path
 
 import torch
+from run_files import read_images, truth_of
 from torch import Tensor
-from torchvision.io import read_image
 
 from attack_modules.panels import draw_panel
 from fl_lightning.errors import SettingError
-from fl_lightning.truth import Truth
-
-
-def truth_of(run: Path) -> Truth:
-    """What the run's images are compared with."""
-    observation = Path(json.loads((run / "results.json").read_text())["observation"])
-    return Truth.load(next((observation / "truth").glob("*.json")).with_suffix(""))
 
 
 def reconstructions(run: Path) -> tuple[Tensor, list[str]]:
     """(N, C, H, W) in the originals' order, and the PSNR of each."""
     rows = sorted(csv.DictReader((run / "per_image.csv").open()), key=lambda row: int(row["original"]))
-    images = [read_image(run / "images" / f"{int(row['reconstruction']):03d}.png") for row in rows]
-    return torch.stack(images) / 255, [f"{float(row['psnr']):.1f}" for row in rows]
+    return read_images(run / "images", rows), [f"{float(row['psnr']):.1f}" for row in rows]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ SHIPPED = CHECKPOINTS / "cifar10_diffusion.safetensors"
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 40.0, 0.5
 """Standard deviations of noise and of pixels, of images in [-1, 1]."""
+GUIDANCE = 8.0
+"""Scale of classifier-free guidance, 1 for none."""
 
 
 class SmallConditional(ConditionalModel):
@@ -41,7 +43,7 @@ class SmallConditional(ConditionalModel):
         layers: int = 1,
         image_size: int = 32,
         class_names: list[str] = list(CIFAR10),  # noqa: B006
-        guidance: float = 8.0,
+        guidance: float = GUIDANCE,
     ) -> None:
         super().__init__()
         if layers < 1 or not channels or any(c < 8 or c % 8 for c in channels) or image_size % 2 ** len(channels):
@@ -106,7 +108,7 @@ class TrainedConditional(SmallConditional):
         StorageError: it is cut short, or no such model.
     """
 
-    def __init__(self, weights: Path = SHIPPED, guidance: float = 8.0) -> None:
+    def __init__(self, weights: Path = SHIPPED, guidance: float = GUIDANCE) -> None:
         missing = (
             f"There is no diffusion model at '{weights}'. Train one with `python cli.py fit --config "
             "configs/cifar10_diffusion.yaml`, or name another file."

@@ -178,8 +178,8 @@ class SemanticEnhancer(LightningModule, Enhancer):
     model's invention. As a model of `fit` it takes one image from `ReconstructedImage`; after an attack it takes the
     attack's images, with the labels that the attack was told or inferred.
 
-    The defaults are the paper's. Beyond the paper: the best of several starts, a rule that says when to stop, and a
-    comparison at the resolution of the reconstruction, see `NoiseSearch`.
+    The defaults are the paper's. Beyond the paper: the best of several starts, noise that keeps its length, a rule that
+    says when to stop, and a comparison at the resolution of the reconstruction, see `NoiseSearch`.
 
     Args:
         model: a class-conditional diffusion model; null for that of CIFAR-10 that is shipped.

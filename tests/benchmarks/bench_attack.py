@@ -257,6 +257,8 @@ def test_time_to_quality(setting: Setting, table: Table, monkeypatch: pytest.Mon
         table.add(f"yardstick to {QUALITY} dB", f"{yardstick:.0f} s", "1.0", remark)
         ratio = f"{yardstick / first.seconds:.1f} x"
         table.add(f"gradient matching to {QUALITY} dB", f"{first.seconds:.0f} s", ratio, f"{first.steps} steps")
+    else:
+        table.add(f"gradient matching to {QUALITY} dB", "not reached")
     remark = f"{best.psnr:.2f} dB after {best.steps} steps"
     table.add("gradient matching to its own best", f"{best.seconds:.0f} s", "", remark)
     steps = 3 * setting.attack_steps
@@ -265,6 +267,8 @@ def test_time_to_quality(setting: Setting, table: Table, monkeypatch: pytest.Mon
         ratio = f"{yardstick / first.seconds:.1f} x the yardstick" if yardstick else ""
         remark = f"{first.psnr:.2f} dB after {first.steps} of {steps} steps"
         table.add(f"closed form to {QUALITY} dB", f"{first.seconds:.0f} s", ratio, remark)
+    else:
+        table.add(f"closed form to {QUALITY} dB", "not reached")
     if as_good := leaked.first(best.psnr):
         share = f"{as_good.seconds / best.seconds:.2f} of matching's time to its own best"
         remark = f"{as_good.psnr:.2f} dB after {as_good.steps} steps"

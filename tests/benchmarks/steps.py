@@ -55,7 +55,7 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
         held = model_half_way([observation], [target], observation.beliefs.local_steps)
         held = held.to(memory_format=torch.channels_last)
         target = {name: update for name, update in target.items() if name.startswith("head.")}
-    model = observation.build_model().to(memory_format=torch.channels_last)
+    model = observation.build_model().to(memory_format=torch.channels_last) if way == "vmap" else None
     if way != "yardstick":
         peers = SimulatedPeers(observation, merged, cpu, chunk_size=16 if way == "chunks" else None, held=held)
 
