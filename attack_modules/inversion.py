@@ -41,7 +41,7 @@ class GradientInversion(Attack):
             not compared.
         detail: count what the latent leaves out of an image as noise, whose mean and covariance in the features are
             those of public photographs, and compare the first linear layer's update where it is white (`Detail`).
-        chunk_size: images whose activations are kept in memory at once; those of the others are computed twice more,
+        chunk_size: images whose activations are kept in memory at once; those of all images are computed once more,
             for more images than memory has room for. null for all.
         subtract_own: take the attacker's own update out of the aggregate first.
         restarts: independent starts that run side by side; the one with the least loss is the result.

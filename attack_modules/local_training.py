@@ -1,5 +1,6 @@
 """The peers' local training, simulated so that one can differentiate through it."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from attack_modules.low_rank import LowRank
 from attack_modules.objectives import SimulatedUpdate
 from attack_modules.ranks import Ranks
+from attack_modules.recomputation import recomputed
 from fl_lightning.client import Tensors, buffers, parameters
 from fl_lightning.errors import AuditError
 from fl_lightning.models import ImageClassifier
@@ -47,8 +49,8 @@ class SimulatedPeers:
         merged: whether one virtual client holds all images (the paper's way) or each believed client its own.
         device: where to simulate.
         ranks: the processes that simulate together.
-        chunk_size: images whose activations are kept in memory at once; those of the others are computed again when
-            they are differentiated. None for all.
+        chunk_size: images whose activations are kept in memory at once, of one local step; all are computed again when
+            they are differentiated. None for all, of all steps.
         held: a model whose features are those of the images all through the training; None to train them too.
         shift: (D,) what is added to the features of every image; None for nothing.
 
@@ -139,7 +141,7 @@ class SimulatedPeers:
         """One client's update: the sum of its SGD steps (`torch.optim.SGD` with momentum and weight decay)."""
         state = {name: tensor.clone() for name, tensor in buffers(self.model.features).items()}  # BatchNorm writes them
         start = {
-            name: LowRank(tensor, 1.0) if name in self.linear_weights else tensor.requires_grad_()
+            name: LowRank(tensor, 1.0) if name in self.linear_weights else tensor
             for name, tensor in self.parameters.items()
         }
         weights, velocity = start, None
@@ -189,10 +191,12 @@ class SimulatedPeers:
         """This process's part of a batch's gradient, a chunk of images at a time."""
         inputs, labels, size = batch
         if self.chunk_size is None or self.held is not None:
-            return self._gradient(weights, state, inputs, labels, size)
+            return self._gradient(weights, inputs, state, labels, size)
         gradient: SimulatedUpdate = {}
         for chunk, chunk_labels in zip(inputs.split(self.chunk_size), labels.split(self.chunk_size), strict=True):
-            part = checkpoint(self._gradient, weights, state, chunk, chunk_labels, size, use_reentrant=False)
+            part = recomputed(
+                partial(self._gradient, state=state, labels=chunk_labels, batch_size=size), weights, chunk
+            )
             gradient = {name: gradient[name] + g if gradient else g for name, g in part.items()}
         return {name: g.joined() if isinstance(g, LowRank) else g for name, g in gradient.items()}
 
@@ -203,29 +207,39 @@ class SimulatedPeers:
         return self._shifted(functional_call(self.model.features, (convolutional, state), (normalised,)).flatten(1))
 
     def _gradient(
-        self, weights: SimulatedUpdate, state: Tensors, inputs: Tensor, labels: Tensor, batch_size: int
+        self, weights: SimulatedUpdate, inputs: Tensor, state: Tensors, labels: Tensor, batch_size: int
     ) -> SimulatedUpdate:
-        """The gradient of `sum of losses / batch_size` with respect to all parameters, of linear weights in factors."""
-        x = inputs if self.held is not None else self._features(weights, state, inputs)
-        if not x.requires_grad:  # of images that ask for no gradient: the head's outputs must know how they came about
-            x = x.detach().requires_grad_()
-        seen, outputs = {}, {}
-        for index, layer in enumerate(self.model.head):
-            name = f"head.{index}.weight"
-            if name not in weights:
-                x = layer(x)
-                continue
-            seen[name] = x
-            outputs[name] = x = weights[name].linear(x)
-            if layer.bias is not None:
-                x = x + weights[f"head.{index}.bias"]
-        loss = F.cross_entropy(x, labels, reduction="sum") / batch_size
-        dense = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
-        sources = {**dense, **outputs}
-        gradient = dict(zip(sources, torch.autograd.grad(loss, sources.values(), create_graph=True), strict=True))
-        for name, errors in gradient.items():
-            if name in seen:
-                gradient[name] = LowRank(self.parameters[name], 0.0, (errors,), (seen[name],))
+        """The gradient of `sum of losses / batch_size` with respect to all parameters, of linear weights in factors.
+
+        It can itself be differentiated where gradients are enabled.
+        """
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            weights = {
+                name: weight
+                if isinstance(weight, LowRank) or weight.requires_grad
+                else weight.detach().requires_grad_()
+                for name, weight in weights.items()
+            }
+            x = inputs if self.held is not None else self._features(weights, state, inputs)
+            if not x.requires_grad:  # of images that ask for no gradient: the head's outputs must know their origin
+                x = x.detach().requires_grad_()
+            seen, outputs = {}, {}
+            for index, layer in enumerate(self.model.head):
+                name = f"head.{index}.weight"
+                if name not in weights:
+                    x = layer(x)
+                    continue
+                seen[name] = x
+                outputs[name] = x = weights[name].linear(x)
+                if layer.bias is not None:
+                    x = x + weights[f"head.{index}.bias"]
+            loss = F.cross_entropy(x, labels, reduction="sum") / batch_size
+            sources = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)} | outputs
+            slopes = torch.autograd.grad(loss, sources.values(), create_graph=differentiable)
+        gradient = dict(zip(sources, slopes, strict=True))
+        for name, inputs_seen in seen.items():
+            gradient[name] = LowRank(self.parameters[name], 0.0, (gradient[name],), (inputs_seen,))
         return gradient
 
 

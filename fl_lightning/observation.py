@@ -52,16 +52,16 @@ class Observation:
     def aggregated_update(self) -> Tensors:
         """`u = (w_t - w_{t+1}) / server_lr`: the weighted mean of all clients' updates, by parameter name."""
         return {
-            name: (self.before[name] - self.after[name]) / self.beliefs.server_lr
+            name: (self.before[name] - self.after[name]).div_(self.beliefs.server_lr)
             for name in refuse_unfit(self.model, self.before)
         }
 
     def peers_update(self) -> Tensors:
         """`u_peers = (u - p_A u_A) / (1 - p_A)`: the weighted mean of the peers' updates, by parameter name."""
-        return {
-            name: (mean - self.own_weight * self.own_update.get(name, 0.0)) / (1 - self.own_weight)
-            for name, mean in self.aggregated_update().items()
-        }
+        update = self.aggregated_update()  # a head has 100 MB and more, so it becomes the peers' in place
+        for name, own in self.own_update.items():
+            update[name].sub_(own, alpha=self.own_weight)
+        return {name: mean.div_(1 - self.own_weight) for name, mean in update.items()}
 
     def without_weight_decay(self, update: Tensors) -> Tensors:
         """What the loss's gradients alone added up to in an update, to first order in the believed weight decay."""

@@ -48,6 +48,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of all runs `<name>-<1 or 2 processes>/version_0`, and what the two processes printed."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "several.py").write_text(SCRIPT)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as each of two gets: sums in another order lead iterated gates elsewhere
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         for name, arguments in RUNS.items():
@@ -69,6 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         assert done.returncode == 0, done.stderr[-5000:]
         for name in RESUMED:
             main(resumed(name, 2, 1))
+    torch.set_num_threads(threads)
     return folder / "runs", done.stdout
 
 
