@@ -42,7 +42,7 @@ class AveragedTraining(LightningModule):
         self.average = AveragedModel(network, multi_avg_fn=average).requires_grad_(False)
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr, fused=True)
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr)  # fused, it refuses clipping in bf16-mixed
         rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
 
