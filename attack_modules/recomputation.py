@@ -31,7 +31,7 @@ def recomputed(gradient_of: GradientOf, weights: SimulatedUpdate, images: Tensor
         gradient = gradient_of(_packed(weights, tensors), images)
         return _tensors({name: gradient[name] for name in weights})
 
-    one_pair = {
+    one_pair = {  # the gradient's form: `_packed` puts its tensors in the place of these
         name: LowRank(w.base, 0.0, (w.base,), (w.base,)) if isinstance(w, LowRank) else w for name, w in weights.items()
     }
     return _packed(one_pair, _Recomputed.apply(flat, images, *_tensors(weights)))

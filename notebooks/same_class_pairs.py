@@ -28,5 +28,5 @@ with arguments.list.open("w", newline="") as file:
     table = csv.writer(file)
     table.writerow(["path", "label", "client"])
     for position, number in enumerate(drawn):
-        image = next(iter(sorted(classes[number].glob("*.jpg")))).resolve()
+        image = min(classes[number].glob("*.jpg")).resolve()
         table.writerow([image, labels[position], owners[position]])

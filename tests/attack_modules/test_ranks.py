@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,12 +45,19 @@ def resumed(name: str, before: int, after: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def one_thread() -> Iterator[None]:
+    """As many as each of two processes gets: sums in another order lead iterated gates elsewhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def runs(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of all runs `<name>-<1 or 2 processes>/version_0`, and what the two processes printed."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "several.py").write_text(SCRIPT)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as many as each of two gets: sums in another order lead iterated gates elsewhere
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         for name, arguments in RUNS.items():
@@ -71,7 +79,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         assert done.returncode == 0, done.stderr[-5000:]
         for name in RESUMED:
             main(resumed(name, 2, 1))
-    torch.set_num_threads(threads)
     return folder / "runs", done.stdout
 
 

@@ -44,13 +44,14 @@ def test_it_is_computed_once_without_gradients_and_once_when_differentiated() ->
     called = []
 
     def watched(weights: SimulatedUpdate, images: Tensor) -> SimulatedUpdate:
-        called.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), weights["scale"].requires_grad))
+        asked = [tensor.requires_grad for tensor in (images, weights["scale"])]
+        called.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), *asked))
         return gradient_of(weights, images)
 
     weights["scale"] = weights["scale"].detach()  # nobody asks for the derivative by it
     with torch.autocast("cpu", torch.bfloat16):
         gradient = recomputed(watched, weights, images)
-    assert called == [(False, True, False)]
+    assert called == [(False, True, False, False)]
     gradient["scale"].sum().backward()
-    assert called == [(False, True, False), (True, True, False)]
+    assert called == [(False, True, False, False), (True, True, True, False)]
     assert images.grad is not None

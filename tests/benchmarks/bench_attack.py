@@ -179,21 +179,15 @@ def test_processes(setting: Setting, table: Table, request: pytest.FixtureReques
         table.add("two processes", "not measured", "", "this run may use one core only")
         pytest.skip("Two processes need two cores.")
     root = Path(request.config.getoption("--data-root")).resolve()  # the command runs in a folder of its own
-    record = ["--observation", str(setting.record.directory), "--data.root", str(root)]
-    sizes = [
-        "--data.partition",
-        "InOrder",
-        "--data.image_size",
-        str(setting.size),
-        "--data.images_per_client",
-        str(setting.images // PEERS),
-    ]
+    recorded = ["--observation", str(setting.record.directory), "--data.root", str(root),
+                "--data.partition", "InOrder", "--data.image_size", str(setting.size),
+                "--data.images_per_client", str(setting.images // PEERS)]  # fmt: skip
     taken: dict[int, list[float]] = {1: [], 2: []}
     for round_ in range(setting.repetitions):
         for processes, times in taken.items():
             steps = 6
             command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(ROOT / "configs/paper.yaml"),
-                       *record, *sizes, "--model.simulate", "all", "--model.detail", "false",
+                       *recorded, "--model.simulate", "all", "--model.detail", "false",
                        "--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "0",
                        "--trainer.logger.init_args.name", f"{processes}_{round_}", "--model.checkpoint_every", "1000",
                        "--trainer.accelerator", "cpu", "--trainer.devices", str(processes),
@@ -285,13 +279,11 @@ def test_time_to_quality(setting: Setting, table: Table, monkeypatch: pytest.Mon
         table.add(f"closed form to {QUALITY} dB", f"{first.seconds:.0f} s", ratio, remark)
     else:
         table.add(f"closed form to {QUALITY} dB", "not reached")
-    if good := leaked.first(GOOD):
-        share = f"{good.seconds / best.seconds:.2f} of matching's time to its own best"
-        table.add(f"closed form to {GOOD} dB", f"{good.seconds:.0f} s", share, f"after {good.steps} steps")
-    if as_good := leaked.first(best.psnr):
-        share = f"{as_good.seconds / best.seconds:.2f} of matching's time to its own best"
-        remark = f"{as_good.psnr:.2f} dB after {as_good.steps} steps"
-        table.add("closed form to matching's best", f"{as_good.seconds:.0f} s", share, remark)
+    for name, psnr in (("matching's best", best.psnr), (f"{GOOD} dB", GOOD)):
+        if reached := leaked.first(psnr):
+            share = f"{reached.seconds / best.seconds:.2f} of matching's time to its own best"
+            remark = f"{reached.psnr:.2f} dB after {reached.steps} steps"
+            table.add(f"closed form to {name}", f"{reached.seconds:.0f} s", share, remark)
     hundred = setting.attack_steps * MEASURED["yardstick"]
     share = f"{whole / hundred:.2f} of {setting.attack_steps} yardstick evaluations"
     table.add(f"closed form and {steps} inversion steps", f"{whole:.0f} s", share, f"{leaked.best.psnr:.2f} dB")
