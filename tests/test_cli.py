@@ -96,9 +96,12 @@ def test_the_record_is_reused_and_the_saved_configuration_runs_again() -> None:
     assert results(0)["scores"] == results(1)["scores"]
 
 
-def test_scores_are_recomputed_from_a_checkpoint() -> None:
-    main(INVERSION)
-    main(["test", *INVERSION[1:], "--ckpt_path", "runs/inversion/version_0/checkpoints/last.ckpt"])
+@pytest.mark.parametrize("every", ["2", "3", "10"])
+def test_scores_are_recomputed_from_the_last_checkpoint(every: str) -> None:
+    """Of the last of 4 steps, also where it is no multiple of `checkpoint_every` or there are fewer."""
+    run = [*INVERSION[1:], "--model.checkpoint_every", every]
+    main(["fit", *run])
+    main(["test", *run, "--ckpt_path", "runs/inversion/version_0/checkpoints/last.ckpt"])
     assert results(1)["scores"] == pytest.approx(results(0)["scores"], rel=1e-4)
 
 
