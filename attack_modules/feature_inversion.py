@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.feature_decoder import FeatureDecoder
 from attack_modules.feature_drift import SimulatedTraining, model_half_way, simulate_peers
+from attack_modules.feature_map import channels_last
 from attack_modules.leakage import Leakage, PeerTraining, leak_rounds
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from fl_lightning.client import Tensors
@@ -99,8 +100,8 @@ class FeatureInversion(Attack):
                 "Several images share a class. A head of one layer shows only the sum of their features, so each of "
                 "them comes out as their mean; images that are alone in their class are not affected."
             )
-        half_way = model_half_way(self.observations, updates, self.steps)
-        self.embedder = (half_way.to(device, memory_format=torch.channels_last),)  # no submodule
+        half_way = channels_last(model_half_way(self.observations, updates, self.steps), device)
+        self.embedder = (half_way,)  # no submodule
         self.register_buffer("features", self.leakage.features.clone())  # those of the model half way
         self.register_buffer("labels", self.leakage.labels)
         self.images = nn.Parameter(self._beginning(observation.image_shape))
@@ -187,7 +188,7 @@ class FeatureInversion(Attack):
 
     def _simulate_round(self, observation: Observation, shown: Tensor) -> SimulatedTraining:
         """One round's training on the images `shown` (N,); each process takes a part of the peers."""
-        before = observation.build_model().to(self.device, memory_format=torch.channels_last)
+        before = channels_last(observation.build_model(), self.device)
         peers = self.leakage.peers.to(self.device)
         trained = peers[shown].unique()
         own = shown & torch.isin(peers, trained[self.ranks.own(len(trained)).to(self.device)])  # images of whole peers

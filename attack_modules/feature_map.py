@@ -1,9 +1,9 @@
-"""The map that a model's features are before they are flattened."""
+"""The map that a model's features are before they are flattened: its shape, and how it lies in memory."""
 
 from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fl_lightning.models import ImageClassifier, ImageShape
 
@@ -19,3 +19,17 @@ def feature_map_shape(model: ImageClassifier, image_shape: ImageShape) -> tuple[
     features = trial(model.normalise(torch.zeros(1, *image_shape, device=model.mean.device))).flatten(1)
     flattened = maps[-1] if maps and maps[-1].numel() == features.numel() else (*features.shape, 1, 1)
     return tuple(flattened[1:])
+
+
+def channels_last(model: ImageClassifier, device: torch.device) -> ImageClassifier:
+    """The model on a device, it and its map's gradients laid out as pooling and convolutions are fastest."""
+    for layer in model.features.modules():
+        if isinstance(layer, nn.Flatten):
+            layer.register_forward_pre_hook(_keep_layout)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def _keep_layout(layer: nn.Flatten, inputs: tuple[Tensor]) -> None:
+    """A flattened tensor's gradient is laid out otherwise than its layers."""
+    if inputs[0].requires_grad:
+        inputs[0].register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from attack_modules.feature_map import channels_last
 from attack_modules.low_rank import LowRank
 from attack_modules.objectives import SimulatedUpdate
 from attack_modules.ranks import Ranks
@@ -69,11 +70,8 @@ class SimulatedPeers:
         held: ImageClassifier | None = None,
         shift: Tensor | None = None,
     ) -> None:
-        self.model: ImageClassifier = observation.build_model().to(device, memory_format=torch.channels_last)
+        self.model = channels_last(observation.build_model(), device)
         self.held, self.shift = held, shift
-        for layer in (held or self.model).features.modules():
-            if isinstance(layer, nn.Flatten):
-                layer.register_forward_pre_hook(_keep_layout)
         self.beliefs = observation.beliefs
         random = [
             name for name, m in self.model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p
@@ -241,9 +239,3 @@ class SimulatedPeers:
         for name, inputs_seen in seen.items():
             gradient[name] = LowRank(self.parameters[name], 0.0, (gradient[name],), (inputs_seen,))
         return gradient
-
-
-def _keep_layout(layer: nn.Flatten, inputs: tuple[Tensor]) -> None:
-    """A flattened tensor's gradient is laid out otherwise than its layers, which slows pooling and convolution."""
-    if inputs[0].requires_grad:
-        inputs[0].register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))

@@ -8,7 +8,7 @@ from fl_lightning.models.classifier import ImageClassifier, ImageShape, feature_
 
 
 class LeNet5(ImageClassifier):
-    """Two 5x5 convolutions (32, 64) with ReLU and 2x2 max pooling; linear to 512, ReLU, linear, both without bias.
+    """Two 5x5 convolutions (32, 64) with 2x2 max pooling and ReLU; linear to 512, ReLU, linear, both without bias.
 
     Args:
         num_classes: number of logits.
@@ -21,13 +21,13 @@ class LeNet5(ImageClassifier):
     ) -> None:
         super().__init__(mean, std)
         self.save_hyperparameters()
-        self.features = nn.Sequential(
+        self.features = nn.Sequential(  # ReLU of the largest is the largest ReLU, for a quarter of the work
             nn.Conv2d(image_shape[0], 32, 5, padding=2),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
             nn.Conv2d(32, 64, 5, padding=2),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
             nn.Flatten(),
         )
         self.head = nn.Sequential(
