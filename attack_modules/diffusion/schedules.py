@@ -35,7 +35,7 @@ class Karras(Schedule):
         last: the last; raised to the denoiser's least.
     """
 
-    def __init__(self, steps: int = 10, first: float = 0.6, last: float = 0.02) -> None:
+    def __init__(self, steps: int = 20, first: float = 0.3, last: float = 0.02) -> None:
         super().__init__(steps)
         if not 0 < last < first:
             raise SettingError(f"A schedule falls from `first` to `last` > 0, but they are {first} and {last}.")

@@ -7,10 +7,10 @@ from torch.nn import functional as F
 from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.denoiser import Denoiser
 from attack_modules.diffusion.schedules import Karras, Schedule
-from attack_modules.enhance.ddrm import Noise, ddrm
-from attack_modules.enhance.diffpir import diffpir
+from attack_modules.enhance.diffpir import DiffPIR
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.noise_level import likeliest_noise, noise_map
+from attack_modules.enhance.sampler import Noise, Sampler
 from fl_lightning.download import CHECKPOINTS
 from fl_lightning.errors import SettingError
 from fl_lightning.seeds import seed_of
@@ -25,10 +25,10 @@ CANDIDATES = (0.01, 0.3, 9)
 class DirectEnhancement(Enhancer):
     """Posterior sampling with a diffusion model as prior, as in arXiv 2410.04661, section 4.3, and beyond.
 
-    Images that were upsampled from a smaller latent go through DDRM super-resolution: what is observed are their block
-    means, which are nearer to those of the original than the latent is (on gradient matching's reconstructions, an rms
-    error of 0.069 and not 0.091), because the latent overshoots to make up for the interpolation's blur. Images at
-    full resolution are noisy observations and go through DiffPIR.
+    Of images that were upsampled from a smaller latent, block means are what is observed: they are nearer to those of
+    the original than the latent is (on gradient matching's reconstructions, an rms error of 0.069 and not 0.091),
+    because the latent overshoots to make up for the interpolation's blur. Images at full resolution are observed pixel
+    by pixel.
 
     How noisy the observation is, is estimated image by image and, within it, place by place: under which noise the
     observation is likeliest by the very same diffusion model. A fixed level lets the noise of bad reconstructions
@@ -36,16 +36,13 @@ class DirectEnhancement(Enhancer):
 
     Args:
         denoiser: the diffusion model; null for the one that this project ships.
+        sampler: how images are drawn; null for `DiffPIR()`. The paper's is `DDRM`.
         schedule: noise levels of sampling; null for `Karras()`. At full resolution, as many steps lead from each
             image's own noise to a tenth of it.
         sigma_0: noise of what is observed, in units of [0, 1]; null to estimate it.
         window: side of the window in which noise is told apart from place to place, in observed pixels, odd; 0 for one
             noise level an image. Without effect if `sigma_0` is given.
         caution: factor on the estimated noise.
-        eta: DDRM's share of fresh noise, in [0, 1]; the paper's is 0.85.
-        eta_b: DDRM's weight of the observation while the iterate is noisier, in [0, 1].
-        strength: DiffPIR's weight of the prior.
-        zeta: DiffPIR's share of fresh noise, in [0, 1].
         temperature: factor on all noise that is drawn. At 1 the result is a sample of the posterior, with texture that
             may be invented; at 0 it is near the posterior's mean, which is smoother and nearer to the original.
             Under a Gaussian prior with the spectrum of photographs, DDRM in 4 steps is then 0.080 away from the truth,
@@ -63,42 +60,34 @@ class DirectEnhancement(Enhancer):
     def __init__(
         self,
         denoiser: Denoiser | None = None,
+        sampler: Sampler | None = None,
         schedule: Schedule | None = None,
         sigma_0: float | None = None,
         window: int = 7,
         caution: float = 1.0,
-        eta: float = 0.5,
-        eta_b: float = 1.0,
-        strength: float = 1.0,
-        zeta: float = 1.0,
         temperature: float = 0.0,
         samples: int = 1,
         magnify: int = 1,
         chunk_size: int = 16,
     ) -> None:
-        if min(samples, magnify, chunk_size) < 1 or min(strength, caution) <= 0:
+        if min(samples, magnify, chunk_size) < 1 or caution <= 0:
             raise SettingError(
-                "`postprocess` needs samples, magnify and chunk_size >= 1, and strength and caution > 0, but got "
-                f"samples={samples}, magnify={magnify}, chunk_size={chunk_size}, strength={strength}, "
-                f"caution={caution}."
+                "`postprocess` needs samples, magnify and chunk_size >= 1 and caution > 0, but got "
+                f"samples={samples}, magnify={magnify}, chunk_size={chunk_size}, caution={caution}."
             )
-        shares = (eta, eta_b, zeta, temperature)
-        if not all(0 <= share <= 1 for share in shares) or (sigma_0 is not None and sigma_0 < 0):
+        if not 0 <= temperature <= 1 or (sigma_0 is not None and sigma_0 < 0):
             raise SettingError(
-                "`postprocess` needs eta, eta_b, zeta and temperature in [0, 1] and sigma_0 >= 0 or null, but got "
-                f"eta={eta}, eta_b={eta_b}, zeta={zeta}, temperature={temperature}, sigma_0={sigma_0}."
+                "`postprocess` needs temperature in [0, 1] and sigma_0 >= 0 or null, but got "
+                f"temperature={temperature}, sigma_0={sigma_0}."
             )
         if window < 0 or (window and window % 2 == 0):
             raise SettingError(f"`postprocess.window` is {window}, but it is an odd number of pixels, or 0 for none.")
         self.denoiser = denoiser or _shipped_prior()
+        self.sampler = sampler or DiffPIR()
         self.schedule = schedule or Karras()
         self.sigma_0 = sigma_0
         self.window = window
         self.caution = caution
-        self.eta = eta
-        self.eta_b = eta_b
-        self.strength = strength
-        self.zeta = zeta
         self.temperature = temperature
         self.samples = samples
         self.magnify = magnify
@@ -124,28 +113,18 @@ class DirectEnhancement(Enhancer):
         """The mean of samples of the posterior, given images (n, C, H, W) that were upsampled by a factor."""
         observed = F.avg_pool2d(images, scale_factor)
         sigma_y = self._noise_of(observed, generators)
-        if scale_factor * self.magnify == 1:
-            samples = [self._restore(observed, sigma_y, generators) for _ in range(self.samples)]
-        else:
-            samples = [self._super_resolve(images, observed, sigma_y, generators) for _ in range(self.samples)]
-        return torch.stack(samples).mean(0)
-
-    def _super_resolve(
-        self, images: Tensor, means: Tensor, sigma_y: Tensor, generators: list[torch.Generator]
-    ) -> Tensor:
-        """DDRM for block means (n, C, h, w) of images (n, C, H, W)."""
         start = F.interpolate(images, scale_factor=self.magnify, mode="bicubic") if self.magnify > 1 else images
-        sigmas, noise = self.schedule(self.denoiser).to(images), _drawing(generators, start, self.temperature)
-        found = ddrm(self._denoise, means, sigma_y, sigmas, start, noise, self.eta, self.eta_b)
-        return F.avg_pool2d(found, self.magnify)
+        pixelwise = start.shape == observed.shape
+        sigmas = self._falling(sigma_y, len(images)) if pixelwise else self.schedule(self.denoiser).to(images)
+        noise = _drawing(generators, start, self.temperature)
+        samples = [self.sampler(self._denoise, observed, sigma_y, sigmas, start, noise) for _ in range(self.samples)]
+        return F.avg_pool2d(torch.stack(samples).mean(0), self.magnify)
 
-    def _restore(self, images: Tensor, sigma_y: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """DiffPIR for images (n, C, H, W), from the most noise of each to a tenth of it."""
-        first = sigma_y.expand(len(images), -1, -1, -1).amax((1, 2, 3))
-        falling = torch.logspace(0, -1, self.schedule.steps, device=images.device)
-        sigmas = (falling[:, None] * first).clamp(self.denoiser.sigma_min, self.denoiser.sigma_max)  # (T, n)
-        noise = _drawing(generators, images, self.temperature)
-        return diffpir(self._denoise, images, sigma_y, sigmas, noise, self.strength, self.zeta)
+    def _falling(self, sigma_y: Tensor, count: int) -> Tensor:
+        """(T, n) from the most noise of each image to a tenth of it."""
+        first = sigma_y.expand(count, -1, -1, -1).amax((1, 2, 3))
+        falling = torch.logspace(0, -1, self.schedule.steps, device=first.device)
+        return (falling[:, None] * first).clamp(self.denoiser.sigma_min, self.denoiser.sigma_max)
 
     def _noise_of(self, observed: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Standard deviation of the noise in observed images (n, C, h, w): (n or 1, 1, 1 or h, 1 or w)."""

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attack_modules.enhance.ddrm import ddrm, upsample
+from attack_modules.enhance.ddrm import DDRM
+from attack_modules.enhance.sampler import upsample
+from fl_lightning.errors import SettingError
 
 SIZE, FACTOR = 8, 4
 PIXELS = SIZE * SIZE
@@ -81,7 +83,7 @@ def test_it_is_the_papers(
     noises = list(torch.randn(6, 2, 1, SIZE, SIZE, dtype=torch.float64))
     start = torch.full((2, 1, SIZE, SIZE), 0.4).double()
     remaining = iter(noises)
-    found = ddrm(prior, means, sigma_y, sigmas, start, lambda: next(remaining), eta, eta_b)
+    found = DDRM(eta, eta_b)(prior, means, sigma_y, sigmas, start, lambda: next(remaining))
     for i in range(2):
         expected = paper(prior, means[i].flatten(), sigma_y.expand(2, 2).flatten(), sigmas, start[i].flatten(),
                          [noise[i].flatten() for noise in noises], eta, eta_b)  # fmt: skip
@@ -91,7 +93,7 @@ def test_it_is_the_papers(
 def test_exact_means_are_kept(prior: Any, observe: Callable[[int, Tensor], Tensor]) -> None:
     means = observe(3, torch.tensor(0.0))
     sigmas = torch.logspace(1, -4, 12).double()
-    found = ddrm(
+    found = DDRM()(
         prior, means, torch.tensor(0.0), sigmas, upsample(means, FACTOR), lambda: torch.randn(3, 1, SIZE, SIZE).double()
     )
     torch.testing.assert_close(F.avg_pool2d(found, FACTOR), means, atol=1e-3, rtol=0)
@@ -108,12 +110,39 @@ def test_the_mean_of_samples_is_near_that_of_the_posterior(
     generator = torch.Generator().manual_seed(2)
     noise = lambda: torch.randn(256, 1, SIZE, SIZE, dtype=torch.float64, generator=generator)  # noqa: E731
     sigmas = torch.logspace(1, -2, 20).double()
-    found = ddrm(prior, means, UNIFORM, sigmas, upsample(means, FACTOR), noise).mean(0)
+    found = DDRM()(prior, means, UNIFORM, sigmas, upsample(means, FACTOR), noise).mean(0)
     expected = prior.posterior_mean(means[:1], UNIFORM)[0]
     error = (found - expected).square().mean().sqrt()
     assert error < 0.2 * (upsample(means, FACTOR)[0] - expected).square().mean().sqrt()
     assert error < 0.2 * (prior.mean.view(SIZE, SIZE) - expected).square().mean().sqrt()
     few = torch.logspace(torch.tensor(0.4).log10(), -1.5, 8).double()
-    calm = ddrm(prior, means[:1], UNIFORM, few, upsample(means[:1], FACTOR), lambda: torch.zeros(1, 1, SIZE, SIZE))
+    calm = DDRM()(prior, means[:1], UNIFORM, few, upsample(means[:1], FACTOR), lambda: torch.zeros(1, 1, SIZE, SIZE))
     error = (calm[0] - expected).square().mean().sqrt()
     assert error < 0.3 * (upsample(means, FACTOR)[0] - expected).square().mean().sqrt()
+
+
+def test_levels_of_their_own_and_blocks_of_one_pixel(prior: Any) -> None:
+    """Each image alone gives what it gives among others, and comes nearer to the posterior mean."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(2, 1, SIZE, SIZE, dtype=torch.float64, generator=generator)
+    observed = prior.sample(2, generator) + 0.1 * noise
+    first = torch.tensor([0.1, 0.2]).double()
+    sigmas = torch.logspace(0, -1, 6).double()[:, None] * first
+    quiet = lambda: torch.zeros(1, 1, SIZE, SIZE).double()  # noqa: E731
+    level = torch.tensor(0.1).double()
+
+    def each(noisy: Tensor, sigma: Tensor) -> Tensor:
+        return torch.cat([prior(image, s) for image, s in zip(noisy.split(1), sigma, strict=True)])
+
+    both = DDRM()(each, observed, level, sigmas, observed, quiet)
+    for i in range(2):
+        alone = DDRM()(prior, observed[i : i + 1], level, sigmas[:, i], observed[i : i + 1], quiet)
+        torch.testing.assert_close(both[i : i + 1], alone)
+    gain = torch.linalg.solve(prior.covariance + 0.01 * torch.eye(PIXELS).double(), prior.covariance)
+    posterior = (prior.mean + (observed.flatten(1) - prior.mean) @ gain).view_as(observed)
+    assert (both - posterior).square().mean() < 0.5 * (observed - posterior).square().mean()
+
+
+def test_wrong_shares_are_refused() -> None:
+    with pytest.raises(SettingError, match=r"eta=1.5"):
+        DDRM(eta=1.5)

@@ -8,7 +8,10 @@ from torch.nn import functional as F
 from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.denoiser import Denoiser
 from attack_modules.diffusion.schedules import Karras, LinearBetas
+from attack_modules.enhance.ddrm import DDRM
+from attack_modules.enhance.diffpir import DiffPIR
 from attack_modules.enhance.direct import DirectEnhancement
+from attack_modules.enhance.sampler import Sampler
 from fl_lightning.errors import SettingError
 
 
@@ -44,10 +47,11 @@ def reconstructed(
     return originals, Reconstruction(images.clamp(0, 1), torch.arange(count), scale_factor)
 
 
+@pytest.mark.parametrize("sampler", [DDRM, DiffPIR])
 @pytest.mark.parametrize(("scale_factor", "left"), [(1, 0.3), (2, 0.6), (4, 0.95)])
-def test_images_come_nearer_to_their_originals(scale_factor: int, left: float) -> None:
+def test_images_come_nearer_to_their_originals(sampler: type[Sampler], scale_factor: int, left: float) -> None:
     originals, reconstruction = reconstructed(4, 48, scale_factor, 0.1)
-    enhanced = DirectEnhancement(SmoothDenoiser(), samples=4).enhance(reconstruction, seed=0)
+    enhanced = DirectEnhancement(SmoothDenoiser(), sampler(), samples=4).enhance(reconstruction, seed=0)
     assert enhanced.min() >= 0
     assert enhanced.max() <= 1
     before = (reconstruction.images - originals).square().mean((1, 2, 3))
@@ -58,7 +62,7 @@ def test_images_come_nearer_to_their_originals(scale_factor: int, left: float) -
 @pytest.mark.parametrize(("channels", "size", "scale_factor"), [(3, 20, 1), (1, 28, 4), (3, 12, 4), (1, 32, 1)])
 def test_any_size_and_grey_images(channels: int, size: int, scale_factor: int) -> None:
     _, reconstruction = reconstructed(2, size, scale_factor, 0.05, channels)
-    enhanced = DirectEnhancement(SmoothDenoiser(), Karras(2)).enhance(reconstruction, seed=0)
+    enhanced = DirectEnhancement(SmoothDenoiser(), schedule=Karras(2)).enhance(reconstruction, seed=0)
     assert enhanced.shape == reconstruction.images.shape
     assert enhanced.isfinite().all()
 
@@ -74,7 +78,9 @@ def test_chunks_change_nothing_and_seeds_do(scale_factor: int, window: int) -> N
     _, reconstruction = reconstructed(3, 16, scale_factor, 0.05)
 
     def enhanced(chunk_size: int, seed: int) -> Tensor:
-        enhancer = DirectEnhancement(SmoothDenoiser(), Karras(3), window=window, temperature=1.0, chunk_size=chunk_size)
+        enhancer = DirectEnhancement(
+            SmoothDenoiser(), schedule=Karras(3), window=window, temperature=1.0, chunk_size=chunk_size
+        )
         return enhancer.enhance(reconstruction, seed)
 
     torch.testing.assert_close(enhanced(16, 0), enhanced(1, 0), atol=1e-5, rtol=0)
@@ -90,7 +96,7 @@ def test_the_papers_setting_on_a_model_of_larger_images() -> None:
             shapes.append(tuple(noisy.shape))
             return super().forward(noisy, sigma)
 
-    enhancer = DirectEnhancement(Spy(), LinearBetas(50), sigma_0=0.05, magnify=2)
+    enhancer = DirectEnhancement(Spy(), DDRM(), LinearBetas(50), sigma_0=0.05, magnify=2)
     assert enhancer.enhance(reconstruction, seed=0).shape == (1, 3, 16, 16)
     assert shapes == [(1, 3, 32, 32)] * 50
 
@@ -105,8 +111,8 @@ def test_schedules_fall_within_what_the_denoiser_knows() -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(SettingError, match=r"zeta and temperature in \[0, 1\]"):
-        DirectEnhancement(SmoothDenoiser(), eta=1.5)
+    with pytest.raises(SettingError, match=r"temperature in \[0, 1\]"):
+        DirectEnhancement(SmoothDenoiser(), temperature=1.5)
     with pytest.raises(SettingError, match="samples=0"):
         DirectEnhancement(SmoothDenoiser(), samples=0)
     with pytest.raises(SettingError, match="window` is 4"):
