@@ -70,7 +70,7 @@ class SimulatedPeers:
         held: ImageClassifier | None = None,
         shift: Tensor | None = None,
     ) -> None:
-        self.model = channels_last(observation.build_model(), device)
+        self.model = channels_last(observation.build_model(shared=True), device)
         self.held, self.shift = held, shift
         self.beliefs = observation.beliefs
         random = [

@@ -41,13 +41,16 @@ class Observation:
     beliefs: Beliefs
     sources: dict[str, str]
 
-    def build_model(self) -> ImageClassifier:
+    def build_model(self, shared: bool = False) -> ImageClassifier:
         """The global model `w_t`, ready to run.
+
+        Args:
+            shared: take the very tensors of `before`, to save memory; they must then not be changed in place.
 
         Raises:
             StorageError: the model class is unknown, or does not have the observed tensors' names and shapes.
         """
-        return build_model(self.model, self.before)
+        return build_model(self.model, self.before, shared)
 
     def aggregated_update(self) -> Tensors:
         """`u = (w_t - w_{t+1}) / server_lr`: the weighted mean of all clients' updates, by parameter name."""
@@ -146,8 +149,8 @@ def describe_model(model: ImageClassifier) -> dict[str, Any]:
     return {"class_path": f"{type(model).__module__}.{name}", "init_args": arguments}
 
 
-def build_model(description: dict[str, Any], state: Tensors) -> ImageClassifier:
-    """The described model with the given parameters and buffers.
+def build_model(description: dict[str, Any], state: Tensors, shared: bool = False) -> ImageClassifier:
+    """The described model with the given parameters and buffers, or with copies of them unless `shared`.
 
     Raises:
         StorageError: the class cannot be imported or is no `ImageClassifier`, or the state does not fit it.
@@ -155,8 +158,8 @@ def build_model(description: dict[str, Any], state: Tensors) -> ImageClassifier:
     model_class = _model_class(description)
     refuse_unfit(description, state)
     model = model_class(**description["init_args"])
-    model.load_state_dict(state)
-    return model
+    model.load_state_dict(state, assign=shared)
+    return model.to(torch.get_default_dtype())  # in which a model is made, and tensors that it takes over may not be
 
 
 def refuse_unfit(description: dict[str, Any], state: Tensors) -> list[str]:

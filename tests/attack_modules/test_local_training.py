@@ -64,8 +64,10 @@ def test_batch_norm_in_train_mode_is_simulated(
 ) -> None:
     observation = observe(Federation(model=batch_norm_classifier, client=LocalTraining(lr=0.1)))
     images, labels = truth_of(observation, observe, noise_images)
+    before = {name: tensor.clone() for name, tensor in observation.before.items()}
     simulated = SimulatedPeers(observation, merged=False, device=CPU).mean_update(images, labels)
     assert relative_error(dense(simulated), observation.peers_update()) < 2e-3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in observation.before.items())  # which it shares
 
 
 def dense_update(

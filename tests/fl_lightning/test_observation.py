@@ -93,3 +93,15 @@ def test_weight_decay_is_taken_out(observe: Observe, relative_error: Callable[..
     assert relative_error(update, wanted) > 0.05
     assert relative_error(decayed.without_weight_decay(update), wanted) < 0.01
     assert plain.without_weight_decay(wanted) is wanted
+
+
+def test_a_model_takes_over_tensors_only_when_asked_and_in_the_precision_that_is_set(observe: Observe) -> None:
+    observation = observe(Federation())
+    weight = observation.before["head.0.weight"]
+    assert observation.build_model(shared=True).head[0].weight.data_ptr() == weight.data_ptr()
+    assert observation.build_model().head[0].weight.data_ptr() != weight.data_ptr()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert observation.build_model(shared=True).head[0].weight.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
