@@ -1,5 +1,6 @@
 """Training that can be stopped at any time."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -11,9 +12,11 @@ from fl_lightning.seeds import seed_of
 
 
 class AveragedTraining(LightningModule):
-    """Adam at a constant rate, and an exponential moving average of the weights in place of annealing.
+    """Adam at a constant rate, with an exponential moving average of the weights; at the end the rate may cool down.
 
-    The average is what is validated, and exported after every epoch by its own `save(path)`.
+    So training can be stopped at any time, and one that is resumed for a cooldown ends as well as if it had been meant
+    to end there (Hägele et al. 2024, arXiv 2405.18392). The average is what is validated, and exported after every
+    epoch by its own `save(path)`.
 
     Args:
         network: what is trained.
@@ -23,12 +26,22 @@ class AveragedTraining(LightningModule):
         export: where the averaged weights go; null for `exported` in the run directory.
         exported: that file's name.
         seed: of all that is drawn.
+        cooldown: steps before the last in which the rate falls to zero.
     """
 
     def __init__(
-        self, network: nn.Module, lr: float, warmup: int, decay: float, export: Path | None, exported: str, seed: int
+        self,
+        network: nn.Module,
+        lr: float,
+        warmup: int,
+        decay: float,
+        export: Path | None,
+        exported: str,
+        seed: int,
+        cooldown: int = 0,
     ) -> None:
         super().__init__()
+        self.cooldown = cooldown
         self.lr = lr
         self.warmup = warmup
         self.export = export
@@ -43,8 +56,13 @@ class AveragedTraining(LightningModule):
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr)  # fused, it refuses clipping in bf16-mixed
-        rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup + 1)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
+        end = self.trainer.estimated_stepping_batches if self.cooldown else math.inf
+
+        def factor(step: int) -> float:
+            return max(0.0, min(1.0, (step + 1) / (self.warmup + 1), (end - step) / (self.cooldown + 1)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def step_generator(self) -> torch.Generator:
         """The step's own: a resumed run draws what the uninterrupted one does."""

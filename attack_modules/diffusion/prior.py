@@ -115,8 +115,8 @@ class TrainedPrior(Denoiser):
 class DiffusionPrior(AveragedTraining):
     """Trains a `TrainedPrior` to denoise photographs; its data is `PhotoCrops`.
 
-    Adam at a constant rate, and an exponential moving average of the weights in place of annealing: training can be
-    stopped at any time. The average is what is validated and exported.
+    Adam at a constant rate, and an exponential moving average of the weights: training can be stopped at any time. The
+    average is what is validated and exported.
 
     Validation is PSNR of denoising at four noise levels, the same noise every time, beside total variation.
 
@@ -125,6 +125,8 @@ class DiffusionPrior(AveragedTraining):
         layers: residual blocks a level.
         lr: learning rate of Adam.
         warmup: steps in which the rate rises from zero.
+        cooldown: steps before the last (`trainer.max_epochs`) in which the rate falls to zero; training that was
+            stopped may be resumed for them alone.
         decay: of the moving average a step; the average is shorter at first, (1 + steps) / (10 + steps).
         typical_sigma: median noise level of training, in units of [0, 1].
         spread: standard deviation of the noise level's logarithm. The default puts three quarters between 0.02 and 0.5.
@@ -139,6 +141,7 @@ class DiffusionPrior(AveragedTraining):
         layers: int = 2,
         lr: float = 5e-4,
         warmup: int = 100,
+        cooldown: int = 0,
         decay: float = 0.998,
         typical_sigma: float = 0.1,
         spread: float = 1.2,
@@ -146,13 +149,14 @@ class DiffusionPrior(AveragedTraining):
         export: Path | None = None,
         seed: int = 0,
     ) -> None:
-        if lr <= 0 or warmup < 0 or not 0 <= decay < 1 or min(typical_sigma, spread) <= 0 or not 0 <= wide_share <= 1:
+        shares = 0 <= decay < 1 and 0 <= wide_share <= 1
+        if min(lr, typical_sigma, spread) <= 0 or min(warmup, cooldown) < 0 or not shares:
             raise SettingError(
-                "`model` needs lr, typical_sigma, spread > 0, warmup >= 0, decay in [0, 1) and wide_share in [0, 1], "
-                f"but got lr={lr}, typical_sigma={typical_sigma}, spread={spread}, warmup={warmup}, decay={decay}, "
-                f"wide_share={wide_share}."
+                "`model` needs lr, typical_sigma, spread > 0, warmup, cooldown >= 0, decay in [0, 1) and wide_share in "
+                f"[0, 1], but got lr={lr}, typical_sigma={typical_sigma}, spread={spread}, warmup={warmup}, "
+                f"cooldown={cooldown}, decay={decay}, wide_share={wide_share}."
             )
-        super().__init__(TrainedPrior(channels, layers), lr, warmup, decay, export, "prior.safetensors", seed)
+        super().__init__(TrainedPrior(channels, layers), lr, warmup, decay, export, "prior.safetensors", seed, cooldown)
         self.typical_sigma = typical_sigma
         self.spread = spread
         self.wide_share = wide_share
