@@ -1,4 +1,4 @@
-"""A small diffusion model of photographs that is trained in two hours on one CPU core, and serves as a denoiser."""
+"""A small diffusion model of photographs that is trained within hours on one CPU core, and serves as a denoiser."""
 
 import json
 from pathlib import Path

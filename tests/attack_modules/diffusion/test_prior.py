@@ -40,6 +40,7 @@ def fit(folders: Path, name: str, epochs: int, *more: str, verb: str = "fit") ->
         "--model.channels=[8]",
         "--model.layers=1",
         "--model.warmup=2",
+        "--model.cooldown=0",
         f"--trainer.max_epochs={epochs}",
         "--trainer.check_val_every_n_epoch=2",
         "--trainer.log_every_n_steps=1",
