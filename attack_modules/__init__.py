@@ -6,6 +6,8 @@ from attack_modules.diffusion.mdt import MDTv2
 from attack_modules.diffusion.openai import OpenAIDenoiser
 from attack_modules.diffusion.schedules import Karras, LinearBetas
 from attack_modules.diffusion.small import TrainedConditional
+from attack_modules.enhance.ddrm import DDRM
+from attack_modules.enhance.diffpir import DiffPIR
 from attack_modules.enhance.direct import DirectEnhancement
 from attack_modules.enhance.gan import GAN
 from attack_modules.enhance.restoration import Restoration
@@ -18,10 +20,12 @@ from attack_modules.priors import ChromaTotalVariation, TotalVariation
 from attack_modules.refined_inversion import RefinedInversion
 
 __all__ = [
+    "DDRM",
     "GAN",
     "AttributedInversion",
     "ChromaTotalVariation",
     "Cosine",
+    "DiffPIR",
     "DirectEnhancement",
     "FeatureInversion",
     "GradientInversion",

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -283,6 +285,14 @@ def test_the_papers_enhancement_needs_its_model(capsys: pytest.CaptureFixture[st
     with pytest.raises((ValueError, SystemExit, AuditError)):
         main([*INVERSION, *paper, *offline])
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("name", ["direct", "direct_paper"])
+def test_a_fresh_process_knows_the_classes_that_enhancements_name(name: str) -> None:
+    """Here, other tests may have imported what the command alone does not know."""
+    command = [sys.executable, str(ROOT / "cli.py"), *DEMO, "--config", str(ROOT / f"configs/postprocess/{name}.yaml")]
+    printed = subprocess.run([*command, "--print_config"], check=True, capture_output=True, text=True).stdout
+    assert "class_path: attack_modules.DirectEnhancement" in printed
 
 
 def test_federate_shows_accuracy_by_round(tmp_path: Path) -> None:
