@@ -139,16 +139,21 @@ class Attack(LightningModule, ABC):
         return [
             ModelCheckpoint(
                 filename="{step}",
-                every_n_train_steps=min(self.checkpoint_every, max(self.trainer.max_steps, 1)),
+                every_n_train_steps=self._steps_between_checkpoints,
                 save_last=True,
                 auto_insert_metric_name=False,
             )
         ]
 
+    @property
+    def _steps_between_checkpoints(self) -> int:
+        """At most all steps, so that there is a checkpoint whose place the last step can take."""
+        return min(self.checkpoint_every, max(self.trainer.max_steps, 1))
+
     def on_train_batch_end(self, outputs: object, batch: int, batch_idx: int) -> None:
         """Keep the last step too, where it is no multiple of `checkpoint_every`."""
         kept = self.trainer.checkpoint_callback  # None where nothing is to be kept
-        if kept and self.global_step == self.trainer.max_steps and self.global_step % self.checkpoint_every:
+        if kept and self.global_step == self.trainer.max_steps and self.global_step % self._steps_between_checkpoints:
             self.trainer.save_checkpoint(kept.last_model_path)
 
     @torch.no_grad()
