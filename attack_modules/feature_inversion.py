@@ -19,14 +19,24 @@ from fl_lightning.knowledge import Beliefs
 from fl_lightning.models import ImageClassifier, ImageShape
 from fl_lightning.observation import Observation
 
+LEAST_ERROR = 1e-10
+"""E below which nothing is gained: float32 shows no less."""
+LEAST_PRIOR = 1 / 255
+"""The same of P: total variation of a grey level. Without it, a flat image would be the best of all."""
+
 
 class FeatureInversion(Attack):
     """Images whose features are those that linear algebra reads from the head's update; its parameters ARE the images.
 
     The head's part of the peers' update gives every image's features (`attack_modules.leakage`), so that what is left
-    is N separate problems: Adam on `|features(x) - f|^2 / |f|^2` plus priors, with one forward and one backward pass of
-    the convolutional part a step. `trainer.max_steps` is the number of steps. It begins with the images that a linear
-    regression finds in the features (`FeatureDecoder`), or with grey ones where the features are no map.
+    is N separate problems: Adam on the error `E = |features(x) - f|^2 / |f|^2` plus priors P, with one forward and one
+    backward pass of the convolutional part a step. `trainer.max_steps` is the number of steps. It begins with the
+    images that a linear regression finds in the features (`FeatureDecoder`), or with grey ones where these are no map.
+
+    E falls by four orders of magnitude, with one image and model further than with another, and a weight of P that fits
+    the beginning smooths the end away. So what is descended, image by image, is `log E + balance * log P`: both count
+    by their relative changes, from first to last. Where E stays high because no image has these features, P would come
+    to count too much: its weight beside E, `balance * E / P`, stays below a falling limit.
 
     Several observed rounds are read together (`leak_rounds`): the same peers must have trained on the same images.
 
@@ -35,8 +45,9 @@ class FeatureInversion(Attack):
 
     Args:
         lr: the attacker's own learning rate, of Adam on the pixels, with cosine decay to zero.
-        priors: penalties that are added to the relative feature error; null for `ChromaTotalVariation`.
-        anneal: factor on the priors' weights at the first and at the last step, geometric between.
+        priors: penalties, P in sum; null for `ChromaTotalVariation`.
+        balance: how many times the relative change of E that of P counts.
+        anneal: the most that P may weigh beside E at the first and at the last step, geometric between.
         betas: of Adam. The second is short, because gradients fall by orders of magnitude: remembered for longer, the
             large ones of the beginning hold every later step back.
         subtract_own: take the attacker's own update out of the aggregate first.
@@ -49,6 +60,7 @@ class FeatureInversion(Attack):
         self,
         lr: float = 0.1,
         priors: list[Prior] | None = None,
+        balance: float = 3.0,
         anneal: tuple[float, float] = (0.3, 0.01),
         betas: tuple[float, float] = (0.5, 0.5),
         subtract_own: bool = True,
@@ -57,14 +69,15 @@ class FeatureInversion(Attack):
         checkpoint_every: int = 25,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
-        if min(lr, *anneal) <= 0 or chunk_size < 1 or resimulations < 0:
+        if min(lr, *anneal) <= 0 or balance < 0 or chunk_size < 1 or resimulations < 0:
             raise SettingError(
-                "`model` needs lr > 0, anneal > 0, chunk_size >= 1 and resimulations >= 0, but got "
-                f"lr={lr}, anneal={anneal}, chunk_size={chunk_size}, resimulations={resimulations}."
+                "`model` needs lr > 0, anneal > 0, balance >= 0, chunk_size >= 1 and resimulations >= 0, but got "
+                f"lr={lr}, anneal={anneal}, balance={balance}, chunk_size={chunk_size}, resimulations={resimulations}."
             )
         self.automatic_optimization = False  # one backward pass a chunk, so that memory holds one graph
         self.lr = lr
         self.priors = [ChromaTotalVariation(weight=1.0)] if priors is None else priors
+        self.balance = balance
         self.anneal = anneal
         self.betas = betas
         self.resimulations = resimulations
@@ -145,16 +158,18 @@ class FeatureInversion(Attack):
             and self.global_step % self._simulate_every == 0
         ):
             self._resimulate()
-        factor = annealed(self.anneal, self.global_step, self.trainer.max_steps)
+        most = annealed(self.anneal, self.global_step, self.trainer.max_steps)
 
-        def scores(chunk: Tensor) -> Tensor:  # (n, 2): error and loss
+        def scores(chunk: Tensor) -> Tensor:  # (n, 2): error, and what the best iterate is judged by
             with torch.enable_grad():
                 images = self.images[chunk].contiguous(memory_format=torch.channels_last)
                 error = self.feature_error(images, self.features[chunk])
                 prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
-                loss = error + factor * prior + self.guidance(images, chunk)
+                scale = error.detach() + LEAST_ERROR
+                weight = (self.balance * scale / prior.detach()).clamp(max=most)
+                loss = (error + weight * prior + self.guidance(images, chunk)) / scale
                 self.back_propagate(loss.sum(), self.images)  # a sum: no image feels another
-            return torch.stack([error, error + self.anneal[1] * prior], 1)
+            return torch.stack([error, scale.log() + self.balance * (prior + LEAST_PRIOR).log()], 1)
 
         scored = torch.empty(len(self.images), 2, device=self.device)
         self.ranks.fill(scored, scores, self.chunk_size)
@@ -221,7 +236,7 @@ class FeatureInversion(Attack):
         return (self.model.embed(images) - features).square().sum(1) / features.square().sum(1)
 
     def guidance(self, images: Tensor, chunk: Tensor) -> Tensor:
-        """(N,) what else is added to the loss of these images, those numbered `chunk` (N,); here nothing."""
+        """(N,) what else is added to E and P of these images, those numbered `chunk` (N,); here nothing."""
         return images.new_zeros(len(images))
 
     @torch.no_grad()
@@ -233,7 +248,7 @@ class FeatureInversion(Attack):
 
     @torch.no_grad()
     def _remember(self, errors: Tensor, losses: Tensor) -> None:
-        """Keep every image's best iterate, judged by `losses`, with the last step's weight of the priors."""
+        """Keep every image's best iterate, judged by `losses`."""
         better = losses < self.best_loss
         self.best[better] = self.images[better]
         self.best_loss.copy_(torch.minimum(self.best_loss, losses))

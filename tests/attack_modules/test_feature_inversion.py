@@ -3,11 +3,13 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from attack_modules import FeatureInversion
 from attack_modules.assignment import match
 from attack_modules.attack import Attack
 from attack_modules.feature_decoder import FeatureDecoder
+from attack_modules.priors import TotalVariation
 from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
@@ -48,6 +50,21 @@ def test_images_do_not_feel_each_other_and_chunks_do_not_matter(observe: Observe
     torch.testing.assert_close(whole.images, chunked.images, rtol=1e-3, atol=1e-3)
 
 
+def test_priors_count_by_their_relative_change_up_to_a_limit(observe: Observe, attack: Run) -> None:
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
+
+    def images(weight: float, **settings: object) -> Tensor:
+        priors = [TotalVariation(weight)] if weight else []
+        return attack(FeatureInversion(priors=priors, **settings), seen, steps=5).images
+
+    free = {"anneal": (1e9, 1e9)}
+    torch.testing.assert_close(images(128.0, **free), images(1.0, **free), rtol=0, atol=1e-4)
+    assert (images(1.0, **free) - images(0.0)).abs().max() > 0.01
+    bounded = images(1.0, anneal=(1e-9, 1e-9))
+    torch.testing.assert_close(bounded, images(0.0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(images(1.0, balance=0.0), images(0.0), rtol=0, atol=1e-4)
+
+
 def test_it_begins_with_decoded_images(observe: Observe, attack: Run) -> None:
     seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
     module = attack(FeatureInversion(), seen, steps=1)  # the one step scores what it began with
@@ -61,8 +78,11 @@ def test_it_begins_with_grey_images_if_the_features_are_no_map(observe: Observe,
     module = attack(FeatureInversion(), seen, steps=1)
     assert (module.best == 0.5).all()
     assert "grey ones, since the features are no map" in module.introduction()
+    assert module.images.isfinite().all()  # though a grey image has no variation to compare with
 
 
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="chunk_size >= 1"):
         FeatureInversion(chunk_size=0)
+    with pytest.raises(ValueError, match="balance=-1"):
+        FeatureInversion(balance=-1)
