@@ -48,8 +48,8 @@ class FeatureInversion(Attack):
         priors: penalties, P in sum; null for `ChromaTotalVariation`.
         balance: how many times the relative change of E that of P counts.
         anneal: the most that P may weigh beside E at the first and at the last step, geometric between.
-        betas: of Adam. The second is short, because gradients fall by orders of magnitude: remembered for longer, the
-            large ones of the beginning hold every later step back.
+        betas: of Adam. Short memories serve fresh models best: 120 steps come to half a dB more than with (0.8, 0.95).
+            With trained models it is the other way round.
         subtract_own: take the attacker's own update out of the aggregate first.
         resimulations: times, spread evenly over the steps, at which the peers' training is simulated; 0 for never.
         chunk_size: images that are passed through the model at once, which bounds memory.
