@@ -166,7 +166,8 @@ class FeatureInversion(Attack):
                 error = self.feature_error(images, self.features[chunk])
                 prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
                 scale = error.detach() + LEAST_ERROR
-                weight = (self.balance * scale / prior.detach()).clamp(max=most)
+                tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to compare with
+                weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=most)
                 loss = (error + weight * prior + self.guidance(images, chunk)) / scale
                 self.back_propagate(loss.sum(), self.images)  # a sum: no image feels another
             return torch.stack([error, scale.log() + self.balance * (prior + LEAST_PRIOR).log()], 1)

@@ -79,6 +79,7 @@ def test_it_begins_with_grey_images_if_the_features_are_no_map(observe: Observe,
     assert (module.best == 0.5).all()
     assert "grey ones, since the features are no map" in module.introduction()
     assert module.images.isfinite().all()  # though a grey image has no variation to compare with
+    assert attack(FeatureInversion(balance=0.0), seen, steps=1).images.isfinite().all()
 
 
 def test_impossible_settings_are_refused() -> None:
