@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.feature_decoder import FeatureDecoder
 from attack_modules.feature_drift import SimulatedTraining, model_half_way, simulate_peers
-from attack_modules.feature_map import channels_last
+from attack_modules.feature_map import for_speed
 from attack_modules.leakage import Leakage, PeerTraining, leak_rounds
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from fl_lightning.client import Tensors
@@ -113,7 +113,7 @@ class FeatureInversion(Attack):
                 "Several images share a class. A head of one layer shows only the sum of their features, so each of "
                 "them comes out as their mean; images that are alone in their class are not affected."
             )
-        half_way = channels_last(model_half_way(self.observations, updates, self.steps), device)
+        half_way = for_speed(model_half_way(self.observations, updates, self.steps), device)
         self.embedder = (half_way,)  # no submodule
         self.register_buffer("features", self.leakage.features.clone())  # those of the model half way
         self.register_buffer("labels", self.leakage.labels)
@@ -146,12 +146,12 @@ class FeatureInversion(Attack):
         return self.embedder[0]
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
-        optimizer = torch.optim.Adam([self.images], lr=self.lr, betas=self.betas)
+        optimizer = torch.optim.Adam([self.images], lr=self.lr, betas=self.betas, fused=True)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.trainer.max_steps, 1))]
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        optimizer.zero_grad()
+        self.images.grad = torch.zeros_like(self.images)
         if (
             len(self.observations) * self.steps > 1
             and self.global_step
@@ -162,14 +162,15 @@ class FeatureInversion(Attack):
 
         def scores(chunk: Tensor) -> Tensor:  # (n, 2): error, and what the best iterate is judged by
             with torch.enable_grad():
-                images = self.images[chunk].contiguous(memory_format=torch.channels_last)
+                images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
                 error = self.feature_error(images, self.features[chunk])
                 prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
                 scale = error.detach() + LEAST_ERROR
                 tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to compare with
                 weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=most)
                 loss = (error + weight * prior + self.guidance(images, chunk)) / scale
-                self.back_propagate(loss.sum(), self.images)  # a sum: no image feels another
+                self.back_propagate(loss.sum(), images)  # a sum: no image feels another
+            self.images.grad[chunk] = images.grad
             return torch.stack([error, scale.log() + self.balance * (prior + LEAST_PRIOR).log()], 1)
 
         scored = torch.empty(len(self.images), 2, device=self.device)
@@ -204,7 +205,7 @@ class FeatureInversion(Attack):
 
     def _simulate_round(self, observation: Observation, shown: Tensor) -> SimulatedTraining:
         """One round's training on the images `shown` (N,); each process takes a part of the peers."""
-        before = channels_last(observation.build_model(), self.device)
+        before = for_speed(observation.build_model(), self.device)
         peers = self.leakage.peers.to(self.device)
         trained = peers[shown].unique()
         own = shown & torch.isin(peers, trained[self.ranks.own(len(trained)).to(self.device)])  # images of whole peers

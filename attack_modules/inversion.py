@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from attack_modules.attack import Attack, AttackError, Reconstruction
 from attack_modules.detail import Detail, public_photographs, upsampled
 from attack_modules.feature_drift import model_half_way
-from attack_modules.feature_map import channels_last
+from attack_modules.feature_map import for_speed
 from attack_modules.labels import infer_labels
 from attack_modules.local_training import SimulatedPeers
 from attack_modules.objectives import Objective, SimulatedUpdate, SquaredL2
@@ -108,7 +108,7 @@ class GradientInversion(Attack):
         self.noise: Detail | None = None
         if self.simulate == "head" or self.detail:
             half_way = model_half_way([observation], [update], observation.beliefs.local_steps)
-            half_way = channels_last(half_way, device)
+            half_way = for_speed(half_way, device)
             self.noise = self._detail(half_way, observation) if self.detail else None
             self.peers = self._simulated(half_way if self.simulate == "head" else None, self.noise and self.noise.mean)
         self.target = self._compared({name: self.observed[name] for name in self.peers.parameters})

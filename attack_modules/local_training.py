@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from attack_modules.feature_map import channels_last
+from attack_modules.feature_map import for_speed
 from attack_modules.low_rank import LowRank
 from attack_modules.objectives import SimulatedUpdate
 from attack_modules.ranks import Ranks
@@ -70,7 +70,7 @@ class SimulatedPeers:
         held: ImageClassifier | None = None,
         shift: Tensor | None = None,
     ) -> None:
-        self.model = channels_last(observation.build_model(shared=True), device)
+        self.model = for_speed(observation.build_model(shared=True), device)
         self.held, self.shift = held, shift
         self.beliefs = observation.beliefs
         random = [

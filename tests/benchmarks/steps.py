@@ -20,7 +20,7 @@ from vmapped import vmapped_update
 from yardstick import dense_loss
 
 from attack_modules.feature_drift import model_half_way
-from attack_modules.feature_map import channels_last
+from attack_modules.feature_map import for_speed
 from attack_modules.local_training import SimulatedPeers
 from attack_modules.objectives import SquaredL2
 from fl_lightning.allocation import keep_freed_memory
@@ -53,7 +53,7 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
     cpu, merged = torch.device("cpu"), way not in ("loop", "vmap", "head")
     peers = held = None
     if way == "head":
-        held = channels_last(model_half_way([observation], [target], observation.beliefs.local_steps), cpu)
+        held = for_speed(model_half_way([observation], [target], observation.beliefs.local_steps), cpu)
         target = {name: update for name, update in target.items() if name.startswith("head.")}
     model = observation.build_model().to(memory_format=torch.channels_last) if way == "vmap" else None
     if way != "yardstick":
