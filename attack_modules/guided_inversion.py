@@ -15,8 +15,8 @@ from fl_lightning.errors import SettingError
 class GuidedInversion(FeatureInversion):
     """Feature inversion whose images are drawn towards what a denoiser makes of them.
 
-    It pays where features leave pixels open that total variation cannot fill: ResNets, whose last features are fewer
-    than the pixels. Where they nearly determine the image, as those of LeNet5, the same time is better spent on steps.
+    It pays where total variation alone has come to its end: in images with much texture, with trained models, and with
+    ResNets, whose features are fewer than the pixels. It takes several times as long.
 
     Every `denoise_every` steps each image x is denoised, `z = D(x, sigma)`; until the next time `|x - z|^2 / sigma^2`,
     a mean over the pixels, is a penalty (half-quadratic splitting as in DiffPIR, arXiv 2305.08995; with Adam in place
@@ -37,10 +37,10 @@ class GuidedInversion(FeatureInversion):
     def __init__(
         self,
         denoiser: Path | Denoiser,
-        weight: float = 0.7,
-        sigma_per_error: float = 1.0,
+        weight: float = 0.5,
+        sigma_per_error: float = 1.5,
         sigma_start: float = 0.1,
-        denoise_every: int = 6,
+        denoise_every: int = 12,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
