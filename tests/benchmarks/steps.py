@@ -35,7 +35,7 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
     """A step of some way, on other numbers of images or local epochs if they are given.
 
     Args:
-        way: `yardstick`, `merged`, `bf16`, `chunks`, `loop`, `vmap` or `head`.
+        way: `yardstick`, `merged`, `bf16`, `chunks`, `loop`, `vmap`, `head` or `head-bf16`.
         observation: the observed round.
         images: N, of classes 0 to N - 1 modulo the classes; None for those believed.
         local_epochs: None for those believed.
@@ -50,9 +50,9 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
     shape = (len(labels), channels, height // SCALE_FACTOR, width // SCALE_FACTOR)
     latent = (0.5 + 0.05 * torch.randn(shape, generator=generator)).requires_grad_()
     target, objective = observation.peers_update(), SquaredL2()
-    cpu, merged = torch.device("cpu"), way not in ("loop", "vmap", "head")
+    cpu, merged = torch.device("cpu"), way in ("merged", "bf16", "chunks")
     peers = held = None
-    if way == "head":
+    if way.startswith("head"):
         held = for_speed(model_half_way([observation], [target], observation.beliefs.local_steps), cpu)
         target = {name: update for name, update in target.items() if name.startswith("head.")}
     model = observation.build_model().to(memory_format=torch.channels_last) if way == "vmap" else None
@@ -71,7 +71,7 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
 
     def step() -> Tensor:
         latent.grad = None
-        with torch.autocast("cpu", torch.bfloat16) if way == "bf16" else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16) if way.endswith("bf16") else nullcontext():
             loss().backward(inputs=[latent])
         return latent.grad
 
