@@ -108,9 +108,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path, seen: Observation, attack: Ru
         attack(GuidedInversion(coarse), seen, steps=1)
 
 
-def test_the_configuration_names_the_shipped_prior_which_beats_total_variation(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["guided", "guided_resnet"])
+def test_the_configurations_name_the_shipped_prior_which_beats_total_variation(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    settings = yaml.safe_load(Path("configs/guided.yaml").read_text())["model"]
+    settings = yaml.safe_load(Path(f"configs/{name}.yaml").read_text())["model"]
     denoiser = GuidedInversion(**settings["init_args"]).denoiser
     photograph = to_pixels(Image.fromarray(skimage.data.chelsea()), 128, 3)[None] / 255  # not trained on
     noisy = add_noise(photograph, 0.1, seed=0)
