@@ -65,6 +65,19 @@ def test_priors_count_by_their_relative_change_up_to_a_limit(observe: Observe, a
     torch.testing.assert_close(images(1.0, balance=0.0), images(0.0), rtol=0, atol=1e-4)
 
 
+def test_the_rate_falls_slowly_and_then_fast(observe: Observe, attack: Run) -> None:
+    rates = []
+
+    class Watched(FeatureInversion):
+        def training_step(self, batch: int, batch_idx: int) -> None:
+            rates.append(self.optimizers().param_groups[0]["lr"])
+            super().training_step(batch, batch_idx)
+
+    module = attack(Watched(lr=0.2), observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE), steps=4)
+    rates.append(module.trainer.optimizers[0].param_groups[0]["lr"])
+    assert rates == pytest.approx([0.2 * 0.03**power for power in (0, 1 / 16, 1 / 4, 9 / 16, 1)])
+
+
 def test_it_begins_with_decoded_images(observe: Observe, attack: Run) -> None:
     seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
     module = attack(FeatureInversion(), seen, steps=1)  # the one step scores what it began with
