@@ -95,14 +95,14 @@ class Attack(LightningModule, ABC):
         """The processes that share this attack."""
         return Ranks(self.trainer)
 
-    def back_propagate(self, loss: Tensor, parameter: nn.Parameter) -> None:
-        """Add the gradient of this process's part of a loss to the parameter's.
+    def back_propagate(self, loss: Tensor, leaf: Tensor) -> None:
+        """Add the gradient of this process's part of a loss to that of a leaf: a parameter, or a part's copy.
 
         DDP is kept from exchanging gradients: it would take means, and once for every call.
         """
         strategy = self.trainer.strategy
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
-            self.manual_backward(loss, inputs=[parameter])  # and not to a simulation's first weights
+            self.manual_backward(loss, inputs=[leaf])  # and not to a simulation's first weights
 
     def join_gradients(self, parameter: nn.Parameter) -> None:
         """Give every process the sum of all processes' gradients."""

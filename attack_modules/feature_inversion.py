@@ -23,8 +23,6 @@ LEAST_ERROR = 1e-10
 """E below which nothing is gained: float32 shows no less."""
 LEAST_PRIOR = 1 / 255
 """The same of P: total variation of a grey level. Without it, a flat image would be the best of all."""
-
-
 LAST_RATE = 0.03
 """Share of the rate that is left at the end. It falls like a Gaussian: high for long, then small but never nothing."""
 

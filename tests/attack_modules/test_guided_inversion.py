@@ -66,9 +66,8 @@ def test_it_ends_where_features_and_denoiser_balance(
     )  # fmt: skip
     pixels = module.features.view_as(module.images)
     shrinkage = 1 - 0.1**2 / (0.1**2 + 0.2**2)  # x - D(x) = shrinkage * (x - mean); sigma stays at its start
-    pull = (
-        20.0 * shrinkage * (pixels - 0.5).square().mean((1, 2, 3), keepdim=True) / 0.2**2
-    )  # 1 / (t (1 - t)) at the end
+    variance = (pixels - 0.5).square().mean((1, 2, 3), keepdim=True)
+    pull = 20.0 * shrinkage * variance / 0.2**2  # 1 / (t (1 - t)) at the end
     assert pull.min() > 4.5  # else the features win
     expected = pixels + (1 + (1 - 4 / pull).sqrt()) / 2 * (0.5 - pixels)
     torch.testing.assert_close(module.reconstruction().images, expected, rtol=0, atol=5e-3)

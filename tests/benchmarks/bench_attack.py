@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 QUALITY, GOOD, BETTER = 20.5, 30.0, 36.0
 MEASURED: dict[str, float] = {}
-"""Seconds by name, which later rows refer to."""
+"""Seconds by name, and the PSNR of matching: what later rows refer to."""
 NAMES = {
     "merged": "step, one merged client",
     "bf16": "the same in bf16-mixed",
