@@ -1,16 +1,17 @@
 """How the features of images drift while peers train, and the update of the head's first layer that this gives."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from attack_modules.local_training import SimulatedPeers
+from attack_modules.low_rank import LowRank
 from fl_lightning.client import Tensors
-from fl_lightning.knowledge import Beliefs
-from fl_lightning.models import ImageClassifier
+from fl_lightning.models import FIRST_LAYER, ImageClassifier
 from fl_lightning.observation import Observation
 
 
@@ -39,50 +40,40 @@ class SimulatedTraining:
     Attributes:
         features: (N, D) mean over the local steps of each image's features.
         errors: (N, H) of each image, so that `update` is nearly `errors.T @ features`, and just that in one step.
-        update: (H, D) weighted mean over the peers of the first layer's weight before minus after.
+        update: (H, D) weighted mean over the peers of the first layer's weight before minus after, in factors.
     """
 
     features: Tensor
     errors: Tensor
-    update: Tensor
+    update: LowRank
 
 
+def full_batches(observation: Observation, device: torch.device) -> SimulatedPeers:
+    """Training of one peer in as many steps as it is believed to take, each on all of its images.
+
+    Raises:
+        SimulationError: the model draws random numbers.
+    """
+    beliefs = replace(observation.beliefs, batch_size=None, local_epochs=observation.beliefs.local_steps)
+    return SimulatedPeers(replace(observation, beliefs=beliefs), merged=True, device=device)
+
+
+@torch.no_grad()
 def simulate_peers(
-    model: ImageClassifier, images: Tensor, labels: Tensor, peers: Tensor, beliefs: Beliefs, num_images: int
+    training: SimulatedPeers, images: Tensor, labels: Tensor, peers: Tensor, num_images: int
 ) -> SimulatedTraining:
-    """Every peer's SGD on its own images, in full batches.
+    """Every peer's SGD on its own images.
 
     Args:
-        model: the global model before the round; left as it is.
+        training: of one peer, see `full_batches`.
         images: (N, C, H, W) in [0, 1], as well as they are known.
         labels: (N,) long.
         peers: (N,) long; each number is one peer, which trains on its images alone.
-        beliefs: of the peers' training.
         num_images: of all peers, of which these may be a part.
     """
-    steps = beliefs.local_steps
-    update = torch.zeros_like(model.head[0].weight)
-    features, errors = [], []
     members = [torch.where(peers == peer)[0] for peer in peers.unique()]
-    for own in members:
-        share = len(own) / num_images
-        local = copy.deepcopy(model).requires_grad_(True)
-        optimizer = torch.optim.SGD(
-            local.parameters(), beliefs.client_lr, momentum=beliefs.momentum, weight_decay=beliefs.weight_decay
-        )
-        seen, blamed = torch.zeros(()), torch.zeros(())
-        for _ in range(steps):
-            with torch.enable_grad():
-                inputs = local.embed(images[own])
-                outputs = local.head[0](inputs)
-                outputs.retain_grad()
-                loss = F.cross_entropy(local.head[1:](outputs), labels[own])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            seen, blamed = seen + inputs.detach() / steps, blamed + outputs.grad
-        features.append(seen)
-        errors.append(share * beliefs.mean_rate * blamed)
-        update += share * (model.head[0].weight - local.head[0].weight).detach()
+    updates = [len(own) / num_images * training.mean_update(images[own], labels[own])[FIRST_LAYER] for own in members]
     order = torch.cat(members).argsort()
-    return SimulatedTraining(torch.cat(features)[order], torch.cat(errors)[order], update)
+    features = torch.cat([torch.stack(update.right).mean(0) for update in updates])
+    errors = torch.cat([torch.stack(update.left).sum(0) for update in updates])
+    return SimulatedTraining(features[order], errors[order], reduce(add, updates))

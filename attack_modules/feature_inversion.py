@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.feature_decoder import FeatureDecoder
-from attack_modules.feature_drift import SimulatedTraining, model_half_way, simulate_peers
+from attack_modules.feature_drift import SimulatedTraining, full_batches, model_half_way, simulate_peers
 from attack_modules.feature_map import for_speed
 from attack_modules.leakage import Leakage, PeerTraining, leak_rounds
+from attack_modules.local_training import SimulatedPeers
+from attack_modules.low_rank import LowRank
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError
 from fl_lightning.knowledge import Beliefs
-from fl_lightning.models import ImageClassifier, ImageShape
-from fl_lightning.observation import Observation
+from fl_lightning.models import FIRST_LAYER, ImageClassifier, ImageShape
 
 LEAST_ERROR = 1e-10
 """E below which nothing is gained: float32 shows no less."""
@@ -98,6 +99,7 @@ class FeatureInversion(Attack):
                 f"believed, so that one step an epoch is taken for granted. If they took k, the features come out k "
                 "times too large. Give `knowledge.num_clients`."
             )
+        self.training_of_rounds = [full_batches(observation, device) for observation in self.observations]
         self.leakage, self.presence = self.leak(
             [_head(o.without_weight_decay(u), model) for o, u in zip(self.observations, updates, strict=True)],
             [_head(o.before, model) for o in self.observations],
@@ -203,24 +205,25 @@ class FeatureInversion(Attack):
     def _simulate(self) -> list[SimulatedTraining]:
         """The peers' training of all rounds on the best images so far; an image has no part in a round without it."""
         presence = self.presence.to(self.device)
-        return [self._simulate_round(seen, shown) for seen, shown in zip(self.observations, presence, strict=True)]
+        rounds = zip(self.training_of_rounds, presence, strict=True)
+        return [self._simulate_round(training, shown) for training, shown in rounds]
 
-    def _simulate_round(self, observation: Observation, shown: Tensor) -> SimulatedTraining:
+    def _simulate_round(self, training: SimulatedPeers, shown: Tensor) -> SimulatedTraining:
         """One round's training on the images `shown` (N,); each process takes a part of the peers."""
-        before = for_speed(observation.build_model(), self.device)
         peers = self.leakage.peers.to(self.device)
         trained = peers[shown].unique()
         own = shown & torch.isin(peers, trained[self.ranks.own(len(trained)).to(self.device)])  # images of whole peers
-        first = before.head[0].weight
+        first = training.parameters[FIRST_LAYER]
         features, errors = torch.zeros_like(self.features), first.new_zeros(len(peers), len(first))
-        update = torch.zeros_like(first)
+        update = LowRank(first, 0.0, (errors[:0],), (features[:0],))
         if own.any():
             images = self.best[own].contiguous(memory_format=torch.channels_last)
             count = int(shown.sum()) + self.leakage.diagnosis.num_images - self.leakage.diagnosis.separated
             with torch.autocast(self.device.type, enabled=False):  # it is the difference to the observed that counts
-                found = simulate_peers(before, images, self.labels[own], peers[own], observation.beliefs, count)
+                found = simulate_peers(training, images, self.labels[own], peers[own], count)
             features[own], errors[own], update = found.features, found.errors, found.update
-        return SimulatedTraining(*(self.ranks.total(part) for part in (features, errors, update)))
+        update = self.ranks.sum({FIRST_LAYER: update})[FIRST_LAYER]
+        return SimulatedTraining(self.ranks.total(features), self.ranks.total(errors), update)
 
     def leaked_features(self, rounds: list[SimulatedTraining]) -> Tensor:
         """(N, D) mean over the local steps of the images' features, as they leaked.

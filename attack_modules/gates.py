@@ -68,7 +68,10 @@ class GateRegression:
             log_evidence = -0.5 * (misfit + self.num_constraints * noise.log()).sum() - (
                 factor.diagonal(dim1=1, dim2=2).log().sum()
             )
-            noise = noise * (misfit / self.num_constraints).clamp_min(1)
+            raised = (misfit / self.num_constraints).clamp_min(1)
+            if (raised == 1).all():
+                break
+            noise = noise * raised
         deviation = prior.variance.gather(1, units).sqrt()
         mean = prior.mean.scatter_add(1, units, deviation * shift[..., 0])
         shrunk = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
@@ -78,12 +81,15 @@ class GateRegression:
     def best(self, prior: Callable[[float], Gates], errors: Tensor, noise: Tensor, width: float = 0.01) -> Gates:
         """Posterior under the prior of greatest evidence, climbing from `width` in factors of 2."""
         best, evidence = self.posterior(prior(width), errors, noise)
+        start = width
         for factor in (2.0, 0.5):
             while 1e-5 < (trial := width * factor) < 1:
                 gates, trial_evidence = self.posterior(prior(trial), errors, noise)
                 if trial_evidence <= evidence:
                     break
                 best, evidence, width = gates, trial_evidence, trial
+            if width != start:
+                break  # it came from the other side
         return best
 
 

@@ -45,6 +45,9 @@ from attack_modules.trajectory import (
     simulate,
 )
 
+FEATURES_AT_ONCE = 8192
+"""Columns of a layer's weight that are in memory as float64."""
+
 
 @dataclass(frozen=True)
 class PeerTraining:
@@ -169,7 +172,7 @@ def leak_rounds(
     at, below = (singular[i].item() if i < len(singular) else space.floor for i in (num_images - 1, num_images))
     return Leakage(
         labels=labels,
-        features=(found.coordinates @ space.basis.T)[:, :width].float(),
+        features=space.vectors(found.coordinates)[:, :width].float(),
         peers=found.peers,
         diagnosis=Diagnosis(
             num_images=num_images,
@@ -216,25 +219,33 @@ def augmented(parameters: Mapping[str, Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class RowSpace:
-    """A layer's update `rows @ basis.T`, and the layer's weights seen through the same basis.
+    """A layer's update, and its weights, in coordinates of the update's r dimensions.
 
     Attributes:
-        basis: (D, r) orthonormal, float64.
+        update: (out, D) float64.
+        mixing: (r, out), so that the rows of `mixing @ update` are an orthonormal basis.
         rows: (out, r) the update in that basis.
         weight: (out, r) the layer's weight before the round, in that basis.
         floor: smallest singular value that the weights' precision can show.
     """
 
-    basis: Tensor
+    update: Tensor
+    mixing: Tensor
     rows: Tensor
     weight: Tensor
     floor: float
 
     @classmethod
     def of(cls, update: Tensor, weight: Tensor) -> "RowSpace":
-        basis, rows = torch.linalg.qr(update.double().T)
-        floor = torch.finfo(weight.dtype).eps * rows.norm().item()
-        return cls(basis, rows.T, weight.double() @ basis, floor)
+        update, precision = update.double(), torch.finfo(weight.dtype).eps
+        rows, mixing = row_coordinates(update, precision)
+        parts = zip(weight.split(FEATURES_AT_ONCE, 1), update.split(FEATURES_AT_ONCE, 1), strict=True)
+        products = sum(part.double() @ moved.T for part, moved in parts)
+        return cls(update, mixing, rows, products @ mixing.T, precision * rows.norm().item())
+
+    def vectors(self, coordinates: Tensor) -> Tensor:
+        """(N, r) coordinates -> (N, D) vectors."""
+        return coordinates @ self.mixing @ self.update
 
     def part(self, count: int) -> "RowSpace":
         """The first `count` rows alone."""
@@ -244,6 +255,25 @@ class RowSpace:
     def singular(self) -> Tensor:
         """Singular values of the update, one for each unit that ever was active, none under the floor."""
         return torch.linalg.svdvals(self.rows[(self.rows != 0).any(1)]).clamp_min(self.floor)
+
+
+def row_coordinates(update: Tensor, precision: float | None = None) -> tuple[Tensor, Tensor]:
+    """An update in coordinates of its own row space: `rows` (out, r), and `mixing` (r, out).
+
+    `update = rows @ basis` with the orthonormal `basis = mixing @ update`, which would be as large as the update and
+    is never formed. The basis is that of the singular vectors: only there each has a scale of its own, and those of
+    noise do not blur the others.
+
+    Args:
+        update: (out, D) float64.
+        precision: relative size of singular values that are nothing, float64's own unless given; their rows of
+            `mixing` are 0.
+    """
+    rows = torch.linalg.qr(update.T, mode="r").R.T
+    left, singular, right = torch.linalg.svd(rows, full_matrices=False)
+    least = (torch.finfo(update.dtype).eps if precision is None else precision) * singular.norm()
+    scale = torch.where(singular > least, 1 / singular, 0.0)
+    return rows @ right.T, (left * scale).T  # rows of units that never were active stay exactly 0
 
 
 def count_images(singular: Tensor, held: int, steps: int) -> int:
@@ -384,7 +414,7 @@ def read_stack(
         features = regress_features(rows, gates.mean * errors, gates.variance * errors**2, regression.noise)
         noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
     if steps == 1:
-        open_, features = binary_gates(rows, space.weight, errors, activations, len(space.basis))
+        open_, features = binary_gates(rows, space.weight, errors, activations, space.update.shape[1])
         gates = Gates(open_, torch.zeros_like(open_))
     influence = torch.full((len(targets), len(targets)), 1 / len(targets), dtype=rows.dtype)
     peers = torch.zeros(len(targets), dtype=torch.long)
@@ -430,6 +460,8 @@ def read_stack(
         noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
         path = train(features, influence)
         readings.append(reading(path))
+        if (features - readings[-2].coordinates).norm() < torch.finfo(torch.float32).eps * features.norm():
+            break
     return min(readings, key=lambda found: found.drift)  # a simulation from poor features leads away
 
 

@@ -228,7 +228,7 @@ class SimulatedPeers:
                 if name not in weights:
                     x = layer(x)
                     continue
-                seen[name] = x
+                seen[name] = x if differentiable else x.detach()
                 outputs[name] = x = weights[name].linear(x)
                 if layer.bias is not None:
                     x = x + weights[f"head.{index}.bias"]

@@ -8,6 +8,7 @@ from torch import Tensor
 from attack_modules.feature_drift import SimulatedTraining
 from attack_modules.feature_inversion import FeatureInversion
 from attack_modules.gates import regress_features
+from attack_modules.leakage import row_coordinates
 from fl_lightning.models import FIRST_LAYER
 
 
@@ -32,7 +33,7 @@ class RefinedInversion(FeatureInversion):
 
     def leaked_features(self, rounds: list[SimulatedTraining]) -> Tensor:
         observed = [self.update_of(observation)[FIRST_LAYER].to(self.device) for observation in self.observations]
-        lacking = torch.cat([update - round_.update for update, round_ in zip(observed, rounds, strict=True)])
+        lacking = torch.cat([update - round_.update.dense() for update, round_ in zip(observed, rounds, strict=True)])
         errors = torch.cat([round_.errors for round_ in rounds], 1)
         means = self._mean_features(rounds)
         return means + solve_robustly(errors, lacking).to(means)
@@ -53,6 +54,6 @@ def solve_robustly(errors: Tensor, update: Tensor) -> Tensor:
         errors: (N, H).
         update: (H, D).
     """
-    basis, rows = torch.linalg.qr(update.double().T)
-    errors = errors.double()
-    return regress_features(rows.T, errors, torch.zeros_like(errors), noise=0.0) @ basis.T
+    update, errors = update.double(), errors.double()
+    rows, mixing = row_coordinates(update)
+    return regress_features(rows, errors, torch.zeros_like(errors), noise=0.0) @ mixing @ update

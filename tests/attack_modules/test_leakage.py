@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attack_modules.attack import AttackError
+from attack_modules.gates import GateRegression, Gates
 from attack_modules.leakage import (
     Leakage,
     PeerTraining,
@@ -178,6 +179,41 @@ def test_rank_counts_images() -> None:
     update[7] = 0  # a unit that was never active
     singular = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).singular
     assert count_images(singular, held=0, steps=1) == count_images(singular, held=3, steps=3) == 5
+
+
+def test_row_space_is_that_of_the_update() -> None:
+    torch.manual_seed(0)
+    update = torch.rand(30, 5, dtype=torch.float64) @ torch.rand(5, 50, dtype=torch.float64)
+    update[7] = 0  # a unit that was never active
+    update[9:] += 1e-4 * torch.randn(21, 50)
+    weight = torch.rand(30, 50)
+    space = RowSpace.of(update, weight)
+    torch.testing.assert_close(space.vectors(space.rows), update, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(space.weight @ space.rows.T, weight.double() @ update.T)
+    assert not space.rows[7].any()
+    directions = space.vectors(torch.eye(len(space.mixing), dtype=torch.float64))[:26]  # 5 and 21
+    torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("true_width", [1e-3, 0.3])
+def test_the_likeliest_width_of_gates_is_sought_in_one_direction(true_width: float) -> None:
+    torch.manual_seed(0)
+    errors, noise = torch.rand(3, 20).double(), torch.full((3,), 1e-12).double()
+    middle = torch.full((3, 20), 0.5).double()
+    true_gates = middle + true_width * torch.randn(3, 20)
+    tried = []
+
+    def prior(width: float) -> Gates:
+        tried.append(width)
+        return Gates(middle, torch.full_like(middle, width**2))
+
+    regression = GateRegression((true_gates * errors).T @ torch.rand(3, 9).double(), 3)
+    found = regression.best(prior, errors, noise)
+    assert len(set(tried)) == len(tried)  # each is computed once
+    evidence = {width: regression.posterior(prior(width), errors, noise)[1] for width in tuple(tried)}
+    likeliest = max(evidence, key=evidence.__getitem__)
+    assert likeliest / true_width == pytest.approx(1, rel=1)
+    torch.testing.assert_close(found.mean, regression.posterior(prior(likeliest), errors, noise)[0].mean)
 
 
 def test_count_knows_drifting_features_and_full_rank() -> None:
