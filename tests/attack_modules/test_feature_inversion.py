@@ -42,6 +42,7 @@ def test_images_of_an_aggregate_are_read_blindly(observe: Observe, attack: Run, 
     assert (misfit < 0.05).all()
     assert (module.misfit(1 - images, labels) > 0.3).all()
     assert "holds 4 images" in module.introduction()
+    assert "RefinedInversion" not in module.introduction()  # such small steps need none
 
 
 def test_images_do_not_feel_each_other_and_chunks_do_not_matter(observe: Observe, attack: Run) -> None:

@@ -58,6 +58,8 @@ def test_it_rests_at_the_originals_where_the_leakage_does_not(
     truth = refined.model.embed(images)
     assert error(targets_at(refined, images), truth).max() < 1e-4
     assert error(targets_at(plain, images), truth).max() > 5e-3
+    assert "`RefinedInversion`" in plain.introduction()  # which says what to do about it
+    assert "`RefinedInversion`" not in refined.introduction()
 
 
 def test_it_comes_nearer_from_images_that_are_not_right_yet(seen: Observation, attack: Run, originals: Tensor) -> None:
@@ -96,4 +98,4 @@ def test_configuration_names_it(observe: Observe, attack: Run, seen: Observation
     settings = yaml.safe_load((ROOT / "configs/refined.yaml").read_text())["model"]
     assert settings["class_path"] == "RefinedInversion"
     module = attack(RefinedInversion(**settings["init_args"]), seen, steps=4)
-    assert "matching the update of all 3 local steps, 3 times" in module.introduction()
+    assert "matching the update of all 3 local steps, 8 times" in module.introduction()
