@@ -58,8 +58,14 @@ def test_it_rests_at_the_originals_where_the_leakage_does_not(
     truth = refined.model.embed(images)
     assert error(targets_at(refined, images), truth).max() < 1e-4
     assert error(targets_at(plain, images), truth).max() > 5e-3
-    assert "`RefinedInversion`" in plain.introduction()  # which says what to do about it
-    assert "`RefinedInversion`" not in refined.introduction()
+
+
+def test_the_plain_attack_says_where_refinement_pays(observe: Observe, attack: Run) -> None:
+    drifting = observe(Federation(client=LocalTraining(lr=0.1, local_epochs=3)), BLIND, **DATA)
+    plain, refined = (attack(kind(), drifting, steps=1) for kind in (FeatureInversion, RefinedInversion))
+    assert plain.leakage.diagnosis.drift > 0.03
+    assert "`RefinedInversion` (configs/refined.yaml) would" in plain.introduction()
+    assert "would" not in refined.introduction()
 
 
 def test_it_comes_nearer_from_images_that_are_not_right_yet(seen: Observation, attack: Run, originals: Tensor) -> None:
