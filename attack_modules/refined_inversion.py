@@ -25,7 +25,7 @@ class RefinedInversion(FeatureInversion):
 
     Args:
         resimulations: times, spread evenly over the steps, at which the training is simulated and matched. Each begins
-            from better images: where features drift by 7 %, 6 make 1.1 dB more than 3, and 11 another 0.3.
+            from better images: where activations drift by 7 %, 6 make 1.1 dB more than 3, and 11 another 0.3.
         settings: those of `FeatureInversion`.
     """
 
