@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import pdist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.special import ndtr
@@ -121,13 +123,16 @@ def co_members(
 
 
 def group_peers(influence: Tensor) -> Tensor:
-    """(N,) peer of each image: those whose rows of `influence` (N, N) point the same way, linked transitively."""
-    unit = F.normalize(influence, dim=1)
-    linked = unit @ unit.T > 0.5
-    peers = torch.arange(len(influence))
-    while not torch.equal(peers, merged := torch.where(linked, peers[None], len(peers)).amin(1)):
-        peers = merged
-    return peers.unique(return_inverse=True)[1]
+    """(N,) peer of each image: those whose rows of `influence` (N, N) point the same way, on average of a group.
+
+    By average linkage: one pair that looks alike by chance, as some do where the training changes the model much, does
+    not join two peers.
+    """
+    if len(influence) < 2:
+        return torch.zeros(len(influence), dtype=torch.long)
+    groups = fcluster(linkage(pdist(influence.numpy(), "cosine"), "average"), 0.5, "distance")
+    first = (groups[:, None] == groups).argmax(1)  # of each image's group, so that groups are numbered in their order
+    return torch.from_numpy(first).unique(return_inverse=True)[1]
 
 
 def offset_to_match(preactivations: Tensor, activations: Tensor) -> Tensor:

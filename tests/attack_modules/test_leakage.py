@@ -277,6 +277,16 @@ def test_co_members_finds_peers() -> None:
     assert group_peers(found).tolist() == [0, 0, 1, 1, 1, 1]
 
 
+def test_two_images_that_look_alike_do_not_join_their_peers() -> None:
+    influence = torch.block_diag(torch.full((4, 4), 0.25), torch.full((5, 5), 0.2), torch.ones(1, 1)).double()
+    influence[3, 4:6] = influence[4:6, 3] = 0.3
+    influence = influence[order := torch.tensor([4, 0, 5, 1, 9, 6, 2, 7, 3, 8])][:, order]
+    unit = nn.functional.normalize(influence, dim=1)
+    assert (unit @ unit.T)[0, 8] > 0.5  # images 3 and 4, of different peers
+    assert group_peers(influence).tolist() == [0, 1, 0, 1, 2, 0, 1, 0, 1, 0]
+    assert group_peers(torch.ones(1, 1).double()).tolist() == [0]
+
+
 def test_offset_matches_mean_activation() -> None:
     torch.manual_seed(0)
     path = torch.randn(5, 3, 7, dtype=torch.float64)
