@@ -27,9 +27,8 @@ LEAST_PRIOR = 1 / 255
 LAST_RATE = 0.03
 """Share of the rate that is left at the end. It falls like a Gaussian: high for long, then small but never nothing."""
 
-DRIFTING = (0.03, 0.3)
-"""Drifts of the activations between which refinement surely pays. Measured: 3 to 5 dB at 8 %, none or 1 dB below 2 %;
-at 98 % it does harm, since who trained together is not found."""
+DRIFTING = 0.03
+"""Drift of the activations from which on refinement surely pays: 3 dB or more above 8 %, 1 or none below 2 %."""
 REFINE = (
     "\nThe local training changes the model much, as the drift shows: `RefinedInversion` (configs/refined.yaml) would "
     "make better images of it."
@@ -286,7 +285,7 @@ class FeatureInversion(Attack):
         decoded = FeatureDecoder.fits(self.model, self.images.shape[1:])
         beginning = "images that a regression decodes" if decoded else "grey ones, since the features are no map"
         unknown = self.images[0].numel()
-        advice = REFINE if DRIFTING[0] < found.drift < DRIFTING[1] and type(self) is FeatureInversion else ""
+        advice = REFINE if found.drift > DRIFTING and type(self) is FeatureInversion else ""
         return (
             f"Attack: closed-form leakage. The head's {subject} {found.num_images} images, {found.separated} told "
             f"apart (singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "

@@ -445,6 +445,8 @@ def read_stack(
         peers = group_peers(influence)
         together = (peers[:, None] == peers).to(rows)
         influence = together / together.sum(1, keepdim=True)
+        if len(readings) == 1:  # it was read as if all had trained together; its drift shows who did
+            readings[0] = replace(readings[0], peers=peers)
         path = train(features, influence)
         residuals = path.residuals.split(targets.shape[1], 1)
         activations = torch.cat(

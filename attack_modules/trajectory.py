@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import pdist
+from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.nn import functional as F
 from torch.special import ndtr
@@ -130,7 +130,9 @@ def group_peers(influence: Tensor) -> Tensor:
     """
     if len(influence) < 2:
         return torch.zeros(len(influence), dtype=torch.long)
-    groups = fcluster(linkage(pdist(influence.numpy(), "cosine"), "average"), 0.5, "distance")
+    unit = F.normalize(influence, dim=1)
+    distances = (1 - unit @ unit.T).clamp_min(0).nan_to_num(1.0).fill_diagonal_(0)
+    groups = fcluster(linkage(squareform(distances.numpy(), checks=False), "average"), 0.5, "distance")
     first = (groups[:, None] == groups).argmax(1)  # of each image's group, so that groups are numbered in their order
     return torch.from_numpy(first).unique(return_inverse=True)[1]
 

@@ -285,6 +285,15 @@ def test_two_images_that_look_alike_do_not_join_their_peers() -> None:
     assert (unit @ unit.T)[0, 8] > 0.5  # images 3 and 4, of different peers
     assert group_peers(influence).tolist() == [0, 1, 0, 1, 2, 0, 1, 0, 1, 0]
     assert group_peers(torch.ones(1, 1).double()).tolist() == [0]
+    assert group_peers(torch.tensor([[0.0, 0, 0], [0, 1, 1], [0, 1, 1]])).tolist() == [0, 1, 1]  # of no influence
+
+
+def test_peers_are_found_where_features_are_not() -> None:
+    features, labels = make_features(8), 3 * torch.arange(8)
+    update, before = train(make_head(), features, labels, lr=0.5, steps=3, peers=2)
+    found = leak(update, before, PeerTraining(lr=0.5, steps=3))
+    assert relative_error(found.features, features).max() > 0.5
+    assert found.peers.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_offset_matches_mean_activation() -> None:

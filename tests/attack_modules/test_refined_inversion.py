@@ -63,7 +63,7 @@ def test_it_rests_at_the_originals_where_the_leakage_does_not(
 def test_the_plain_attack_says_where_refinement_pays(observe: Observe, attack: Run) -> None:
     drifting = observe(Federation(client=LocalTraining(lr=0.1, local_epochs=3)), BLIND, **DATA)
     plain, refined = (attack(kind(), drifting, steps=1) for kind in (FeatureInversion, RefinedInversion))
-    assert 0.03 < plain.leakage.diagnosis.drift < 0.3
+    assert plain.leakage.diagnosis.drift > 0.03
     assert "`RefinedInversion` (configs/refined.yaml) would" in plain.introduction()
     assert "would" not in refined.introduction()
 
