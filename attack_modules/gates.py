@@ -68,10 +68,7 @@ class GateRegression:
             log_evidence = -0.5 * (misfit + self.num_constraints * noise.log()).sum() - (
                 factor.diagonal(dim1=1, dim2=2).log().sum()
             )
-            raised = (misfit / self.num_constraints).clamp_min(1)
-            if (raised == 1).all():
-                break
-            noise = noise * raised
+            noise = noise * (misfit / self.num_constraints).clamp_min(1)
         deviation = prior.variance.gather(1, units).sqrt()
         mean = prior.mean.scatter_add(1, units, deviation * shift[..., 0])
         shrunk = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)

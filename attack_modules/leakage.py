@@ -45,9 +45,6 @@ from attack_modules.trajectory import (
     simulate,
 )
 
-FEATURES_AT_ONCE = 8192
-"""Columns of a layer's weight that are in memory as float64."""
-
 
 @dataclass(frozen=True)
 class PeerTraining:
@@ -239,9 +236,7 @@ class RowSpace:
     def of(cls, update: Tensor, weight: Tensor) -> "RowSpace":
         update, precision = update.double(), torch.finfo(weight.dtype).eps
         rows, mixing = row_coordinates(update, precision)
-        parts = zip(weight.split(FEATURES_AT_ONCE, 1), update.split(FEATURES_AT_ONCE, 1), strict=True)
-        products = sum(part.double() @ moved.T for part, moved in parts)
-        return cls(update, mixing, rows, products @ mixing.T, precision * rows.norm().item())
+        return cls(update, mixing, rows, weight.double() @ update.T @ mixing.T, precision * rows.norm().item())
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """(N, r) coordinates -> (N, D) vectors."""
