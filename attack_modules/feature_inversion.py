@@ -305,4 +305,4 @@ def _head(state: Tensors, model: ImageClassifier) -> Tensors:
 def _training(beliefs: Beliefs) -> PeerTraining:
     """What the closed form needs to know of a round's training."""
     labels = None if beliefs.labels is None else torch.tensor(beliefs.labels)
-    return PeerTraining(beliefs.mean_rate, beliefs.local_steps, beliefs.num_images, labels)
+    return PeerTraining(beliefs.mean_rate, beliefs.local_steps, beliefs.num_images, labels, beliefs.local_epochs)

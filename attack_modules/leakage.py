@@ -55,12 +55,14 @@ class PeerTraining:
         steps: full-batch steps that each peer takes.
         num_images: N, or None to take the rank of the first layer's update.
         labels: (N,) long in any order, or None to infer them.
+        epochs: steps in which each image takes part, or None for all.
     """
 
     lr: float
     steps: int
     num_images: int | None = None
     labels: Tensor | None = None
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def leak_rounds(
     last, weight = [layer[-1].double() for layer in layers], [layer[-1].double() for layer in before]
     held = int(class_deficits(last[0])[1].sum())
     singular = space.singular if len(layers) == 1 else space.part(len(layers[0][0])).singular
-    num_images = beliefs.num_images or given or count_images(singular, held, beliefs.steps)
+    num_images = beliefs.num_images or given or count_images(singular, held, beliefs.epochs or beliefs.steps)
     scale = num_images / (beliefs.lr * beliefs.steps)
     labels = beliefs.labels if beliefs.labels is not None else common_labels(last, num_images)
     targets = F.one_hot(labels, len(last[0])).to(last[0])
@@ -271,28 +273,30 @@ def row_coordinates(update: Tensor, precision: float | None = None) -> tuple[Ten
     return rows @ right.T, (left * scale).T  # rows of units that never were active stay exactly 0
 
 
-def count_images(singular: Tensor, held: int, steps: int) -> int:
+def count_images(singular: Tensor, held: int, epochs: int) -> int:
     """Number of images: where the singular values (r,) of the first layer's update fall most steeply.
 
     Every class that somebody holds has an image, and the steepest fall is sought from there: the largest singular
     value, that of the images' mean, is far above all others. Where features drift much during the local steps, each
-    image adds one direction a step: the steepest fall is at `steps` times their number, and where they themselves end
-    is one of the few other falls that stand out (the steepest twentieth before it).
+    image adds one direction an epoch: the steepest fall, down to the rounding of the weights, is at `epochs` times
+    their number. That it is so shows where the images themselves end: just one is there for each class that is held,
+    or one of the few other falls that stand out (the steepest twentieth before it).
 
     Args:
         singular: falling, positive.
         held: number of classes that somebody holds, as far as the last layer tells.
-        steps: that each peer takes.
+        epochs: steps in which each image takes part.
     """
     least = max(held, 1)
     if least >= len(singular):  # more images than units that were ever active: only their classes count them
         return least
     falls = singular[least - 1 : -1] / singular[least:]
     rank = least + int(falls.argmax())
-    fewer = rank // steps
-    if rank == fewer * steps and least <= fewer < rank:
+    fewer = rank // epochs
+    rounding = singular[rank] < 2 * singular[rank:].median()  # whose singular values are much alike
+    if rounding and rank == fewer * epochs and least <= fewer < rank:
         before = falls[: rank - least]
-        if before[fewer - least] >= before.quantile(0.95):
+        if fewer == held or before[fewer - least] >= before.quantile(0.95):
             return fewer
     return rank
 
@@ -318,7 +322,7 @@ def class_deficits(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
     Activations are not negative, so a row sums to `sum_m p_mc |h_m| - sum_{y_n = c} |h_n|`: classes that nobody holds
     give the positive part. They scatter as far below their median as above it. Without such classes there is no such
-    yardstick.
+    yardstick, but a sum that is clearly negative is that of a class that somebody holds in any case.
 
     Returns:
         Deficits (C,), and whether somebody holds the class (C,).
@@ -326,7 +330,7 @@ def class_deficits(gradient: Tensor) -> tuple[Tensor, Tensor]:
     sums = gradient.sum(1)
     empty = sums[sums > 0].median()
     deficit = (empty - sums).clamp_min(0)
-    return deficit, deficit > 2 * (sums.max() - empty)
+    return deficit, (deficit > 2 * (sums.max() - empty)) | (sums < 0.01 * sums.min())
 
 
 def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: int = 30) -> tuple[Tensor, Tensor]:
@@ -497,7 +501,8 @@ def read_shared(
         raise AttackError(
             f"Images of the {num_images} in this aggregate share classes, and none of them can be told apart: no gates "
             "agree with the first layer's update. The model may be too well trained, the learning rate or the number "
-            "of local steps too high, or the number of images wrong. Attack it by gradient matching instead."
+            "of local steps too high, or the number of images wrong: at high rates it may come out as itself times the "
+            "local epochs. Give it as `knowledge.num_images`, or attack by gradient matching instead."
         )
     order = separation.labels.argsort(stable=True)
     if beliefs.labels is not None and len(order) == len(beliefs.labels):

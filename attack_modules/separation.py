@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import Progress
 from scipy.optimize import linprog
 from torch import Tensor
 
@@ -56,7 +58,8 @@ def separate(
         exact: whether `quota` is known, so that no class is asked for more.
         sure: `Separation.outside` below which gates count as an image's. Measured: 0.02 at most for images at one local
             step, 0.14 at three; above 0.9 for nearly all others.
-        patience: fruitless searches in a row after which it is given up.
+        patience: fruitless searches in a row after which the last image is given up; where k are left, a k-th of them,
+            at least a tenth. Measured: up to 131 for the last of 64 images, 32 for the last but one, 9 with ten left.
         seed: of the random objectives.
     """
     live = (rows != 0).any(1)  # units that were active for any image
@@ -69,26 +72,29 @@ def separate(
     outsides: list[float] = []
     found, failures, fruitless = np.zeros_like(expected), np.zeros_like(expected), 0
     wanted = min(num_images, int(quota.sum())) if exact else num_images
-    while len(labels) < wanted and fruitless < patience:
-        priority = expected / (2 * found + 1) / (1 + failures)  # Sainte-Lague, but classes that disappoint wait
-        label = int(np.where((found < expected) | (not exact), priority, -1).argmax())
-        gate = search.corner(error[label])
-        gated = gate * error[label]
-        inside = gated @ search.space
-        size = np.linalg.norm(gated)
-        outside = np.linalg.norm(gated - search.space @ inside)
-        fresh = np.linalg.norm(search.beyond(inside))
-        # another version of a corner that is known differs from it outside of the space as much as inside
-        if outside < sure * chance * size and fresh > outside + rounding * size:
-            search.exclude(inside)
-            labels.append(label)
-            gates.append(gate)
-            outsides.append(outside / (chance * size))
-            found[label] += 1
-            fruitless = 0
-        else:
-            failures[label] += 1
-            fruitless += 1
+    with Progress(disable=rank_zero_only.rank > 0) as progress:
+        task = progress.add_task("Leakage, images told apart", total=wanted)
+        while len(labels) < wanted and fruitless < patience / min(wanted - len(labels), 10):
+            priority = expected / (2 * found + 1) / (1 + failures)  # Sainte-Lague, but classes that disappoint wait
+            label = int(np.where((found < expected) | (not exact), priority, -1).argmax())
+            gate = search.corner(error[label])
+            gated = gate * error[label]
+            inside = gated @ search.space
+            size = np.linalg.norm(gated)
+            outside = np.linalg.norm(gated - search.space @ inside)
+            fresh = np.linalg.norm(search.beyond(inside))
+            # another version of a corner that is known differs from it outside of the space as much as inside
+            if outside < sure * chance * size and fresh > outside + rounding * size:
+                search.exclude(inside)
+                labels.append(label)
+                gates.append(gate)
+                outsides.append(outside / (chance * size))
+                found[label] += 1
+                fruitless = 0
+                progress.advance(task)
+            else:
+                failures[label] += 1
+                fruitless += 1
     everywhere = torch.zeros(len(labels), len(rows), dtype=rows.dtype)
     everywhere[:, live] = torch.from_numpy(np.array(gates).reshape(len(labels), len(search.space))).to(rows)
     return Separation(torch.tensor(labels, dtype=torch.long), everywhere, torch.tensor(outsides, dtype=rows.dtype))

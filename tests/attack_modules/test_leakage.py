@@ -13,6 +13,7 @@ from attack_modules.leakage import (
     PeerTraining,
     RowSpace,
     augmented,
+    class_deficits,
     count_images,
     head_inputs,
     infer_labels,
@@ -178,7 +179,7 @@ def test_rank_counts_images() -> None:
     update = torch.rand(30, 5, dtype=torch.float64) @ torch.rand(5, 50, dtype=torch.float64)
     update[7] = 0  # a unit that was never active
     singular = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).singular
-    assert count_images(singular, held=0, steps=1) == count_images(singular, held=3, steps=3) == 5
+    assert count_images(singular, held=0, epochs=1) == count_images(singular, held=3, epochs=3) == 5
 
 
 def test_row_space_is_that_of_the_update() -> None:
@@ -218,18 +219,29 @@ def test_the_likeliest_width_of_gates_is_sought_in_one_direction(true_width: flo
 
 def test_count_knows_drifting_features_and_full_rank() -> None:
     singular = torch.tensor([90.0, 9, 8, 7, 3, 2.9, 2.8, 2.7, 0.01, 0.009])  # 4 images, 2 steps
-    assert count_images(singular, held=4, steps=2) == 4
-    assert count_images(singular, held=4, steps=3) == 8
-    assert count_images(singular, held=12, steps=1) == 12
+    assert count_images(singular, held=4, epochs=2) == 4
+    assert count_images(singular, held=4, epochs=3) == 8
+    assert count_images(singular, held=12, epochs=1) == 12
 
 
 def test_count_of_drifting_images_need_not_be_the_second_steepest_fall() -> None:
     falls = torch.full((70,), 1.02)
     falls[[0, 19, 21, 59]] = torch.tensor([6.0, 1.8, 1.9, 200.0])  # 20 images, 3 steps, beside a steeper fall at 22
     singular = 1e3 / torch.cat([torch.ones(1), falls.cumprod(0)])
-    assert count_images(singular, held=20, steps=3) == 20
-    falls[19] = 1.0  # nothing ends at 20: there are 60 images
-    assert count_images(1e3 / torch.cat([torch.ones(1), falls.cumprod(0)]), held=20, steps=3) == 60
+    assert count_images(singular, held=20, epochs=3) == 20
+    falls[19] = 1.0  # nothing ends at 20
+    singular = 1e3 / torch.cat([torch.ones(1), falls.cumprod(0)])
+    assert count_images(singular, held=20, epochs=3) == 20  # but 20 classes are held
+    assert count_images(singular, held=19, epochs=3) == 60
+    drifting = torch.cat([singular[:60], singular[60] * 0.9 ** torch.arange(40)])  # of 60 images, above the rounding
+    assert count_images(drifting, held=20, epochs=3) == 60
+
+
+def test_images_seen_once_count_once() -> None:
+    labels = torch.tensor([3, 3, 7, 7, 22, 22])
+    update, before = train(make_head(hidden=128), make_features(len(labels)), labels, lr=0.01, steps=1)
+    batches = PeerTraining(lr=0.005, steps=2, epochs=1)  # two steps, each on half of the images
+    assert leak(update, before, batches).diagnosis.num_images == len(labels)
 
 
 def test_infer_labels_counts_duplicates() -> None:
@@ -237,6 +249,11 @@ def test_infer_labels_counts_duplicates() -> None:
     labels = torch.tensor([0, 4, 4, 4, 9, 11, 11])
     targets = nn.functional.one_hot(labels, 30).float()
     assert infer_labels((1 / 30 - targets).T @ activations, 7).tolist() == labels.tolist()
+
+
+def test_a_class_with_a_negative_sum_is_held_whatever_the_others_do() -> None:
+    sums = torch.tensor([-3.0, 0.1, 0.1, -2.0, 0.1, 4.0])  # the last by a training that went too far
+    assert class_deficits(sums[:, None])[1].tolist() == [True, False, False, True, False, False]
 
 
 def test_head_inputs_is_exact() -> None:

@@ -77,6 +77,25 @@ def test_it_comes_nearer_from_images_that_are_not_right_yet(seen: Observation, a
     assert error(targets_at(refined, near), truth).max() < error(refined.model.embed(near), truth).min() / 1.5
 
 
+def test_it_goes_back_where_the_images_depart_from_the_update(
+    seen: Observation, attack: Run, originals: Tensor
+) -> None:
+    refined = attack(RefinedInversion(lr=0.1), seen, steps=1)
+    images = in_order_of(refined, originals)
+    torch.manual_seed(0)
+    near, far, farther = ((images + width * torch.randn_like(images)).clamp(0, 1) for width in (0.05, 0.2, 0.4))
+    targets_at(refined, near)  # the images that the leaked features gave
+    refinements = refined.sought.clone()
+    targets_at(refined, far)
+    assert not torch.equal(refined.sought, refined.leakage.features)  # once may be chance
+    with pytest.warns(UserWarning, match="Refinement ends at step 1"):
+        targets_at(refined, farther)
+    assert torch.equal(refined.sought, refined.leakage.features)
+    assert not torch.equal(refinements, refined.leakage.features)
+    targets_at(refined, near)
+    assert torch.equal(refined.sought, refined.leakage.features)  # for good
+
+
 @pytest.mark.parametrize("classifier", ["linear_classifier", "batch_norm_classifier"])
 def test_heads_of_one_layer(observe: Observe, attack: Run, classifier: str, request: pytest.FixtureRequest) -> None:
     federation = Federation(model=request.getfixturevalue(classifier), client=LocalTraining(lr=0.01, local_epochs=3))
