@@ -285,7 +285,8 @@ class FeatureInversion(Attack):
         decoded = FeatureDecoder.fits(self.model, self.images.shape[1:])
         beginning = "images that a regression decodes" if decoded else "grey ones, since the features are no map"
         unknown = self.images[0].numel()
-        advice = REFINE if found.drift > DRIFTING and type(self) is FeatureInversion else ""
+        refinable = self.steps == observation.beliefs.local_epochs and len(self.labels.unique()) > len(self.labels) / 2
+        advice = REFINE if found.drift > DRIFTING and refinable and type(self) is FeatureInversion else ""
         return (
             f"Attack: closed-form leakage. The head's {subject} {found.num_images} images, {found.separated} told "
             f"apart (singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "

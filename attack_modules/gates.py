@@ -147,5 +147,6 @@ def gates_of_activations(activations: Tensor, width: float) -> Gates:
 
 
 def mean_activation(activations: Tensor) -> Tensor:
-    """(N, 1) mean of each image's positive activations."""
-    return activations.clamp_min(0).sum(1, keepdim=True) / (activations > 0).sum(1, keepdim=True).clamp_min(1)
+    """(N, 1) mean of each image's positive activations; of an image without any, as misread ones are, nearly 0."""
+    total, count = activations.clamp_min(0).sum(1, keepdim=True), (activations > 0).sum(1, keepdim=True).clamp_min(1)
+    return (total / count).clamp_min(torch.finfo(activations.dtype).tiny)

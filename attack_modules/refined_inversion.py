@@ -10,10 +10,12 @@ from attack_modules.feature_drift import SimulatedTraining
 from attack_modules.feature_inversion import FeatureInversion
 from attack_modules.gates import regress_features
 from attack_modules.leakage import row_coordinates
+from fl_lightning.errors import SettingError
 from fl_lightning.models import FIRST_LAYER
 
-PATIENCE = 2
-"""Refinements in turn that brought images no nearer and so are taken back. One may be the optimiser's noise."""
+WORSE = 1.05
+"""Times the least share of the update left unexplained, above which a refinement leads away. Where it works, the share
+falls, and at last wavers by 3 %."""
 
 
 class RefinedInversion(FeatureInversion):
@@ -25,10 +27,12 @@ class RefinedInversion(FeatureInversion):
     back to the features: `update ~ errors^T features`, so a linear solve says to which. This is a Gauss-Newton step of
     matching the update of all local steps; it needs no second derivatives, and its fixed point is an exact match.
 
-    With one local step the leakage is exact already, and nothing changes.
+    With one local step the leakage is exact already, and nothing changes. Peers that train in mini-batches are refused:
+    which images share one is unknown.
 
-    Where the images agree less with the update after two refinements in turn than before (peers are misjudged, say),
-    these are taken back, and there are no further ones.
+    Images that share their class differ by their gates alone, and images half found have not the right ones: their
+    features stay as they leaked. Where the images agree less with the update after a refinement than before (peers are
+    misjudged, say), it goes back to the features that agreed best, and there are no further ones.
 
     Args:
         resimulations: times, spread evenly over the steps, at which the training is simulated and matched. Each begins
@@ -40,13 +44,24 @@ class RefinedInversion(FeatureInversion):
         super().__init__(resimulations=resimulations, **settings)
 
     def configure_model(self) -> None:
+        beliefs = self.observations[0].beliefs
+        if beliefs.local_steps > beliefs.local_epochs:
+            raise SettingError(
+                f"The peers train in batches of {beliefs.batch_size}, but `RefinedInversion` matches training on full "
+                "batches: which images share a batch is unknown. Use `FeatureInversion` (configs/leakage.yaml)."
+            )
         super().configure_model()
         if not hasattr(self, "sought"):
             leaked = self.leakage.features
             self.register_buffer("sought", leaked.clone())  # (N, D) mean over the local steps
             self.register_buffer("trusted", leaked.clone())  # the last of them that brought images nearer
             self.register_buffer("lacking", torch.tensor(torch.inf))  # share of the update that these left unexplained
-            self.register_buffer("misses", torch.tensor(0))  # in turn, since then
+            self.register_buffer("ended", torch.tensor(False))
+
+    @property
+    def alone(self) -> Tensor:
+        """(N,) bool: whether no other image has the image's label."""
+        return self.labels.bincount()[self.labels] == 1
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         super().training_step(batch, batch_idx)
@@ -54,31 +69,30 @@ class RefinedInversion(FeatureInversion):
             self.log("update_lacking", self.lacking)
 
     def leaked_features(self, rounds: list[SimulatedTraining]) -> Tensor:
-        if self.misses == PATIENCE:
+        if self.ended or not self.alone.any():
             return self.sought
         observed = [self.update_of(observation)[FIRST_LAYER].to(self.device) for observation in self.observations]
         missing = torch.cat([update - round_.update.dense() for update, round_ in zip(observed, rounds, strict=True)])
         lacking = missing.norm() / torch.cat(observed).norm()
-        if lacking < self.lacking:
-            self.lacking.copy_(lacking)
-            self.misses.zero_()
-            self.trusted.copy_(self.sought)
-        else:
-            self.misses += 1
-        if self.misses == PATIENCE:
+        if lacking > WORSE * self.lacking:
             rank_zero_warn(
                 f"Refinement ends at step {self.global_step}: its images leave {lacking:.1%} of the first head layer's "
                 f"update unexplained, those before {self.lacking:.1%}, to whose features it goes back. The peers that "
                 "were found may not be the true ones, or the clients' training not as believed."
             )
+            self.ended.fill_(True)
             return self.sought.copy_(self.trusted)
+        if lacking < self.lacking:
+            self.lacking.copy_(lacking)
+            self.trusted.copy_(self.sought)
         errors, means = torch.cat([round_.errors for round_ in rounds], 1), self._mean_features(rounds)
-        return self.sought.copy_(means + solve_robustly(errors, missing))
+        self.sought[self.alone] = (means + solve_robustly(errors, missing).to(means))[self.alone]
+        return self.sought
 
     def introduction(self) -> str:
         return (
             f"{super().introduction()}\nRefined by matching the update of all {self.steps} local steps, "
-            f"{self.resimulations} times."
+            f"{self.resimulations} times: the {int(self.alone.sum())} images that are alone in their class."
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attack_modules.attack import AttackError
-from attack_modules.gates import GateRegression, Gates
+from attack_modules.gates import GateRegression, Gates, gates_of_activations
 from attack_modules.leakage import (
     Leakage,
     PeerTraining,
@@ -215,6 +215,12 @@ def test_the_likeliest_width_of_gates_is_sought_in_one_direction(true_width: flo
     likeliest = max(evidence, key=evidence.__getitem__)
     assert likeliest / true_width == pytest.approx(1, rel=1)
     torch.testing.assert_close(found.mean, regression.posterior(prior(likeliest), errors, noise)[0].mean)
+
+
+def test_an_image_without_any_activation_has_no_open_gate() -> None:
+    gates = gates_of_activations(torch.tensor([[-1.0, -2.0, 0.0], [1.0, 2.0, 0.0]]), width=0.01)
+    assert not gates.mean[0].any() and not gates.variance[0].any()
+    assert gates.mean[1, :2].min() > 0.99
 
 
 def test_count_knows_drifting_features_and_full_rank() -> None:
