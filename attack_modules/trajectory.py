@@ -126,13 +126,14 @@ def group_peers(influence: Tensor) -> Tensor:
     """(N,) peer of each image: those whose rows of `influence` (N, N) point the same way, on average of a group.
 
     By average linkage: one pair that looks alike by chance, as some do where the training changes the model much, does
-    not join two peers.
+    not join two peers. Rows of one peer have a cosine of nearly 1, those of two nearly 0; where few classes are shared
+    and features drift much, 0.52 to 0.7 and 0.4 to 0.53 on average.
     """
     if len(influence) < 2:
         return torch.zeros(len(influence), dtype=torch.long)
     unit = F.normalize(influence, dim=1)
     distances = (1 - unit @ unit.T).clamp_min(0).nan_to_num(1.0).fill_diagonal_(0)
-    groups = fcluster(linkage(squareform(distances.numpy(), checks=False), "average"), 0.5, "distance")
+    groups = fcluster(linkage(squareform(distances.numpy(), checks=False), "average"), 0.45, "distance")
     first = (groups[:, None] == groups).argmax(1)  # of each image's group, so that groups are numbered in their order
     return torch.from_numpy(first).unique(return_inverse=True)[1]
 
