@@ -311,6 +311,12 @@ def test_two_images_that_look_alike_do_not_join_their_peers() -> None:
     assert group_peers(torch.tensor([[0.0, 0, 0], [0, 1, 1], [0, 1, 1]])).tolist() == [0, 1, 1]  # of no influence
 
 
+def test_peers_whose_rows_are_much_alike_are_two() -> None:
+    peers = torch.tensor([0, 1] * 8)
+    influence = torch.where(peers[:, None] == peers, 1.0, 0.29).double()  # the cosine across is 0.53
+    assert torch.equal(group_peers(influence), peers)
+
+
 def test_peers_are_found_where_features_are_not() -> None:
     features, labels = make_features(8), 3 * torch.arange(8)
     update, before = train(make_head(), features, labels, lr=0.5, steps=3, peers=2)
