@@ -285,7 +285,8 @@ class FeatureInversion(Attack):
         decoded = FeatureDecoder.fits(self.model, self.images.shape[1:])
         beginning = "images that a regression decodes" if decoded else "grey ones, since the features are no map"
         unknown = self.images[0].numel()
-        refinable = self.steps == observation.beliefs.local_epochs and len(self.labels.unique()) > len(self.labels) / 2
+        distinct = len(self.labels.unique()) > len(self.labels) / 2  # images that share their class are not refined
+        refinable = observation.beliefs.in_full_batches and distinct
         advice = REFINE if found.drift > DRIFTING and refinable and type(self) is FeatureInversion else ""
         return (
             f"Attack: closed-form leakage. The head's {subject} {found.num_images} images, {found.separated} told "

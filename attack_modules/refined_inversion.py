@@ -45,7 +45,7 @@ class RefinedInversion(FeatureInversion):
 
     def configure_model(self) -> None:
         beliefs = self.observations[0].beliefs
-        if beliefs.local_steps > beliefs.local_epochs:
+        if not beliefs.in_full_batches:
             raise SettingError(
                 f"The peers train in batches of {beliefs.batch_size}, but `RefinedInversion` matches training on full "
                 "batches: which images share a batch is unknown. Use `FeatureInversion` (configs/leakage.yaml)."

@@ -51,6 +51,11 @@ class Beliefs:
         return self.local_epochs * math.ceil(sum(self.client_sizes) / len(self.client_sizes) / self.batch_size)
 
     @property
+    def in_full_batches(self) -> bool:
+        """Whether a peer's steps are believed to be taken on all of its images."""
+        return self.local_steps == self.local_epochs
+
+    @property
     def mean_rate(self) -> float:
         """Factor of an average step's gradient in a peer's update: `client_lr`, and what momentum adds to it.
 

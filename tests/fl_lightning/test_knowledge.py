@@ -61,6 +61,7 @@ def test_mean_rate_is_that_of_sgd(truth: Truth, momentum: float) -> None:
     weight = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=beliefs.client_lr, momentum=momentum)
     assert beliefs.local_steps == 2  # epochs, of one batch: mean size 2.5, batches of 3
+    assert beliefs.in_full_batches
     for _ in range(beliefs.local_steps):
         weight.grad = torch.ones(1)
         optimizer.step()
@@ -70,4 +71,5 @@ def test_mean_rate_is_that_of_sgd(truth: Truth, momentum: float) -> None:
 def test_steps_count_batches(truth: Truth) -> None:
     beliefs = Knowledge(batch_size=1).beliefs(truth)
     assert beliefs.local_steps == 2 * 3
+    assert not beliefs.in_full_batches
     assert Knowledge(batch_size=1, num_clients="inferred").beliefs(truth).local_steps == 2
