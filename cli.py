@@ -14,9 +14,9 @@ import attack_modules  # noqa: F401 - short class names in YAML
 import fl_lightning.data
 import fl_lightning.models  # noqa: F401
 from attack_modules.attack import Attack
-from attack_modules.callbacks import Evaluation
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.named import NAMED, all_that_can_be
+from attack_modules.evaluation.callback import Evaluation
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import FederatedData
 from fl_lightning.errors import AuditError

@@ -1,23 +1,23 @@
 """The attacker: from Observations to images."""
 
-from attack_modules.attributed_inversion import AttributedInversion
-from attack_modules.diffusion.latent import LatentDiffusion
-from attack_modules.diffusion.mdt import MDTv2
-from attack_modules.diffusion.openai import OpenAIDenoiser
+from attack_modules.diffusion.released.latent import LatentDiffusion
+from attack_modules.diffusion.released.mdt import MDTv2
+from attack_modules.diffusion.released.openai import OpenAIDenoiser
 from attack_modules.diffusion.schedules import Karras, LinearBetas
-from attack_modules.diffusion.small import TrainedConditional
-from attack_modules.enhance.ddrm import DDRM
-from attack_modules.enhance.diffpir import DiffPIR
-from attack_modules.enhance.direct import DirectEnhancement
-from attack_modules.enhance.gan import GAN
+from attack_modules.diffusion.trained.class_conditional import TrainedConditional
+from attack_modules.enhance.direct.ddrm import DDRM
+from attack_modules.enhance.direct.diffpir import DiffPIR
+from attack_modules.enhance.direct.enhancer import DirectEnhancement
 from attack_modules.enhance.restoration import Restoration
-from attack_modules.enhance.semantic import ReconstructedImage, SemanticEnhancer
-from attack_modules.feature_inversion import FeatureInversion
-from attack_modules.guided_inversion import GuidedInversion
-from attack_modules.inversion import GradientInversion
-from attack_modules.objectives import Cosine, SquaredL2
+from attack_modules.enhance.rog.enhancer import GAN
+from attack_modules.enhance.semantic.enhancer import ReconstructedImage, SemanticEnhancer
+from attack_modules.feature_inversion.attributed import AttributedInversion
+from attack_modules.feature_inversion.guided import GuidedInversion
+from attack_modules.feature_inversion.inversion import FeatureInversion
+from attack_modules.feature_inversion.refined import RefinedInversion
+from attack_modules.gradient_matching.gradient_inversion import GradientInversion
+from attack_modules.gradient_matching.objectives import Cosine, SquaredL2
 from attack_modules.priors import ChromaTotalVariation, TotalVariation
-from attack_modules.refined_inversion import RefinedInversion
 
 __all__ = [
     "DDRM",

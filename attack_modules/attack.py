@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
-from attack_modules.ranks import Ranks
+from attack_modules.simulation.distributed import Ranks
 from fl_lightning.client import Tensors
 from fl_lightning.errors import AuditError
 from fl_lightning.observation import Observation

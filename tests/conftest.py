@@ -9,8 +9,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from attack_modules.analytic.label_inference import pink_noise
 from attack_modules.attack import Attack
-from attack_modules.labels import pink_noise
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import Catalogue, FederatedData
 from fl_lightning.federation import Federation, Record

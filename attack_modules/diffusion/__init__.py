@@ -1,1 +1,1 @@
-"""Diffusion models of images: one that we train, and readers of released ones."""
+"""Diffusion models of images: the interfaces that attacks and enhancements use."""

@@ -1,1 +1,1 @@
-"""Enhancement of reconstructed images, after the attack and apart from it."""
+"""Enhancement of reconstructed images after an attack, from those images and labels alone."""

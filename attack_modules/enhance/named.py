@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from attack_modules.diffusion.small import TrainedConditional
-from attack_modules.enhance.direct import DirectEnhancement
+from attack_modules.diffusion.trained.class_conditional import TrainedConditional
+from attack_modules.enhance.direct.enhancer import DirectEnhancement
 from attack_modules.enhance.enhancer import Enhancer
-from attack_modules.enhance.gan import GAN
-from attack_modules.enhance.semantic import SemanticEnhancer
+from attack_modules.enhance.rog.enhancer import GAN
+from attack_modules.enhance.semantic.enhancer import SemanticEnhancer
 from fl_lightning.errors import AuditError
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attack_modules.enhance.sampler import Denoise, Noise
+from attack_modules.enhance.direct.sampler import Denoise, Noise
 
 STEP = 0.3
 """Of the finite difference that gives the denoiser's slope, in units of the noise level."""

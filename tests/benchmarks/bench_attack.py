@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from attack_modules import ChromaTotalVariation, FeatureInversion, GradientInversion
-from attack_modules.assignment import match
 from attack_modules.attack import Attack
+from attack_modules.evaluation.assignment import match
 from fl_lightning.truth import Truth
 
 HERE = Path(__file__).parent

@@ -4,9 +4,9 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from attack_modules.local_training import SimulatedPeers
-from attack_modules.low_rank import LowRank
-from attack_modules.objectives import SimulatedUpdate
+from attack_modules.gradient_matching.objectives import SimulatedUpdate
+from attack_modules.simulation.local_training import SimulatedPeers
+from attack_modules.simulation.low_rank import LowRank
 from fl_lightning.models import ImageClassifier
 
 

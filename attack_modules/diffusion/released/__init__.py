@@ -1,0 +1,1 @@
+"""Diffusion models that others released: their architectures, and readers of their weights."""

@@ -1,0 +1,1 @@
+"""Diffusion models that this project trains: networks, training, and their files."""

@@ -1,0 +1,199 @@
+"""A small diffusion model of photographs that is trained within hours on one CPU core, and serves as a denoiser."""
+
+import json
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from attack_modules.diffusion.denoiser import Denoiser
+from attack_modules.diffusion.trained.averaged_training import AveragedTraining
+from attack_modules.diffusion.trained.comparison import DenoisingComparison
+from attack_modules.diffusion.trained.edm import denoised, loss_weight, unet_of_squares
+from attack_modules.diffusion.trained.model_file import opened_model, save_model
+from fl_lightning.errors import SettingError
+
+FORMAT = "curious-client diffusion prior 1"
+
+
+class TrainedPrior(Denoiser):
+    """A convolutional U-Net under the preconditioning of EDM (arXiv 2206.00364, table 1), on 2x2 pixels at a time.
+
+    Preconditioned, it is the best pixelwise linear denoiser before it has learned anything, and the identity as the
+    noise vanishes. The pixels of each 2x2 square become channels (as in FFDNet, arXiv 1710.04026), which quarters the
+    cost. There is no attention, so images of any size go in.
+
+    Args:
+        channels: of the U-Net's levels, finest first, multiples of 8; each level halves height and width.
+        layers: residual blocks a level.
+        sigma_min: the least noise that it is trained on, in units of [0, 1].
+        sigma_max: the most.
+        sigma_data: standard deviation of a photograph's pixels about mid-grey.
+    """
+
+    def __init__(
+        self,
+        channels: list[int],
+        layers: int = 2,
+        sigma_min: float = 0.005,
+        sigma_max: float = 10.0,
+        sigma_data: float = 0.27,
+    ) -> None:
+        super().__init__()
+        if layers < 1 or not channels or any(c < 8 or c % 8 for c in channels):
+            raise SettingError(
+                f"A prior needs layers >= 1 and channels in multiples of 8, but got layers={layers}, "
+                f"channels={channels}. Give for instance layers=2, channels=[64, 128, 152]."
+            )
+        if not 0 < sigma_min < sigma_max or sigma_data <= 0:
+            raise SettingError(
+                "A prior needs 0 < sigma_min < sigma_max and sigma_data > 0, but got "
+                f"sigma_min={sigma_min}, sigma_max={sigma_max}, sigma_data={sigma_data}."
+            )
+        self.settings = {
+            "channels": list(channels),
+            "layers": layers,
+            "sigma_min": sigma_min,
+            "sigma_max": sigma_max,
+            "sigma_data": sigma_data,
+        }
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.multiple = 2 ** len(channels)
+        self.unet = unet_of_squares(channels, layers)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """See `Denoiser`; noise outside `sigma_min` to `sigma_max` is told to the network as the nearer of the two.
+
+        Raises:
+            SettingError: the images are not RGB, or their height or width is not a multiple of `multiple`.
+        """
+        if noisy.ndim != 4 or noisy.shape[1] != 3 or noisy.shape[2] % self.multiple or noisy.shape[3] % self.multiple:
+            raise SettingError(
+                f"The prior denoises (N, 3, H, W) images with H and W multiples of {self.multiple}, but got "
+                f"{tuple(noisy.shape)}. Pad or resize them."
+            )
+        sigma = sigma.to(noisy).expand(len(noisy))
+        told = sigma.clamp(self.sigma_min, self.sigma_max)
+        return 0.5 + denoised(self.unet, noisy - 0.5, sigma, told, self.sigma_data)
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """(N,) weight of the squared error, which makes the U-Net's own error count alike at every noise level."""
+        return loss_weight(sigma, self.sigma_data)
+
+    def save(self, path: Path) -> None:
+        """Write weights, in half precision, and settings to one safetensors file, which is whole or not there.
+
+        Raises:
+            StorageError: the disk is full or the folder cannot be written.
+        """
+        save_model(self, self.settings, path, format=FORMAT)
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainedPrior":
+        """The prior in a file that `save` wrote, in single precision on the CPU, not trainable.
+
+        Raises:
+            MissingFile: there is no such file.
+            StorageError: it is cut short, or no such prior.
+        """
+        missing = (
+            f"There is no prior at '{path}'. Train one with `python cli.py fit --config configs/prior_photos.yaml` "
+            "or name another file."
+        )
+        advice = "Name a file that training exported, `prior.safetensors` in its run directory."
+        with opened_model(path, missing, "a diffusion prior", advice) as (facts, state):
+            if facts.get("format") != FORMAT:
+                raise ValueError(f"its format is {facts.get('format')!r}, not {FORMAT!r}")
+            prior = cls(**json.loads(facts["settings"]))
+            prior.load_state_dict(state)
+        return prior.requires_grad_(False).eval()
+
+
+class DiffusionPrior(AveragedTraining):
+    """Trains a `TrainedPrior` to denoise photographs; its data is `PhotoCrops`.
+
+    Adam at a constant rate, and an exponential moving average of the weights: training can be stopped at any time. The
+    average is what is validated and exported.
+
+    Validation is PSNR of denoising at four noise levels, the same noise every time, beside total variation.
+
+    Args:
+        channels: of the U-Net's levels, finest first, multiples of 8; each level halves height and width.
+        layers: residual blocks a level.
+        lr: learning rate of Adam.
+        warmup: steps in which the rate rises from zero.
+        cooldown: steps before the last (`trainer.max_epochs`) in which the rate falls to zero; training that was
+            stopped may be resumed for them alone.
+        decay: of the moving average a step; the average is shorter at first, (1 + steps) / (10 + steps).
+        typical_sigma: median noise level of training, in units of [0, 1].
+        spread: standard deviation of the noise level's logarithm. The default puts three quarters between 0.02 and 0.5.
+        wide_share: share of noise levels drawn log-uniformly from the prior's whole range instead.
+        export: where the averaged weights go after every epoch; null for `prior.safetensors` in the run directory.
+        seed: of noise levels and noise.
+    """
+
+    def __init__(
+        self,
+        channels: list[int] = [64, 128, 152],  # noqa: B006 - never changed
+        layers: int = 2,
+        lr: float = 5e-4,
+        warmup: int = 100,
+        cooldown: int = 0,
+        decay: float = 0.998,
+        typical_sigma: float = 0.1,
+        spread: float = 1.2,
+        wide_share: float = 0.1,
+        export: Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        shares = 0 <= decay < 1 and 0 <= wide_share <= 1
+        if min(lr, typical_sigma, spread) <= 0 or min(warmup, cooldown) < 0 or not shares:
+            raise SettingError(
+                "`model` needs lr, typical_sigma, spread > 0, warmup, cooldown >= 0, decay in [0, 1) and wide_share in "
+                f"[0, 1], but got lr={lr}, typical_sigma={typical_sigma}, spread={spread}, warmup={warmup}, "
+                f"cooldown={cooldown}, decay={decay}, wide_share={wide_share}."
+            )
+        super().__init__(TrainedPrior(channels, layers), lr, warmup, decay, export, "prior.safetensors", seed, cooldown)
+        self.typical_sigma = typical_sigma
+        self.spread = spread
+        self.wide_share = wide_share
+
+    @property
+    def prior(self) -> TrainedPrior:
+        """The denoiser of the averaged weights."""
+        return self.average.module
+
+    def configure_callbacks(self) -> list[Callback]:
+        checkpoint = ModelCheckpoint(
+            filename="{step}", save_last=True, auto_insert_metric_name=False, save_on_train_epoch_end=True
+        )  # without the last, only where there is a validation
+        return [checkpoint, DenoisingComparison()]
+
+    def noise_levels(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) standard deviations in units of [0, 1]; stratified, so that every batch has small and large ones."""
+        uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+        low, high = torch.tensor([self.network.sigma_min, self.network.sigma_max]).log()
+        wide = low + (high - low) * uniform / max(self.wide_share, 1e-9)
+        normal = torch.special.ndtri(
+            ((uniform - self.wide_share) / max(1 - self.wide_share, 1e-9)).clamp(1e-6, 1 - 1e-6)
+        )
+        typical = torch.tensor(self.typical_sigma).log() + self.spread * normal
+        return torch.where(uniform < self.wide_share, wide, typical).clamp(low, high).exp()
+
+    def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
+        generator = self.step_generator()
+        sigma = self.noise_levels(len(images), generator).to(images)
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        clean = self.network(images + sigma[:, None, None, None] * noise, sigma)
+        error = (clean - images).square().mean((1, 2, 3))
+        loss = (self.network.loss_weight(sigma) * error).mean()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, images: Tensor, batch_idx: int) -> TrainedPrior:
+        return self.prior  # `DenoisingComparison` measures and draws
+
+    test_step = validation_step

@@ -1,0 +1,1 @@
+"""Semantic enhancement (MDE): a search for the initial noise of a class-conditional diffusion model."""

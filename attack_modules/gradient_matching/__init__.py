@@ -1,0 +1,1 @@
+"""Images whose simulated training gives the observed update: the attack of arXiv 2410.04661."""

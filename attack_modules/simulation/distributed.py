@@ -1,0 +1,100 @@
+"""The processes that share one attack."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.nn import functional as F
+
+from attack_modules.simulation.low_rank import LowRank
+from fl_lightning.errors import AuditError, SettingError
+
+
+class Ranks:
+    """The processes that share an attack, through Lightning's strategy. Alone, all of this does nothing.
+
+    Every process holds all images, optimizer state and results alike, so that a checkpoint belongs to no number of
+    processes; what is divided is the work. A loss that all of them compute together is one number: each process
+    back-propagates a part of it, `sum` and its backward pass carry cotangents to where the terms came from, and
+    `total` joins the gradients.
+
+    Args:
+        trainer: whose strategy connects the processes; None for one process alone.
+
+    Raises:
+        SettingError: a strategy that shards parameters or devices otherwise.
+    """
+
+    def __init__(self, trainer: Trainer | None = None) -> None:
+        self.count = trainer.world_size if trainer else 1
+        self.rank = trainer.global_rank if trainer else 0
+        self.strategy = trainer.strategy if trainer else None
+        if trainer and not isinstance(self.strategy, DDPStrategy | SingleDeviceStrategy):
+            raise SettingError(
+                f"An attack runs in one process or in several that each hold all images, but `trainer.strategy` is "
+                f"{type(self.strategy).__name__}. Use `auto` or `ddp`."
+            )
+
+    def own(self, count: int) -> Tensor:
+        """(n,) the numbers from 0 to `count` - 1 that are this process's, as many as the others' or one off."""
+        return torch.arange(count).tensor_split(self.count)[self.rank]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors, without a gradient; `tensor` is no longer to be used."""
+        return tensor if self.count == 1 else self.strategy.reduce(tensor.contiguous(), reduce_op="sum")
+
+    @torch.no_grad()
+    def fill(self, whole: Tensor, function: Callable[[Tensor], Tensor], chunk_size: int) -> None:
+        """Fill (N, ...) `whole` with what `function` makes of chunks (n,) of row numbers; each process does its own."""
+        filled = torch.zeros_like(whole)
+        for chunk in self.own(len(whole)).to(whole.device).split(chunk_size):
+            if len(chunk):
+                filled[chunk] = function(chunk).to(filled)
+        whole.copy_(self.total(filled))
+
+    def sum(self, update: dict[str, Tensor | LowRank]) -> dict[str, Tensor | LowRank]:
+        """The sum of all processes' updates, factors staying factors; differentiable.
+
+        The processes exchange one vector, and one more when they differentiate, so that no two exchanges can overtake
+        each other. Factors of different numbers of rows are filled up with rows of zeros, which add nothing.
+        """
+        if self.count == 1:
+            return update
+        joined = {name: u.joined() for name, u in update.items() if isinstance(u, LowRank)}
+        factors = {name: (u.left[0], u.right[0]) for name, u in joined.items()}
+        device = next(iter(update.values())).device
+        own = torch.tensor([[len(factors[n][0]), update[n].scale] for n in factors], dtype=torch.float64, device=device)
+        facts = self.strategy.all_gather(own.view(-1, 2))  # (ranks, factored layers, 2)
+        rows, scales = facts[..., 0].amax(0).long().tolist(), facts[..., 1].sum(0).tolist()
+        parts = [update[name] for name in update if name not in factors]
+        for pair, count in zip(factors.values(), rows, strict=True):
+            parts += [F.pad(factor, (0, 0, 0, count - len(factor))) for factor in pair]
+        sent = torch.cat([part.flatten() for part in parts])
+        received = self.strategy.all_gather(sent, sync_grads=True).split([part.numel() for part in parts], dim=1)
+        shaped = iter([r.view(self.count, *part.shape) for r, part in zip(received, parts, strict=True)])
+        dense = {name: next(shaped).sum(0) for name in update if name not in factors}
+        low_rank = {
+            name: LowRank(update[name].base, scale, (next(shaped).flatten(0, 1),), (next(shaped).flatten(0, 1),))
+            for name, scale in zip(factors, scales, strict=True)
+        }
+        return {name: low_rank[name] if name in low_rank else dense[name] for name in update}
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one process refuses, all refuse: the others would wait for it.
+
+        Raises:
+            AuditError: the one that this process raised, or else the first of another.
+        """
+        error = None
+        try:
+            yield
+        except AuditError as own:
+            error = own
+        met = [self.strategy.broadcast(error, src) for src in range(self.count)] if self.count > 1 else [error]
+        for other in (error, *met):
+            if other is not None:
+                raise other

@@ -1,0 +1,41 @@
+"""The map that a model's features are before they are flattened: its shape, and how it is computed fast."""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from attack_modules.simulation.image_convolution import ImageConvolution
+from fl_lightning.models import ImageClassifier, ImageShape
+
+
+@torch.no_grad()
+def feature_map_shape(model: ImageClassifier, image_shape: ImageShape) -> tuple[int, int, int]:
+    """(c, h, w) of the map that becomes one image's features; (D, 1, 1) where there is none."""
+    maps: list[torch.Size] = []
+    trial = deepcopy(model.features).eval()  # in train mode BatchNorm takes no single image, and would remember it
+    for layer in trial.modules():
+        if isinstance(layer, nn.Flatten):
+            layer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].shape))
+    features = trial(model.normalise(torch.zeros(1, *image_shape, device=model.mean.device))).flatten(1)
+    flattened = maps[-1] if maps and maps[-1].numel() == features.numel() else (*features.shape, 1, 1)
+    return tuple(flattened[1:])
+
+
+def for_speed(model: ImageClassifier, device: torch.device) -> ImageClassifier:
+    """The model on a device, it and its map's gradients laid out as pooling and convolutions are fastest.
+
+    On a CPU, the gradient of its images is that of `ImageConvolution`, if the model is not trained.
+    """
+    for name, layer in list(model.features.named_modules()):
+        if isinstance(layer, nn.Flatten):
+            layer.register_forward_pre_hook(_keep_layout)
+        if device.type == "cpu" and ImageConvolution.fits(layer):
+            model.features.set_submodule(name, ImageConvolution(layer))
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def _keep_layout(layer: nn.Flatten, inputs: tuple[Tensor]) -> None:
+    """A flattened tensor's gradient is laid out otherwise than its layers."""
+    if inputs[0].requires_grad:
+        inputs[0].register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))

@@ -1,0 +1,103 @@
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from attack_modules import FeatureInversion
+from attack_modules.attack import Attack
+from attack_modules.evaluation.assignment import match
+from attack_modules.feature_inversion.decoder import FeatureDecoder
+from attack_modules.priors import TotalVariation
+from fl_lightning.client import LocalTraining
+from fl_lightning.federation import Federation
+from fl_lightning.knowledge import Knowledge
+from fl_lightning.models import TorchvisionClassifier
+from fl_lightning.observation import Observation
+
+Observe = Callable[..., Observation]
+Run = Callable[..., Attack]
+BLIND = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred")
+WIDE = {"num_clients": 3, "images_per_client": 2, "num_classes": 50}
+
+
+def test_images_of_an_aggregate_are_read_blindly(observe: Observe, attack: Run, noise_images: type) -> None:
+    """Neither labels nor the number of images are told; nothing but the head's update is used."""
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
+    module = attack(FeatureInversion(lr=0.1, anneal=(0.3, 0.001), chunk_size=3), seen, steps=200)
+    images, labels = module.reconstruction()[:2]
+    assert labels.sort().values.tolist() == [0, 1, 2, 3]
+    data = noise_images(**WIDE, image_size=16)
+    data.setup()
+    originals = torch.cat([peer.images for peer in data.clients[:2]])
+    order = match(images, originals)
+    features = seen.build_model().embed(originals)
+    error = (module.leakage.features[order] - features).norm(dim=1) / features.norm(dim=1)
+    assert error.max() < 1e-2
+    with torch.no_grad():  # noise has no natural colours, so its features are what can be judged
+        assert module.feature_error(images, module.features).max() < 0.03
+    misfit = module.misfit(originals[order.argsort()], labels)
+    assert misfit.shape == (4,)
+    assert (misfit < 0.05).all()
+    assert (module.misfit(1 - images, labels) > 0.3).all()
+    assert "holds 4 images" in module.introduction()
+    assert "RefinedInversion" not in module.introduction()  # such small steps need none
+
+
+def test_images_do_not_feel_each_other_and_chunks_do_not_matter(observe: Observe, attack: Run) -> None:
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
+    whole, chunked = (attack(FeatureInversion(chunk_size=size), seen, steps=5) for size in (4, 1))
+    torch.testing.assert_close(whole.images, chunked.images, rtol=1e-3, atol=1e-3)
+
+
+def test_priors_count_by_their_relative_change_up_to_a_limit(observe: Observe, attack: Run) -> None:
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
+
+    def images(weight: float, **settings: object) -> Tensor:
+        priors = [TotalVariation(weight)] if weight else []
+        return attack(FeatureInversion(priors=priors, **settings), seen, steps=5).images
+
+    free = {"anneal": (1e9, 1e9)}
+    torch.testing.assert_close(images(128.0, **free), images(1.0, **free), rtol=0, atol=1e-4)
+    assert (images(1.0, **free) - images(0.0)).abs().max() > 0.01
+    bounded = images(1.0, anneal=(1e-9, 1e-9))
+    torch.testing.assert_close(bounded, images(0.0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(images(1.0, balance=0.0), images(0.0), rtol=0, atol=1e-4)
+
+
+def test_the_rate_falls_slowly_and_then_fast(observe: Observe, attack: Run) -> None:
+    rates = []
+
+    class Watched(FeatureInversion):
+        def training_step(self, batch: int, batch_idx: int) -> None:
+            rates.append(self.optimizers().param_groups[0]["lr"])
+            super().training_step(batch, batch_idx)
+
+    module = attack(Watched(lr=0.2), observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE), steps=4)
+    rates.append(module.trainer.optimizers[0].param_groups[0]["lr"])
+    assert rates == pytest.approx([0.2 * 0.03**power for power in (0, 1 / 16, 1 / 4, 9 / 16, 1)])
+
+
+def test_it_begins_with_decoded_images(observe: Observe, attack: Run) -> None:
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
+    module = attack(FeatureInversion(), seen, steps=1)  # the one step scores what it began with
+    torch.testing.assert_close(module.best, FeatureDecoder(module.model, (3, 16, 16))(module.features))
+    assert "images that a regression decodes" in module.introduction()
+
+
+def test_it_begins_with_grey_images_if_the_features_are_no_map(observe: Observe, attack: Run) -> None:
+    resnet = partial(TorchvisionClassifier, name="resnet18")
+    seen = observe(Federation(model=resnet, client=LocalTraining(local_epochs=1)), **WIDE)
+    module = attack(FeatureInversion(), seen, steps=1)
+    assert (module.best == 0.5).all()
+    assert "grey ones, since the features are no map" in module.introduction()
+    assert module.images.isfinite().all()  # though a grey image has no variation to compare with
+    assert attack(FeatureInversion(balance=0.0), seen, steps=1).images.isfinite().all()
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="chunk_size >= 1"):
+        FeatureInversion(chunk_size=0)
+    with pytest.raises(ValueError, match="balance=-1"):
+        FeatureInversion(balance=-1)
