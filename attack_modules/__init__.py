@@ -10,7 +10,8 @@ from attack_modules.enhance.direct.diffpir import DiffPIR
 from attack_modules.enhance.direct.enhancer import DirectEnhancement
 from attack_modules.enhance.restoration import Restoration
 from attack_modules.enhance.rog.enhancer import GAN
-from attack_modules.enhance.semantic.enhancer import ReconstructedImage, SemanticEnhancer
+from attack_modules.enhance.semantic.enhancer import SemanticEnhancer
+from attack_modules.enhance.semantic.reconstructed_image import ReconstructedImage
 from attack_modules.feature_inversion.attributed import AttributedInversion
 from attack_modules.feature_inversion.guided import GuidedInversion
 from attack_modules.feature_inversion.inversion import FeatureInversion

@@ -1,6 +1,5 @@
 """The federation: rounds of sampling clients, local training, aggregation; and the record that it leaves."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,12 +17,13 @@ from fl_lightning.aggregation import aggregate, server_step
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, buffers, parameters
 from fl_lightning.data import FederatedData
 from fl_lightning.engines import Engine, InProcess
-from fl_lightning.errors import AuditError, SettingError
+from fl_lightning.errors import SettingError
 from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5
 from fl_lightning.observation import Observation, describe_model
+from fl_lightning.record import Record
 from fl_lightning.seeds import seed_of
-from fl_lightning.storage import load_checkpoint, read_json, save_checkpoint, write_json
+from fl_lightning.storage import load_checkpoint, save_checkpoint
 from fl_lightning.truth import Truth
 
 
@@ -145,7 +145,7 @@ class Federation:
         data: FederatedData,
         kept_buffers: dict[str, Tensors],
         knowledge: Knowledge,
-        record: "Record",
+        record: Record,
     ) -> ImageClassifier:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         participants = self._sample(round_, data)
@@ -240,63 +240,3 @@ class Federation:
         model.load_state_dict(state, strict=False)
         model.train()
         return {f"{split}_loss": loss / total, f"{split}_accuracy": correct / total}
-
-
-class RecordError(AuditError):
-    """A directory does not hold the record that was asked for."""
-
-
-class Record:
-    """A federation's directory: `observed/` is the attacker's, `truth/` is evaluation's alone.
-
-    Args:
-        directory: where `settings.json`, `federation.ckpt`, `tensorboard/`, `observed/` and `truth/` lie.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.checkpoint = directory / "federation.ckpt"
-        self.settings = directory / "settings.json"
-
-    def observation(self, round_: int) -> Path:
-        """Stem of a round's Observation."""
-        return self.directory / "observed" / f"round_{round_:04d}"
-
-    def truth(self, round_: int) -> Path:
-        """Stem of a round's Truth."""
-        return self.directory / "truth" / f"round_{round_:04d}"
-
-    @property
-    def observed_rounds(self) -> list[int]:
-        """Rounds whose Observation is on disk, ascending."""
-        return sorted(int(path.stem.removeprefix("round_")) for path in self.directory.glob("observed/round_*.json"))
-
-    def claim(self, settings: dict[str, Any]) -> None:
-        """Make the directory this federation's own.
-
-        Raises:
-            RecordError: it belongs to a federation with other settings.
-        """
-        if not self.settings.exists():
-            write_json(self.settings, settings)
-        elif differing := _differences(read_json(self.settings), settings):
-            raise RecordError(
-                f"'{self.directory}' holds a federation with other settings: {'; '.join(differing)}. "
-                "Name another folder with `--observation`, or delete this one."
-            )
-
-
-def fingerprint(settings: dict[str, Any]) -> str:
-    """A short name for settings: equal settings, equal name."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key} was {before!r} and is now {after!r}")
-    return found

@@ -8,9 +8,10 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule
 
 from fl_lightning.data import FederatedData
-from fl_lightning.federation import Federation, Record, RecordError, fingerprint
+from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
 from fl_lightning.observation import Observation
+from fl_lightning.record import Record, RecordError, fingerprint
 from fl_lightning.truth import Truth
 
 RECORDS = Path("runs/federations")

@@ -13,10 +13,11 @@ from attack_modules.analytic.label_inference import pink_noise
 from attack_modules.attack import Attack
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import Catalogue, FederatedData
-from fl_lightning.federation import Federation, Record
+from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import ImageClassifier, ImageShape
 from fl_lightning.observation import Observation
+from fl_lightning.record import Record
 
 keep_freed_memory()
 

@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
-from attack_modules.analytic.leak import Leakage
+from attack_modules.analytic.results import Leakage
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from attack_modules.attack import Attack, Reconstruction
 from attack_modules.diffusion.classes import CIFAR10
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.evaluation.cifar10_classifier import Cifar10Recogniser
-from attack_modules.evaluation.metrics import RECOGNITION, Lpips, Recogniser, Recognises, Scorecard, attribution, score
+from attack_modules.evaluation.metrics import RECOGNITION, Scorecard, attribution, score
+from attack_modules.evaluation.perceptual import Lpips
+from attack_modules.evaluation.recognisers import Recogniser, Recognises
 from attack_modules.panels import draw_panel, save_png
 from fl_lightning.errors import AuditError
 from fl_lightning.storage import atomic_path, write_json, write_text

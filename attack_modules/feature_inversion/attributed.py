@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from attack_modules.analytic.leak import Diagnosis, Leakage, PeerTraining, leak
+from attack_modules.analytic.leak import leak
 from attack_modules.analytic.peer_attribution import Attribution, attribute, joined_features, joined_labels
+from attack_modules.analytic.results import Diagnosis, Leakage, PeerTraining
 from attack_modules.feature_inversion.inversion import FeatureInversion
 from fl_lightning.client import Tensors
 

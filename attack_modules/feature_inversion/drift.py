@@ -1,6 +1,5 @@
 """How the features of images drift while peers train, and the update of the head's first layer that this gives."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -10,27 +9,8 @@ from torch import Tensor
 
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
-from fl_lightning.client import Tensors
-from fl_lightning.models import FIRST_LAYER, ImageClassifier
+from fl_lightning.models import FIRST_LAYER
 from fl_lightning.observation import Observation
-
-
-@torch.no_grad()
-def model_half_way(observations: Sequence[Observation], updates: Sequence[Tensors], steps: int) -> ImageClassifier:
-    """The global model half way through the peers' training; of several rounds, the mean of these. It is not trained.
-
-    Before step s of T the peers' mean model has gone (s - 1)/T of the way, on average (T - 1)/2T.
-
-    Args:
-        observations: the rounds.
-        updates: of the peers in each, parameters before minus after by name.
-        steps: that each peer takes in a round.
-    """
-    model, elapsed = observations[0].build_model(), (steps - 1) / (2 * steps)
-    for name, tensor in model.named_parameters():
-        halves = [o.before[name] - elapsed * u[name] for o, u in zip(observations, updates, strict=True)]
-        tensor.copy_(sum(halves) / len(halves))
-    return model.requires_grad_(False)
 
 
 @dataclass(frozen=True)

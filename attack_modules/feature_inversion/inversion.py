@@ -7,12 +7,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from attack_modules.analytic.leak import Leakage, PeerTraining, leak_rounds
+from attack_modules.analytic.leak import leak_rounds
+from attack_modules.analytic.results import Leakage, PeerTraining
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.feature_inversion.decoder import FeatureDecoder
-from attack_modules.feature_inversion.drift import SimulatedTraining, full_batches, model_half_way, simulate_peers
+from attack_modules.feature_inversion.drift import SimulatedTraining, full_batches, simulate_peers
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from attack_modules.simulation.feature_map import for_speed
+from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
 from fl_lightning.client import Tensors

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from attack_modules.analytic.gates import regress_features
-from attack_modules.analytic.leak import row_coordinates
+from attack_modules.analytic.row_space import row_coordinates
 from attack_modules.feature_inversion.drift import SimulatedTraining
 from attack_modules.feature_inversion.inversion import FeatureInversion
 from fl_lightning.errors import SettingError

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from attack_modules.analytic.label_inference import infer_labels
 from attack_modules.attack import Attack, AttackError, Reconstruction
-from attack_modules.feature_inversion.drift import model_half_way
-from attack_modules.gradient_matching.latent_detail import Detail, public_photographs, upsampled
-from attack_modules.gradient_matching.objectives import Objective, SimulatedUpdate, SquaredL2
+from attack_modules.gradient_matching.latent_detail import Detail, public_photographs
+from attack_modules.gradient_matching.objectives import Objective, SquaredL2
+from attack_modules.gradient_matching.upsampling import upsampled
 from attack_modules.priors import Prior, annealed
 from attack_modules.simulation.feature_map import for_speed
+from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
+from attack_modules.simulation.low_rank import SimulatedUpdate
 from fl_lightning.data import Photographs
 from fl_lightning.errors import SettingError
 from fl_lightning.models import FIRST_LAYER, ImageClassifier

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from attack_modules.gradient_matching.objectives import SimulatedUpdate
+from attack_modules.gradient_matching.upsampling import nearest_latent, upsampled
 from attack_modules.simulation.feature_map import feature_map_shape
-from attack_modules.simulation.low_rank import LowRank
+from attack_modules.simulation.low_rank import LowRank, SimulatedUpdate
 from fl_lightning.client import Tensors
 from fl_lightning.data import Photographs
 from fl_lightning.models import FIRST_LAYER, ImageClassifier, ImageShape
@@ -70,21 +69,6 @@ class Detail:
         else:
             first = self.whiten(first)
         return {**update, FIRST_LAYER: first}
-
-
-def upsampled(latent: Tensor, scale_factor: int) -> Tensor:
-    """(N, C, h, w) latent -> (N, C, h * scale_factor, w * scale_factor) images, bicubically."""
-    return latent if scale_factor == 1 else F.interpolate(latent, scale_factor=scale_factor, mode="bicubic")
-
-
-def nearest_latent(images: Tensor, scale_factor: int) -> Tensor:
-    """(N, C, H, W) images -> (N, C, h, w) the latents whose upsampled images are nearest in least squares."""
-
-    def back(size: int) -> Tensor:  # (h, H) pseudo-inverse of upsampling along one side
-        rows = torch.eye(size // scale_factor)[None, None]
-        return torch.linalg.pinv(F.interpolate(rows, scale_factor=(scale_factor, 1), mode="bicubic")[0, 0]).to(images)
-
-    return back(images.shape[2]) @ images @ back(images.shape[3]).T
 
 
 def public_photographs(image_shape: ImageShape) -> Tensor:

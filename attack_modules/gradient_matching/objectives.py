@@ -5,12 +5,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from attack_modules.simulation.low_rank import LowRank, inner, squared_distance, squared_norm
+from attack_modules.simulation.low_rank import LowRank, SimulatedUpdate, inner, squared_distance, squared_norm
 from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError
-
-SimulatedUpdate = dict[str, Tensor | LowRank]
-"""An update by parameter name; those of linear layers are kept in factors."""
 
 
 class Objective(ABC):

@@ -10,10 +10,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from attack_modules.gradient_matching.objectives import SimulatedUpdate
 from attack_modules.simulation.distributed import Ranks
 from attack_modules.simulation.feature_map import for_speed
-from attack_modules.simulation.low_rank import LowRank
+from attack_modules.simulation.low_rank import LowRank, SimulatedUpdate
 from attack_modules.simulation.recomputation import recomputed
 from fl_lightning.client import Tensors, buffers, parameters
 from fl_lightning.errors import AuditError

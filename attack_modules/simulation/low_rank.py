@@ -81,6 +81,10 @@ class LowRank:
         return self.scale * self.base + sum(left.T @ right for left, right in zip(self.left, self.right, strict=True))
 
 
+SimulatedUpdate = dict[str, Tensor | LowRank]
+"""An update by parameter name; those of linear layers are kept in factors."""
+
+
 def inner(a: Tensor | LowRank, b: Tensor) -> Tensor:
     """<a, b>, the sum of products."""
     return a.inner(b) if isinstance(a, LowRank) else (a * b).sum()

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from attack_modules.gradient_matching.objectives import SimulatedUpdate
-from attack_modules.simulation.low_rank import LowRank
+from attack_modules.simulation.low_rank import LowRank, SimulatedUpdate
 
 GradientOf = Callable[[SimulatedUpdate, Tensor], SimulatedUpdate]
 

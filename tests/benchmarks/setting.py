@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from fl_lightning.federation import Record
 from fl_lightning.observed import ObservedRounds
+from fl_lightning.record import Record
 
 PEERS = 4
 

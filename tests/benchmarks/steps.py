@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from vmapped import vmapped_update
 from yardstick import dense_loss
 
-from attack_modules.feature_inversion.drift import model_half_way
 from attack_modules.gradient_matching.objectives import SquaredL2
 from attack_modules.simulation.feature_map import for_speed
+from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.observation import Observation

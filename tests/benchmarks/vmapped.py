@@ -4,9 +4,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from attack_modules.gradient_matching.objectives import SimulatedUpdate
 from attack_modules.simulation.local_training import SimulatedPeers
-from attack_modules.simulation.low_rank import LowRank
+from attack_modules.simulation.low_rank import LowRank, SimulatedUpdate
 from fl_lightning.models import ImageClassifier
 
 

@@ -11,10 +11,11 @@ import torch
 from fl_lightning import federation as federation_module
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import FederatedData, Photographs
-from fl_lightning.federation import Federation, Record, RecordError
+from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import ImageClassifier
 from fl_lightning.observation import Observation
+from fl_lightning.record import Record, RecordError
 from fl_lightning.storage import StorageError, load_checkpoint
 from fl_lightning.truth import Truth
 

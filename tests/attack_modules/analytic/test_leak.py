@@ -6,20 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attack_modules.analytic.counting import class_deficits, count_images, infer_labels
 from attack_modules.analytic.gates import GateRegression, Gates, gates_of_activations
 from attack_modules.analytic.head_training import co_members, group_peers, offset_to_match, simulate
-from attack_modules.analytic.leak import (
-    Leakage,
-    PeerTraining,
-    RowSpace,
-    augmented,
-    class_deficits,
-    count_images,
-    head_inputs,
-    infer_labels,
-    leak,
-    leak_rounds,
-)
+from attack_modules.analytic.leak import leak, leak_rounds
+from attack_modules.analytic.one_layer import head_inputs
+from attack_modules.analytic.results import Leakage, PeerTraining
+from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.attack import AttackError
 
 CLASSES, HIDDEN, WIDTH = 40, 48, 60

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from attack_modules.analytic.leak import Diagnosis, Leakage
 from attack_modules.analytic.peer_attribution import attribute, joined_features, joined_labels
+from attack_modules.analytic.results import Diagnosis, Leakage
 
 SURE = Diagnosis(num_images=4, separated=4, gap=1e3, residual=0.0, conditioning=1.0, drift=0.0, outside=0.0)
 

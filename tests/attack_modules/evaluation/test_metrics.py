@@ -15,8 +15,10 @@ from torchmetrics.functional.image import (
 from torchvision.models import alexnet
 from torchvision.transforms.functional import pil_to_tensor
 
-from attack_modules import metrics
-from attack_modules.evaluation.metrics import Lpips, Recogniser, Scorecard, attribution, score
+from attack_modules.evaluation import metrics
+from attack_modules.evaluation.metrics import Scorecard, attribution, score
+from attack_modules.evaluation.perceptual import Lpips
+from attack_modules.evaluation.recognisers import Recogniser
 from fl_lightning.storage import StorageError
 
 IMAGENET = Path(__file__).parents[4] / "shared" / "data" / "imagenet-sample"

@@ -6,12 +6,14 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from attack_modules import AttributedInversion, FeatureInversion, attributed_inversion
+from attack_modules import AttributedInversion, FeatureInversion
+from attack_modules.feature_inversion import attributed
 from attack_modules.attack import Attack, AttackError
 from fl_lightning.client import LocalTraining
-from fl_lightning.federation import Federation, Record
+from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
 from fl_lightning.observation import Observation
+from fl_lightning.record import Record
 from fl_lightning.truth import Truth
 
 Run = Callable[..., Attack]
@@ -60,7 +62,7 @@ def test_a_round_that_cannot_be_read_is_named(
     seen, _ = watched
     module = attack(AttributedInversion(), *seen[:2], steps=1)
     bad = replace(module.leakage, diagnosis=replace(module.leakage.diagnosis, residual=0.97))
-    monkeypatch.setattr(attributed_inversion, "leak", lambda updates, weights, beliefs: bad)
+    monkeypatch.setattr(attributed, "leak", lambda updates, weights, beliefs: bad)
     with pytest.warns(
         UserWarning, match=r"Round 1 could not be read: 97% of its update .* `federation.observed_rounds`"
     ):

@@ -7,7 +7,8 @@ from torch import nn
 
 from attack_modules import GradientInversion
 from attack_modules.attack import AttackError
-from attack_modules.gradient_matching.latent_detail import Detail, nearest_latent, public_photographs, upsampled
+from attack_modules.gradient_matching.latent_detail import Detail, public_photographs
+from attack_modules.gradient_matching.upsampling import nearest_latent, upsampled
 from attack_modules.simulation.low_rank import LowRank
 from fl_lightning.data import Photographs
 from fl_lightning.federation import Federation

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from attack_modules.feature_inversion.drift import model_half_way
 from attack_modules.gradient_matching.objectives import Cosine, SquaredL2
+from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers, SimulationError
 from attack_modules.simulation.low_rank import LowRank
 from fl_lightning.client import LocalTraining, parameters

@@ -1,8 +1,7 @@
 import torch
 from torch import Tensor
 
-from attack_modules.gradient_matching.objectives import SimulatedUpdate
-from attack_modules.simulation.low_rank import LowRank
+from attack_modules.simulation.low_rank import LowRank, SimulatedUpdate
 from attack_modules.simulation.recomputation import recomputed
 
 

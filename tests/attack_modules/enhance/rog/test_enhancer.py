@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attack_modules.attack import Reconstruction
-from attack_modules.enhance import gan
 from attack_modules.enhance.restoration import Restoration
-from attack_modules.enhance.rog.enhancer import GAN, Generator, ResUNet, RogDenoiser, USRNet, data_step
+from attack_modules.enhance.rog import enhancer as gan
+from attack_modules.enhance.rog.enhancer import GAN
+from attack_modules.enhance.rog.networks import Generator, RogDenoiser
+from attack_modules.enhance.rog.usrnet import ResUNet, USRNet, data_step
 from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.storage import StorageError
 

@@ -15,7 +15,9 @@ from attack_modules.diffusion.conditional import ConditionalModel, ddim
 from attack_modules.diffusion.released.latent import LatentDiffusion, sd_vae
 from attack_modules.diffusion.released.mdt import MDTv2
 from attack_modules.diffusion.trained.class_conditional import SmallConditional
-from attack_modules.enhance.semantic.enhancer import NoiseSearch, ReconstructedImage, SemanticEnhancer
+from attack_modules.enhance.semantic.enhancer import SemanticEnhancer
+from attack_modules.enhance.semantic.noise_search import NoiseSearch
+from attack_modules.enhance.semantic.reconstructed_image import ReconstructedImage
 from cli import main
 from fl_lightning.errors import SettingError
 from fl_lightning.seeds import seed_of

@@ -1,0 +1,35 @@
+"""Heads of one linear layer: the inputs of a softmax layer from its update."""
+
+import torch
+from torch import Tensor
+
+from attack_modules.analytic.results import PeerTraining, Reading
+from attack_modules.analytic.row_space import RowSpace
+
+
+def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: int = 30) -> tuple[Tensor, Tensor]:
+    """Inputs (N, H) and probabilities (N, C) of a softmax layer from its summed gradient `(P - Y)^T inputs`.
+
+    Args:
+        gradient: (C, H), in any basis of the input space.
+        weight: (C, H) in the same basis, half way through the local steps.
+        targets: (N, C) one-hot. Images of one class come out as their common mean.
+        iterations: at most, of the fixed point between inputs and probabilities.
+    """
+    probabilities = torch.full_like(targets, 1 / targets.shape[1])
+    for _ in range(iterations):
+        inputs = torch.linalg.lstsq((probabilities - targets).T, gradient, driver="gelsd").solution
+        previous, probabilities = probabilities, (inputs @ weight.T).softmax(1)
+        if (probabilities - previous).abs().max() < torch.finfo(gradient.dtype).eps:
+            break
+    return inputs, probabilities
+
+
+def read_single(space: RowSpace, targets: Tensor, beliefs: PeerTraining, scale: float) -> Reading:
+    """Features of a head of one linear layer: they are its inputs."""
+    rows = space.rows * scale
+    middle = space.weight - space.rows * (beliefs.steps - 1) / (2 * beliefs.steps)
+    features, probabilities = head_inputs(rows, middle, targets)
+    errors = probabilities - targets
+    residual = ((rows - errors.T @ features).norm() / rows.norm()).item()
+    return Reading(features, errors, torch.zeros(len(targets), dtype=torch.long), residual, 0.0)
