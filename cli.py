@@ -15,7 +15,7 @@ import fl_lightning.data
 import fl_lightning.models  # noqa: F401
 from attack_modules.attack import Attack
 from attack_modules.enhance.enhancer import Enhancer
-from attack_modules.enhance.named import NAMED, all_that_can_be
+from attack_modules.enhance.shortcuts import NAMED, all_that_can_be
 from attack_modules.evaluation.callback import Evaluation
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import FederatedData
@@ -57,7 +57,7 @@ class AuditCLI(LightningCLI):
             "--postprocess",
             type=Enhancer | Literal["none", "direct", "gan", "semantic", "compare"],  # so that an error keeps its cause
             default="none",
-            help="Enhancement of the images: `none`, one that goes by its name (attack_modules/enhance/named.py), "
+            help="Enhancement of the images: `none`, one that goes by its name (attack_modules/enhance/shortcuts.py), "
             "`compare` for all of these that have their weights, or a class with its settings.",
         )
         parser.link_arguments("seed_everything", "data.init_args.seed")

@@ -1,6 +1,6 @@
 """The attacker: from Observations to images."""
 
-from attack_modules.diffusion.released.latent import LatentDiffusion
+from attack_modules.diffusion.released.latent_diffusion import LatentDiffusion
 from attack_modules.diffusion.released.mdt import MDTv2
 from attack_modules.diffusion.released.openai import OpenAIDenoiser
 from attack_modules.diffusion.schedules import Karras, LinearBetas

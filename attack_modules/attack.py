@@ -25,7 +25,7 @@ class Reconstruction(NamedTuple):
     """(N, C, H, W) float in [0, 1]."""
     labels: Tensor
     """(N,) long."""
-    scale_factor: int = 1
+    latent_downscale: int = 1
     """The images were found this much smaller and upsampled (bicubic); 1 if at full resolution."""
     num_classes: int | None = None
     """Number of classes of the attacked model, None if it is not known."""
@@ -107,7 +107,7 @@ class Attack(LightningModule, ABC):
     def join_gradients(self, parameter: nn.Parameter) -> None:
         """Give every process the sum of all processes' gradients."""
         own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = self.ranks.total(own)
+        parameter.grad = self.ranks.reduce(own)
 
     @property
     def observations(self) -> list[Observation]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from attack_modules.attack import Reconstruction
-from attack_modules.enhance.named import small_semantic
+from attack_modules.enhance.shortcuts import small_semantic
 from attack_modules.evaluation.cifar10_classifier import Cifar10Recogniser
 from fl_lightning.truth import Truth
 

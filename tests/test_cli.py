@@ -16,7 +16,7 @@ from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.classes import CIFAR10
 from attack_modules.diffusion.trained.class_conditional import SmallConditional
 from attack_modules.enhance.enhancer import Enhancer
-from attack_modules.enhance.named import NAMED
+from attack_modules.enhance.shortcuts import NAMED
 from attack_modules.panels import save_png
 from cli import main
 from fl_lightning.errors import AuditError, MissingFile, SettingError

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from attack_modules.analytic.counting import class_deficits, common_labels, count_images
 from attack_modules.analytic.one_layer import read_single
-from attack_modules.analytic.results import Diagnosis, Leakage, PeerTraining
+from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.analytic.shared_classes import read_shared
 from attack_modules.analytic.two_layers import read_stack
@@ -39,7 +39,7 @@ from attack_modules.attack import AttackError
 
 
 def leak(
-    updates: Mapping[str, Tensor], weights: Mapping[str, Tensor], beliefs: PeerTraining, iterations: int = 5
+    updates: Mapping[str, Tensor], weights: Mapping[str, Tensor], beliefs: TrainingKnowledge, iterations: int = 5
 ) -> Leakage:
     """Read labels and features out of the head's part of an aggregated update: `leak_rounds` of one round."""
     return leak_rounds([updates], [weights], beliefs, iterations)
@@ -48,7 +48,7 @@ def leak(
 def leak_rounds(
     updates: Sequence[Mapping[str, Tensor]],
     weights: Sequence[Mapping[str, Tensor]],
-    beliefs: PeerTraining,
+    beliefs: TrainingKnowledge,
     iterations: int = 5,
 ) -> Leakage:
     """Read labels and features out of the head's part of one or several rounds' aggregated updates.

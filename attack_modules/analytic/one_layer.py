@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from attack_modules.analytic.results import PeerTraining, Reading
+from attack_modules.analytic.results import Reading, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace
 
 
@@ -25,7 +25,7 @@ def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: i
     return inputs, probabilities
 
 
-def read_single(space: RowSpace, targets: Tensor, beliefs: PeerTraining, scale: float) -> Reading:
+def read_single(space: RowSpace, targets: Tensor, beliefs: TrainingKnowledge, scale: float) -> Reading:
     """Features of a head of one linear layer: they are its inputs."""
     rows = space.rows * scale
     middle = space.weight - space.rows * (beliefs.steps - 1) / (2 * beliefs.steps)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class PeerTraining:
+class TrainingKnowledge:
     """What the attacker holds true of its peers' training.
 
     Attributes:

@@ -9,13 +9,19 @@ from torch.nn import functional as F
 from attack_modules.analytic.gate_separation import separate
 from attack_modules.analytic.gates import GateRegression, regress_features
 from attack_modules.analytic.head_training import Trajectory, co_members, gates_of_trajectory, group_peers, simulate
-from attack_modules.analytic.results import PeerTraining, Reading
+from attack_modules.analytic.results import Reading, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace
 from attack_modules.attack import AttackError
 
 
 def read_shared(
-    space: RowSpace, last: Tensor, weight: Tensor, num_images: int, beliefs: PeerTraining, scale: float, iterations: int
+    space: RowSpace,
+    last: Tensor,
+    weight: Tensor,
+    num_images: int,
+    beliefs: TrainingKnowledge,
+    scale: float,
+    iterations: int,
 ) -> tuple[Tensor, Reading]:
     """Labels (N,) and features of a head of two linear layers where images share classes, as they must if few.
 

@@ -18,7 +18,7 @@ from attack_modules.analytic.head_training import (
     simulate,
 )
 from attack_modules.analytic.one_layer import head_inputs
-from attack_modules.analytic.results import PeerTraining, Reading
+from attack_modules.analytic.results import Reading, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace
 
 
@@ -27,7 +27,7 @@ def read_stack(
     last: Sequence[Tensor],
     weight: Sequence[Tensor],
     targets: Tensor,
-    beliefs: PeerTraining,
+    beliefs: TrainingKnowledge,
     scale: float,
     iterations: int,
 ) -> Reading:

@@ -18,8 +18,8 @@ class Enhancer(ABC):
         """(N, C, H, W) images in [0, 1], as many, as large and in the same order as the reconstructed ones.
 
         Args:
-            reconstruction: images (N, C, H, W) in [0, 1] with labels (N,); `scale_factor` says by how much they were
-                upsampled from what was truly reconstructed, 1 for nothing.
+            reconstruction: images (N, C, H, W) in [0, 1] with labels (N,), upsampled by `latent_downscale` (1: not at
+                all) from what was reconstructed.
             seed: of the enhancement's own randomness; the same seed gives the same images, and a chunk alone
                 (`Reconstruction.part`) what it gives among the others.
         """

@@ -56,7 +56,7 @@ class Restoration(Enhancer):
     def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
         images, factor = reconstruction.images, self.network.scale
         self.network.to(images.device)
-        reduce = factor > 1 and reconstruction.scale_factor >= factor and not images.shape[-1] % factor
+        reduce = factor > 1 and reconstruction.latent_downscale >= factor and not images.shape[-1] % factor
         restored = [images[:0]]
         for part in images.split(self.chunk_size):
             if len(part):

@@ -85,7 +85,7 @@ class Evaluation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(pl_module, Attack) and stage != "predict":
             directory = Path(trainer.log_dir)  # Lightning asks all processes for it
-            with pl_module.ranks.together():
+            with pl_module.ranks.fail_together():
                 self._lock = claim(directory) if trainer.is_global_zero else None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -197,8 +197,8 @@ class Evaluation(Callback):
             chunks = torch.arange(len(reconstruction.images)).split(enhancer.chunk_size)
             images = torch.zeros_like(reconstruction.images)
             try:
-                with attack.ranks.together():
-                    for number in attack.ranks.own(len(chunks)).tolist():
+                with attack.ranks.fail_together():
+                    for number in attack.ranks.shard(len(chunks)).tolist():
                         part = reconstruction.part(chunks[number])
                         images[chunks[number]] = enhancer.enhance(part, seed).to(images)
             except AuditError as error:
@@ -206,7 +206,7 @@ class Evaluation(Callback):
                     raise
                 self.left_out[name] = str(error)
                 continue
-            images = attack.ranks.total(images)
+            images = attack.ranks.reduce(images)
             seconds = time.perf_counter() - began
             yield name, images.cpu(), attack.misfit(images, reconstruction.labels).cpu(), seconds
 

@@ -56,7 +56,7 @@ class Cifar10Network(nn.Sequential):
         self.to(memory_format=torch.channels_last)
 
 
-class Cifar10Training(LightningModule):
+class Cifar10Classifier(LightningModule):
     """Trains the classifier; its data is `CIFAR10` with one client, so that it sees the training images alone.
 
     SGD with Nesterov momentum and one cycle of the rate, reflections and shifts of up to 3 pixels.

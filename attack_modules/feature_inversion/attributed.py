@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attack_modules.analytic.leak import leak
 from attack_modules.analytic.peer_attribution import Attribution, attribute, joined_features, joined_labels
-from attack_modules.analytic.results import Diagnosis, Leakage, PeerTraining
+from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.feature_inversion.inversion import FeatureInversion
 from fl_lightning.client import Tensors
 
@@ -27,7 +27,7 @@ class AttributedInversion(FeatureInversion):
     attribution: Attribution
 
     def leak(
-        self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[PeerTraining]
+        self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[TrainingKnowledge]
     ) -> tuple[Leakage, Tensor]:
         rounds = [leak(*seen) for seen in zip(updates, weights, beliefs, strict=True)]
         for observation, found in zip(self.observations, rounds, strict=True):

@@ -14,7 +14,7 @@ from fl_lightning.observation import Observation
 
 
 @dataclass(frozen=True)
-class SimulatedTraining:
+class SimulatedRound:
     """One round of the peers' training as simulated on N images; H outputs and D inputs of the head's first layer.
 
     Attributes:
@@ -41,7 +41,7 @@ def full_batches(observation: Observation, device: torch.device) -> SimulatedPee
 @torch.no_grad()
 def simulate_peers(
     training: SimulatedPeers, images: Tensor, labels: Tensor, peers: Tensor, num_images: int
-) -> SimulatedTraining:
+) -> SimulatedRound:
     """Every peer's SGD on its own images.
 
     Args:
@@ -56,4 +56,4 @@ def simulate_peers(
     order = torch.cat(members).argsort()
     features = torch.cat([torch.stack(update.right).mean(0) for update in updates])
     errors = torch.cat([torch.stack(update.left).sum(0) for update in updates])
-    return SimulatedTraining(features[order], errors[order], reduce(add, updates))
+    return SimulatedRound(features[order], errors[order], reduce(add, updates))

@@ -95,7 +95,7 @@ class GuidedInversion(FeatureInversion):
             return self.denoiser(images, self.sigmas[chunk]).clamp(0, 1)
 
         self.sigmas.copy_(self.sigma)
-        self.ranks.fill(self.denoised, denoise, self.chunk_size)
+        self.ranks.gather(self.denoised, denoise, self.chunk_size)
         self.log("sigma", self.sigmas.mean())
 
     def guidance(self, images: Tensor, chunk: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.analytic.leak import leak_rounds
-from attack_modules.analytic.results import Leakage, PeerTraining
+from attack_modules.analytic.results import Leakage, TrainingKnowledge
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.feature_inversion.decoder import FeatureDecoder
-from attack_modules.feature_inversion.drift import SimulatedTraining, full_batches, simulate_peers
+from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
@@ -59,7 +59,7 @@ class FeatureInversion(Attack):
         lr: the attacker's own learning rate at the start, of Adam on the pixels.
         priors: penalties, P in sum; null for `ChromaTotalVariation`.
         balance: how many times the relative change of E that of P counts.
-        anneal: the most that P may weigh beside E at the first and at the last step, geometric between.
+        prior_limit: the most that P may weigh beside E at the first and at the last step, geometric between.
         betas: of Adam. Deep models want longer memories: (0.9, 0.99) makes one dB more of ResNet9, two less of LeNet5.
         subtract_own: take the attacker's own update out of the aggregate first.
         resimulations: times, spread evenly over the steps, at which the peers' training is simulated; 0 for never.
@@ -72,7 +72,7 @@ class FeatureInversion(Attack):
         lr: float = 0.13,
         priors: list[Prior] | None = None,
         balance: float = 3.0,
-        anneal: tuple[float, float] = (0.3, 0.01),
+        prior_limit: tuple[float, float] = (0.3, 0.01),
         betas: tuple[float, float] = (0.7, 0.9),
         subtract_own: bool = True,
         resimulations: int = 2,
@@ -80,16 +80,17 @@ class FeatureInversion(Attack):
         checkpoint_every: int = 25,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
-        if min(lr, *anneal) <= 0 or balance < 0 or chunk_size < 1 or resimulations < 0:
+        if min(lr, *prior_limit) <= 0 or balance < 0 or chunk_size < 1 or resimulations < 0:
             raise SettingError(
-                "`model` needs lr > 0, anneal > 0, balance >= 0, chunk_size >= 1 and resimulations >= 0, but got "
-                f"lr={lr}, anneal={anneal}, balance={balance}, chunk_size={chunk_size}, resimulations={resimulations}."
+                "`model` needs lr > 0, prior_limit > 0, balance >= 0, chunk_size >= 1 and resimulations >= 0, but got "
+                f"lr={lr}, prior_limit={prior_limit}, balance={balance}, chunk_size={chunk_size}, "
+                f"resimulations={resimulations}."
             )
         self.automatic_optimization = False  # one backward pass a chunk, so that memory holds one graph
         self.lr = lr
         self.priors = [ChromaTotalVariation(weight=1.0)] if priors is None else priors
         self.balance = balance
-        self.anneal = anneal
+        self.prior_limit = prior_limit
         self.betas = betas
         self.resimulations = resimulations
         self.chunk_size = chunk_size
@@ -140,7 +141,7 @@ class FeatureInversion(Attack):
         return torch.full((len(self.features), *image_shape), 0.5)
 
     def leak(
-        self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[PeerTraining]
+        self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[TrainingKnowledge]
     ) -> tuple[Leakage, Tensor]:
         """What the head's updates say of the images, and (rounds, N) bool which rounds show which: here all show all.
 
@@ -171,7 +172,7 @@ class FeatureInversion(Attack):
             and self.global_step % self._simulate_every == 0
         ):
             self._resimulate()
-        most = annealed(self.anneal, self.global_step, self.trainer.max_steps)
+        most = annealed(self.prior_limit, self.global_step, self.trainer.max_steps)
 
         def scores(chunk: Tensor) -> Tensor:  # (n, 2): error, and what the best iterate is judged by
             with torch.enable_grad():
@@ -187,7 +188,7 @@ class FeatureInversion(Attack):
             return torch.stack([error, scale.log() + self.balance * (prior + LEAST_PRIOR).log()], 1)
 
         scored = torch.empty(len(self.images), 2, device=self.device)
-        self.ranks.fill(scored, scores, self.chunk_size)
+        self.ranks.gather(scored, scores, self.chunk_size)
         self.join_gradients(self.images)
         self._remember(*scored.unbind(1))
         optimizer.step()
@@ -208,20 +209,22 @@ class FeatureInversion(Attack):
         def half_way(chunk: Tensor) -> Tensor:
             return drift[chunk] + self.model.embed(self.best[chunk].contiguous(memory_format=torch.channels_last))
 
-        self.ranks.fill(self.features, half_way, self.chunk_size)
+        self.ranks.gather(self.features, half_way, self.chunk_size)
         self.best_loss.fill_(torch.inf)  # of another target
 
-    def _simulate(self) -> list[SimulatedTraining]:
+    def _simulate(self) -> list[SimulatedRound]:
         """The peers' training of all rounds on the best images so far; an image has no part in a round without it."""
         presence = self.presence.to(self.device)
         rounds = zip(self.training_of_rounds, presence, strict=True)
         return [self._simulate_round(training, shown) for training, shown in rounds]
 
-    def _simulate_round(self, training: SimulatedPeers, shown: Tensor) -> SimulatedTraining:
+    def _simulate_round(self, training: SimulatedPeers, shown: Tensor) -> SimulatedRound:
         """One round's training on the images `shown` (N,); each process takes a part of the peers."""
         peers = self.leakage.peers.to(self.device)
         trained = peers[shown].unique()
-        own = shown & torch.isin(peers, trained[self.ranks.own(len(trained)).to(self.device)])  # images of whole peers
+        own = shown & torch.isin(
+            peers, trained[self.ranks.shard(len(trained)).to(self.device)]
+        )  # images of whole peers
         first = training.parameters[FIRST_LAYER]
         features, errors = torch.zeros_like(self.features), first.new_zeros(len(peers), len(first))
         update = LowRank(first, 0.0, (errors[:0],), (features[:0],))
@@ -231,10 +234,10 @@ class FeatureInversion(Attack):
             with torch.autocast(self.device.type, enabled=False):  # it is the difference to the observed that counts
                 found = simulate_peers(training, images, self.labels[own], peers[own], count)
             features[own], errors[own], update = found.features, found.errors, found.update
-        update = self.ranks.sum({FIRST_LAYER: update})[FIRST_LAYER]
-        return SimulatedTraining(self.ranks.total(features), self.ranks.total(errors), update)
+        update = self.ranks.reduce_update({FIRST_LAYER: update})[FIRST_LAYER]
+        return SimulatedRound(self.ranks.reduce(features), self.ranks.reduce(errors), update)
 
-    def leaked_features(self, rounds: list[SimulatedTraining]) -> Tensor:
+    def leaked_features(self, rounds: list[SimulatedRound]) -> Tensor:
         """(N, D) mean over the local steps of the images' features, as they leaked.
 
         Args:
@@ -242,7 +245,7 @@ class FeatureInversion(Attack):
         """
         return self.leakage.features.to(self.device)
 
-    def _mean_features(self, rounds: list[SimulatedTraining]) -> Tensor:
+    def _mean_features(self, rounds: list[SimulatedRound]) -> Tensor:
         """(N, D) mean of each image's simulated features over the rounds that show it."""
         total = torch.stack([round_.features for round_ in rounds]).sum(0)
         return total / self.presence.sum(0).to(total)[:, None]
@@ -259,7 +262,9 @@ class FeatureInversion(Attack):
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
         """(N,) `|features(x) - f| / |f|`, which the labels do not enter."""
         images, errors = images.to(self.device), self.features.new_empty(len(self.features))
-        self.ranks.fill(errors, lambda chunk: self.feature_error(images[chunk], self.features[chunk]), self.chunk_size)
+        self.ranks.gather(
+            errors, lambda chunk: self.feature_error(images[chunk], self.features[chunk]), self.chunk_size
+        )
         return errors.sqrt()
 
     @torch.no_grad()
@@ -306,7 +311,7 @@ def _head(state: Tensors, model: ImageClassifier) -> Tensors:
     return {name: state[name] for name, _ in model.named_parameters() if name.startswith("head.")}
 
 
-def _training(beliefs: Beliefs) -> PeerTraining:
+def _training(beliefs: Beliefs) -> TrainingKnowledge:
     """What the closed form needs to know of a round's training."""
     labels = None if beliefs.labels is None else torch.tensor(beliefs.labels)
-    return PeerTraining(beliefs.mean_rate, beliefs.local_steps, beliefs.num_images, labels, beliefs.local_epochs)
+    return TrainingKnowledge(beliefs.mean_rate, beliefs.local_steps, beliefs.num_images, labels, beliefs.local_epochs)

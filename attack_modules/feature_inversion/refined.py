@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attack_modules.analytic.gates import regress_features
 from attack_modules.analytic.row_space import row_coordinates
-from attack_modules.feature_inversion.drift import SimulatedTraining
+from attack_modules.feature_inversion.drift import SimulatedRound
 from attack_modules.feature_inversion.inversion import FeatureInversion
 from fl_lightning.errors import SettingError
 from fl_lightning.models import FIRST_LAYER
@@ -68,7 +68,7 @@ class RefinedInversion(FeatureInversion):
         if self.lacking.isfinite():
             self.log("update_lacking", self.lacking)
 
-    def leaked_features(self, rounds: list[SimulatedTraining]) -> Tensor:
+    def leaked_features(self, rounds: list[SimulatedRound]) -> Tensor:
         if self.ended or not self.alone.any():
             return self.sought
         observed = [self.update_of(observation)[FIRST_LAYER].to(self.device) for observation in self.observations]

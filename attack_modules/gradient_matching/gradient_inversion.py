@@ -33,7 +33,7 @@ class GradientInversion(Attack):
 
     Args:
         lr: the attacker's own learning rate, of Adam on the images, with cosine decay to a tenth.
-        scale_factor: images are a latent of 1/scale_factor of the size, upsampled bicubically; 1 for pixels.
+        latent_downscale: images are a latent of 1/latent_downscale of the size, upsampled bicubically; 1 for pixels.
         objective: distance between simulated and observed update; null for SquaredL2.
         priors: penalties that are added to the objective.
         anneal: factor on the priors' weights at the first and at the last step, geometric between.
@@ -56,7 +56,7 @@ class GradientInversion(Attack):
     def __init__(
         self,
         lr: float = 0.1,
-        scale_factor: int = 4,
+        latent_downscale: int = 4,
         objective: Objective | None = None,
         priors: list[Prior] | None = None,
         anneal: tuple[float, float] = (1.0, 1.0),
@@ -72,21 +72,21 @@ class GradientInversion(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
-        least = min(scale_factor, restarts, 1 if chunk_size is None else chunk_size)
+        least = min(latent_downscale, restarts, 1 if chunk_size is None else chunk_size)
         if min(lr, *anneal) <= 0 or least < 1 or divergence_factor <= 1:
             raise SettingError(
-                "`model` needs lr > 0, anneal > 0, scale_factor >= 1, restarts >= 1, divergence_factor > 1, and "
-                f"chunk_size >= 1 or null, but got lr={lr}, anneal={anneal}, scale_factor={scale_factor}, "
+                "`model` needs lr > 0, anneal > 0, latent_downscale >= 1, restarts >= 1, divergence_factor > 1, and "
+                f"chunk_size >= 1 or null, but got lr={lr}, anneal={anneal}, latent_downscale={latent_downscale}, "
                 f"restarts={restarts}, divergence_factor={divergence_factor}, chunk_size={chunk_size}."
             )
-        if detail and scale_factor == 1:
+        if detail and latent_downscale == 1:
             raise SettingError(
-                "`model.detail` is what a latent leaves out of an image, but `model.scale_factor` is 1, which leaves "
-                "out nothing. Give a larger one, or set `model.detail: false`."
+                "`model.detail` is what a latent leaves out of an image, but `model.latent_downscale` is 1, which "
+                "leaves out nothing. Give a larger one, or set `model.detail: false`."
             )
         self.automatic_optimization = False  # one backward pass a start, so that memory holds one graph
         self.lr = lr
-        self.scale_factor = scale_factor
+        self.latent_downscale = latent_downscale
         self.objective = objective or SquaredL2()
         self.priors = priors or []
         self.anneal = anneal
@@ -129,7 +129,7 @@ class GradientInversion(Attack):
                 "here they are the victims' own. Attack other images, or set `model.detail: false`."
             )
         photographs = public_photographs(observation.image_shape).to(self.trainer.strategy.root_device)
-        return Detail.of(model, photographs, self.scale_factor, self.observed[FIRST_LAYER])
+        return Detail.of(model, photographs, self.latent_downscale, self.observed[FIRST_LAYER])
 
     def _simulated(self, held: ImageClassifier | None = None, shift: Tensor | None = None) -> SimulatedPeers:
         device = self.trainer.strategy.root_device
@@ -141,13 +141,13 @@ class GradientInversion(Attack):
 
     def _start(self, trial: int, image_shape: tuple[int, int, int]) -> nn.Parameter:
         channels, height, width = image_shape
-        if height % self.scale_factor or width % self.scale_factor:
+        if height % self.latent_downscale or width % self.latent_downscale:
             raise AttackError(
-                f"`model.scale_factor` is {self.scale_factor}, which does not divide the image size {height}x{width}. "
-                "Use a divisor, or 1."
+                f"`model.latent_downscale` is {self.latent_downscale}, which does not divide the image size "
+                f"{height}x{width}. Use a divisor, or 1."
             )
         generator = torch.Generator().manual_seed(self.seed * 1000 + trial)
-        shape = (len(self.labels), channels, height // self.scale_factor, width // self.scale_factor)
+        shape = (len(self.labels), channels, height // self.latent_downscale, width // self.latent_downscale)
         return nn.Parameter(0.5 + 0.05 * torch.randn(shape, generator=generator))
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
@@ -161,7 +161,7 @@ class GradientInversion(Attack):
         images = self.decode(latent).contiguous(memory_format=torch.channels_last)
         simulated = self._compared(self.peers.mean_update(images, self.labels))
         objective = self.objective(simulated, self.target) / self.ranks.count
-        own = images[self.ranks.own(len(images))]
+        own = images[self.ranks.shard(len(images))]
         prior = sum((prior.weight * prior(own).sum() / len(images) for prior in self.priors), objective.new_zeros(()))
         return objective, prior
 
@@ -174,8 +174,8 @@ class GradientInversion(Attack):
         return SquaredL2()(simulated, self.observed).sqrt().detach()
 
     def decode(self, latent: Tensor) -> Tensor:
-        """(N, C, h, w) latent -> (N, C, h * scale_factor, w * scale_factor) images."""
-        return upsampled(latent, self.scale_factor)
+        """(N, C, h, w) latent -> (N, C, h * latent_downscale, w * latent_downscale) images."""
+        return upsampled(latent, self.latent_downscale)
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
@@ -186,7 +186,7 @@ class GradientInversion(Attack):
             objective, prior = self.loss(latent)
             self.back_propagate(objective + factor * prior, latent)
             self.join_gradients(latent)
-            losses.append(self.ranks.total((objective + self.anneal[1] * prior).detach()))
+            losses.append(self.ranks.reduce((objective + self.anneal[1] * prior).detach()))
             self._remember(trial, latent, losses[-1])
         optimizer.step()
         scheduler.step()
@@ -221,7 +221,7 @@ class GradientInversion(Attack):
     def reconstruction(self) -> Reconstruction:
         best = self.get_buffer(f"best_{int(self.best_loss.argmin())}")
         images, num_classes = self.decode(best).float().clamp(0, 1), self.observations[0].num_classes
-        return Reconstruction(images, self.labels, self.scale_factor, num_classes)
+        return Reconstruction(images, self.labels, self.latent_downscale, num_classes)
 
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])

@@ -36,17 +36,17 @@ class Detail:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: ImageClassifier, images: Tensor, scale_factor: int, update: Tensor) -> "Detail":
+    def of(cls, model: ImageClassifier, images: Tensor, latent_downscale: int, update: Tensor) -> "Detail":
         """The detail of some images.
 
         Args:
             model: whose features are meant.
             images: (M, C, H, W) photographs in [0, 1], of the attacked images' shape but none of them.
-            scale_factor: of the latent.
+            latent_downscale: of the latent.
             update: (out, D) of the first linear layer as observed. Whitening is scaled so as to keep its norm, and with
                 it the layer's weight beside the others.
         """
-        shown = upsampled(nearest_latent(images, scale_factor), scale_factor)
+        shown = upsampled(nearest_latent(images, latent_downscale), latent_downscale)
         channels = feature_map_shape(model, images.shape[1:])[0]
         changes = (model.embed(images) - model.embed(shown)).unflatten(1, (channels, -1))
         mean = changes.mean((0, 2))

@@ -5,16 +5,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def upsampled(latent: Tensor, scale_factor: int) -> Tensor:
-    """(N, C, h, w) latent -> (N, C, h * scale_factor, w * scale_factor) images, bicubically."""
-    return latent if scale_factor == 1 else F.interpolate(latent, scale_factor=scale_factor, mode="bicubic")
+def upsampled(latent: Tensor, latent_downscale: int) -> Tensor:
+    """(N, C, h, w) latent -> (N, C, h * latent_downscale, w * latent_downscale) images, bicubically."""
+    return latent if latent_downscale == 1 else F.interpolate(latent, scale_factor=latent_downscale, mode="bicubic")
 
 
-def nearest_latent(images: Tensor, scale_factor: int) -> Tensor:
+def nearest_latent(images: Tensor, latent_downscale: int) -> Tensor:
     """(N, C, H, W) images -> (N, C, h, w) the latents whose upsampled images are nearest in least squares."""
 
     def back(size: int) -> Tensor:  # (h, H) pseudo-inverse of upsampling along one side
-        rows = torch.eye(size // scale_factor)[None, None]
-        return torch.linalg.pinv(F.interpolate(rows, scale_factor=(scale_factor, 1), mode="bicubic")[0, 0]).to(images)
+        rows = torch.eye(size // latent_downscale)[None, None]
+        return torch.linalg.pinv(F.interpolate(rows, scale_factor=(latent_downscale, 1), mode="bicubic")[0, 0]).to(
+            images
+        )
 
     return back(images.shape[2]) @ images @ back(images.shape[3]).T

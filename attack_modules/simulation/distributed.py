@@ -18,8 +18,8 @@ class Ranks:
 
     Every process holds all images, optimizer state and results alike, so that a checkpoint belongs to no number of
     processes; what is divided is the work. A loss that all of them compute together is one number: each process
-    back-propagates a part of it, `sum` and its backward pass carry cotangents to where the terms came from, and
-    `total` joins the gradients.
+    back-propagates a part of it, `reduce_update` and its backward pass carry cotangents to where the terms came from,
+    and `reduce` joins the gradients.
 
     Args:
         trainer: whose strategy connects the processes; None for one process alone.
@@ -38,24 +38,24 @@ class Ranks:
                 f"{type(self.strategy).__name__}. Use `auto` or `ddp`."
             )
 
-    def own(self, count: int) -> Tensor:
+    def shard(self, count: int) -> Tensor:
         """(n,) the numbers from 0 to `count` - 1 that are this process's, as many as the others' or one off."""
         return torch.arange(count).tensor_split(self.count)[self.rank]
 
-    def total(self, tensor: Tensor) -> Tensor:
+    def reduce(self, tensor: Tensor) -> Tensor:
         """The sum of all processes' tensors, without a gradient; `tensor` is no longer to be used."""
         return tensor if self.count == 1 else self.strategy.reduce(tensor.contiguous(), reduce_op="sum")
 
     @torch.no_grad()
-    def fill(self, whole: Tensor, function: Callable[[Tensor], Tensor], chunk_size: int) -> None:
+    def gather(self, whole: Tensor, function: Callable[[Tensor], Tensor], chunk_size: int) -> None:
         """Fill (N, ...) `whole` with what `function` makes of chunks (n,) of row numbers; each process does its own."""
         filled = torch.zeros_like(whole)
-        for chunk in self.own(len(whole)).to(whole.device).split(chunk_size):
+        for chunk in self.shard(len(whole)).to(whole.device).split(chunk_size):
             if len(chunk):
                 filled[chunk] = function(chunk).to(filled)
-        whole.copy_(self.total(filled))
+        whole.copy_(self.reduce(filled))
 
-    def sum(self, update: dict[str, Tensor | LowRank]) -> dict[str, Tensor | LowRank]:
+    def reduce_update(self, update: dict[str, Tensor | LowRank]) -> dict[str, Tensor | LowRank]:
         """The sum of all processes' updates, factors staying factors; differentiable.
 
         The processes exchange one vector, and one more when they differentiate, so that no two exchanges can overtake
@@ -83,7 +83,7 @@ class Ranks:
         return {name: low_rank[name] if name in low_rank else dense[name] for name in update}
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """What one process refuses, all refuse: the others would wait for it.
 
         Raises:

@@ -127,12 +127,12 @@ class SimulatedPeers:
             return self._local_update(images, labels)
         clients = list(zip(images.split(self.client_sizes), labels.split(self.client_sizes), strict=True))
         mean: SimulatedUpdate = {}
-        for client in self.ranks.own(len(clients)).tolist():
+        for client in self.ranks.shard(len(clients)).tolist():
             own_images, own_labels = clients[client]
             for name, update in self._local_update(own_images, own_labels).items():
                 share = (len(own_images) / len(images)) * update
                 mean[name] = mean[name] + share if name in mean else share
-        return self.ranks.sum(mean)
+        return self.ranks.reduce_update(mean)
 
     def _local_update(self, images: Tensor, labels: Tensor) -> SimulatedUpdate:
         """One client's update: the sum of its SGD steps (`torch.optim.SGD` with momentum and weight decay)."""
@@ -159,7 +159,7 @@ class SimulatedPeers:
         for inputs, targets in zip(images.split(size), labels.split(size), strict=True):
             whole = len(inputs)
             if self._divides_batches:
-                own = self.ranks.own(whole).to(images.device)
+                own = self.ranks.shard(whole).to(images.device)
                 inputs, targets = inputs[own], targets[own]
             batches.append(Batch(inputs if self.held is None else self._held_features(inputs), targets, whole))
         return batches
@@ -182,7 +182,7 @@ class SimulatedPeers:
     def _batch_gradient(self, weights: SimulatedUpdate, state: Tensors, batch: Batch) -> SimulatedUpdate:
         """The gradient of a batch's mean loss, of which a merged client's processes compute a part each."""
         gradient = self._own_gradient(weights, state, batch)
-        return self.ranks.sum(gradient) if self._divides_batches else gradient
+        return self.ranks.reduce_update(gradient) if self._divides_batches else gradient
 
     def _own_gradient(self, weights: SimulatedUpdate, state: Tensors, batch: Batch) -> SimulatedUpdate:
         """This process's part of a batch's gradient, a chunk of images at a time."""

@@ -260,7 +260,7 @@ def test_time_to_quality(setting: Setting, table: Table, monkeypatch: pytest.Mon
     if "yardstick" not in MEASURED:
         pytest.skip("The yardstick's time comes from test_step: run it too.")
     matching = GradientInversion(
-        lr=0.1, scale_factor=4, merged=False, priors=[ChromaTotalVariation(1.0)], anneal=(1.0, 0.01)
+        lr=0.1, latent_downscale=4, merged=False, priors=[ChromaTotalVariation(1.0)], anneal=(1.0, 0.01)
     )
     matched, _ = attacked(matching, setting.attack_steps, setting, monkeypatch)
     best, first = matched.best, matched.first(QUALITY)

@@ -26,7 +26,7 @@ from attack_modules.simulation.local_training import SimulatedPeers
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.observation import Observation
 
-SCALE_FACTOR = 4
+LATENT_DOWNSCALE = 4
 Step = Callable[[], Tensor]
 """Computes the gradient of the latent, which it returns."""
 
@@ -47,7 +47,7 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
         observation = replace(observation, beliefs=replace(observation.beliefs, local_epochs=local_epochs))
     channels, height, width = observation.image_shape
     generator = torch.Generator().manual_seed(0)
-    shape = (len(labels), channels, height // SCALE_FACTOR, width // SCALE_FACTOR)
+    shape = (len(labels), channels, height // LATENT_DOWNSCALE, width // LATENT_DOWNSCALE)
     latent = (0.5 + 0.05 * torch.randn(shape, generator=generator)).requires_grad_()
     target, objective = observation.peers_update(), SquaredL2()
     cpu, merged = torch.device("cpu"), way in ("merged", "bf16", "chunks")
@@ -60,7 +60,7 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
         peers = SimulatedPeers(observation, merged, cpu, chunk_size=16 if way == "chunks" else None, held=held)
 
     def loss() -> Tensor:
-        pixels = F.interpolate(latent, scale_factor=SCALE_FACTOR, mode="bicubic")
+        pixels = F.interpolate(latent, scale_factor=LATENT_DOWNSCALE, mode="bicubic")
         if way == "yardstick":
             return dense_loss(observation, pixels, labels, target)
         pixels = pixels.contiguous(memory_format=torch.channels_last)

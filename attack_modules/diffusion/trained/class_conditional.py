@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attack_modules.diffusion.classes import CIFAR10, ImageClass
 from attack_modules.diffusion.conditional import ConditionalModel, edm_alphas
-from attack_modules.diffusion.trained.averaged_training import AveragedTraining
+from attack_modules.diffusion.trained.averaged_module import AveragedModule
 from attack_modules.diffusion.trained.edm import denoised, loss_weight, unet_of_squares
 from attack_modules.diffusion.trained.model_file import opened_model, save_model
 from fl_lightning.download import CHECKPOINTS
@@ -120,7 +120,7 @@ class TrainedConditional(SmallConditional):
         self.eval().requires_grad_(False)
 
 
-class ConditionalTraining(AveragedTraining):
+class ClassConditionalDiffusion(AveragedModule):
     """Trains a `SmallConditional`; its data is a dataset with one client, such as `CIFAR10`.
 
     Adam at a constant rate, and an exponential moving average of the weights in place of annealing: training can be

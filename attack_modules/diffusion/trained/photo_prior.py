@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from attack_modules.diffusion.denoiser import Denoiser
-from attack_modules.diffusion.trained.averaged_training import AveragedTraining
-from attack_modules.diffusion.trained.comparison import DenoisingComparison
+from attack_modules.diffusion.trained.averaged_module import AveragedModule
+from attack_modules.diffusion.trained.denoising_comparison import DenoisingComparison
 from attack_modules.diffusion.trained.edm import denoised, loss_weight, unet_of_squares
 from attack_modules.diffusion.trained.model_file import opened_model, save_model
 from fl_lightning.errors import SettingError
@@ -112,7 +112,7 @@ class TrainedPrior(Denoiser):
         return prior.requires_grad_(False).eval()
 
 
-class DiffusionPrior(AveragedTraining):
+class DiffusionPrior(AveragedModule):
     """Trains a `TrainedPrior` to denoise photographs; its data is `PhotoCrops`.
 
     Adam at a constant rate, and an exponential moving average of the weights: training can be stopped at any time. The

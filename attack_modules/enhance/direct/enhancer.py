@@ -106,12 +106,12 @@ class DirectEnhancement(Enhancer):
                 # Each image has its own numbers, so that chunks are only a matter of memory.
                 generators = [torch.Generator().manual_seed(seed_of(seed, n)) for n in numbers[indices].tolist()]
                 chunk = images[indices.to(images.device)]
-                enhanced.append(self._mean_sample(chunk, reconstruction.scale_factor, generators))
+                enhanced.append(self._mean_sample(chunk, reconstruction.latent_downscale, generators))
         return torch.cat(enhanced).clamp(0, 1)
 
-    def _mean_sample(self, images: Tensor, scale_factor: int, generators: list[torch.Generator]) -> Tensor:
+    def _mean_sample(self, images: Tensor, latent_downscale: int, generators: list[torch.Generator]) -> Tensor:
         """The mean of samples of the posterior, given images (n, C, H, W) that were upsampled by a factor."""
-        observed = F.avg_pool2d(images, scale_factor)
+        observed = F.avg_pool2d(images, latent_downscale)
         sigma_y = self._noise_of(observed, generators)
         start = F.interpolate(images, scale_factor=self.magnify, mode="bicubic") if self.magnify > 1 else images
         pixelwise = start.shape == observed.shape

@@ -68,7 +68,7 @@ class NoiseSearch(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        images, labels, scale_factor = reconstruction.images, reconstruction.labels, reconstruction.scale_factor
+        images, labels, latent_downscale = reconstruction.images, reconstruction.labels, reconstruction.latent_downscale
         _refuse_unfit(model, reconstruction)
         self._model = (model,)  # no submodule: checkpoints are to hold the search alone
         self.timesteps = explicit_timesteps(timesteps, len(model.alphas))
@@ -76,7 +76,7 @@ class NoiseSearch(nn.Module):
         self.margin = margin
         self.disagreement = reconstruction.disagreement
         self.shape = images.shape[1:]
-        side = max(1, min(images.shape[-1] // scale_factor, model.image_size))
+        side = max(1, min(images.shape[-1] // latent_downscale, model.image_size))
         self.register_buffer("target", F.adaptive_avg_pool2d(images.float(), side))
         self.register_buffer("labels", labels)
         self.register_buffer("tolerance", wavelet_noise(self.target))

@@ -12,19 +12,19 @@ class ReconstructedImage(LightningDataModule):
 
     Args:
         image: the file, of any size; its centre square is taken. A grey file stays grey: the colours are the model's.
-        scale_factor: the image was reconstructed this much smaller and upsampled, 1 if it was not.
+        latent_downscale: the image was reconstructed this much smaller and upsampled, 1 if it was not.
         seed: is not used; the command line sets it for all data.
     """
 
-    def __init__(self, image: PathLike, scale_factor: int = 1, seed: int = 0) -> None:
+    def __init__(self, image: PathLike, latent_downscale: int = 1, seed: int = 0) -> None:
         super().__init__()
         size, channels = read_size(image)
-        if scale_factor < 1 or scale_factor > size:
+        if latent_downscale < 1 or latent_downscale > size:
             raise SettingError(
-                f"`data.scale_factor` is {scale_factor}, but '{image}' has {size} pixels a side. Give a number from 1 "
-                "to that, 1 for an image that was not upsampled."
+                f"`data.latent_downscale` is {latent_downscale}, but '{image}' has {size} pixels a side. Give a "
+                "number from 1 to that, 1 for an image that was not upsampled."
             )
-        self.scale_factor = scale_factor
+        self.latent_downscale = latent_downscale
         self.image = read_image(image, size, channels).float() / 255
 
     def train_dataloader(self) -> DataLoader:

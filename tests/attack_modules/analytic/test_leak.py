@@ -11,7 +11,7 @@ from attack_modules.analytic.gates import GateRegression, Gates, gates_of_activa
 from attack_modules.analytic.head_training import co_members, group_peers, offset_to_match, simulate
 from attack_modules.analytic.leak import leak, leak_rounds
 from attack_modules.analytic.one_layer import head_inputs
-from attack_modules.analytic.results import Leakage, PeerTraining
+from attack_modules.analytic.results import Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.attack import AttackError
 
@@ -75,7 +75,7 @@ def test_one_step_is_exact(bias: bool, single: bool) -> None:
     features = make_features(len(labels))
     head = make_head(bias, single)
     update, before = train(head, features, labels, lr=0.01, steps=1)
-    found = leak(update, before, PeerTraining(lr=0.01, steps=1))
+    found = leak(update, before, TrainingKnowledge(lr=0.01, steps=1))
     assert found.labels.tolist() == labels.tolist()
     assert relative_error(found.features, features).max() < 1e-6
     assert found.diagnosis.num_images == len(labels)
@@ -88,7 +88,7 @@ def test_several_steps_beat_first_order() -> None:
     features = make_features(len(labels))
     head = make_head()
     update, before = train(head, features, labels, lr=0.02, steps=4)
-    found = leak(update, before, PeerTraining(lr=0.02, steps=4))
+    found = leak(update, before, TrainingKnowledge(lr=0.02, steps=4))
     assert relative_error(found.features, features).max() < 2e-3
     assert found.diagnosis.drift < 0.01
 
@@ -98,7 +98,7 @@ def test_few_classes_are_exact(bias: bool) -> None:
     labels = torch.tensor([0, 0, 1, 3, 3, 3])
     features = make_features(len(labels))
     update, before = train(make_head(bias, classes=4, hidden=128), features, labels, lr=0.01, steps=1)
-    found = leak(update, before, PeerTraining(lr=0.01, steps=1))
+    found = leak(update, before, TrainingKnowledge(lr=0.01, steps=1))
     assert found.labels.tolist() == labels.tolist()
     assert found.diagnosis.separated == found.diagnosis.num_images == len(labels)
     assert found.diagnosis.outside < 0.1
@@ -109,14 +109,14 @@ def test_shared_class_among_many_is_exact() -> None:
     labels = torch.tensor([3, 7, 7, 15, 22, 22])
     features = make_features(len(labels))
     update, before = train(make_head(hidden=128), features, labels, lr=0.01, steps=1)
-    check_matched(leak(update, before, PeerTraining(lr=0.01, steps=1)), features, labels, 1e-5)
+    check_matched(leak(update, before, TrainingKnowledge(lr=0.01, steps=1)), features, labels, 1e-5)
 
 
 def test_given_shared_labels_keep_their_order() -> None:
     labels = torch.tensor([22, 3, 22, 7])
     features = make_features(len(labels))
     update, before = train(make_head(hidden=128), features, labels, lr=0.01, steps=1)
-    found = leak(update, before, PeerTraining(lr=0.01, steps=1, labels=labels))
+    found = leak(update, before, TrainingKnowledge(lr=0.01, steps=1, labels=labels))
     assert found.labels.tolist() == labels.tolist()
     check_matched(found, features, labels, 1e-5)
 
@@ -125,7 +125,7 @@ def test_shared_classes_over_several_steps() -> None:
     labels = torch.tensor([0, 0, 1, 3, 3, 3])
     features = make_features(len(labels))
     update, before = train(make_head(classes=4, hidden=128), features, labels, lr=0.01, steps=3, peers=2)
-    check_matched(leak(update, before, PeerTraining(lr=0.01, steps=3)), features, labels, 0.01)
+    check_matched(leak(update, before, TrainingKnowledge(lr=0.01, steps=3)), features, labels, 0.01)
 
 
 def test_what_cannot_be_told_apart_shows() -> None:
@@ -135,14 +135,14 @@ def test_what_cannot_be_told_apart_shows() -> None:
     layers = {name: weight.clone() for name, weight in before.items()}
     layers["2.weight"] = torch.randn_like(layers["2.weight"])  # another model: no gates agree with the update
     with pytest.raises(AttackError, match="none of them can be told apart"):
-        leak(update, layers, PeerTraining(lr=0.01, steps=1))
+        leak(update, layers, TrainingKnowledge(lr=0.01, steps=1))
 
 
 def test_given_labels_keep_their_order() -> None:
     labels = torch.tensor([22, 3, 39, 7])
     features = make_features(len(labels))
     update, before = train(make_head(), features, labels, lr=0.01, steps=1)
-    found = leak(update, before, PeerTraining(lr=0.01, steps=1, labels=labels))
+    found = leak(update, before, TrainingKnowledge(lr=0.01, steps=1, labels=labels))
     assert found.labels.tolist() == labels.tolist()
     assert relative_error(found.features, features).max() < 1e-6
 
@@ -150,15 +150,15 @@ def test_given_labels_keep_their_order() -> None:
 def test_wrong_rate_shows_in_the_diagnosis() -> None:
     labels = torch.arange(0, 24, 3)
     update, before = train(make_head(), make_features(len(labels)), labels, lr=0.02, steps=4)
-    right = leak(update, before, PeerTraining(lr=0.02, steps=4)).diagnosis
-    wrong = leak(update, before, PeerTraining(lr=0.04, steps=4)).diagnosis
+    right = leak(update, before, TrainingKnowledge(lr=0.02, steps=4)).diagnosis
+    wrong = leak(update, before, TrainingKnowledge(lr=0.04, steps=4)).diagnosis
     assert wrong.drift > 10 * right.drift
 
 
 def test_rejects_deeper_heads() -> None:
     head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(AttackError, match="3 linear layers"):
-        leak(weights_of(head), weights_of(head), PeerTraining(lr=0.1, steps=1))
+        leak(weights_of(head), weights_of(head), TrainingKnowledge(lr=0.1, steps=1))
 
 
 def test_augmented_appends_biases() -> None:
@@ -241,9 +241,9 @@ def test_images_seen_once_count_once() -> None:
     update, before = train(make_head(hidden=128), make_features(len(labels)), labels, lr=0.01, steps=1)
     first = next(iter(update))
     update[first] += 1e-9 * torch.linalg.qr(torch.randn_like(update[first])).Q  # rounding, alike in all directions
-    epochs = PeerTraining(lr=0.005, steps=2)
+    epochs = TrainingKnowledge(lr=0.005, steps=2)
     assert leak(update, before, epochs).diagnosis.num_images == len(labels) / 2  # the same image in both, it seems
-    batches = PeerTraining(lr=0.005, steps=2, epochs=1)  # two steps, each on half of the images
+    batches = TrainingKnowledge(lr=0.005, steps=2, epochs=1)  # two steps, each on half of the images
     assert leak(update, before, batches).diagnosis.num_images == len(labels)
 
 
@@ -317,7 +317,7 @@ def test_peers_whose_rows_are_much_alike_are_two() -> None:
 def test_peers_are_found_where_features_are_not() -> None:
     features, labels = make_features(8), 3 * torch.arange(8)
     update, before = train(make_head(), features, labels, lr=0.5, steps=3, peers=2)
-    found = leak(update, before, PeerTraining(lr=0.5, steps=3))
+    found = leak(update, before, TrainingKnowledge(lr=0.5, steps=3))
     assert relative_error(found.features, features).max() > 0.5
     assert found.peers.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
@@ -354,7 +354,7 @@ def test_rounds_reach_beyond_the_width(steps: int) -> None:
     labels = torch.arange(0, 90, 3)
     lr = 0.1 if steps == 1 else 0.01
     updates, weights = rounds(3, features, labels, lr, steps, hidden=24)
-    beliefs = PeerTraining(lr, steps)
+    beliefs = TrainingKnowledge(lr, steps)
     alone = leak(updates[0], weights[0], beliefs)
     together = leak_rounds(updates, weights, beliefs)
     assert relative_error(alone.features, features).median() > 0.1
@@ -368,4 +368,4 @@ def test_rounds_of_other_images_are_refused() -> None:
     first = rounds(1, features, torch.arange(0, 90, 3), lr=0.1, steps=1, hidden=24)
     second = rounds(1, features, torch.arange(1, 90, 3), lr=0.1, steps=1, hidden=24)
     with pytest.raises(AttackError, match="do not hold the same images"):
-        leak_rounds(first[0] + second[0], first[1] + second[1], PeerTraining(lr=0.1, steps=1))
+        leak_rounds(first[0] + second[0], first[1] + second[1], TrainingKnowledge(lr=0.1, steps=1))

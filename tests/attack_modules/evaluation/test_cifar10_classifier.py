@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attack_modules.evaluation.cifar10_classifier import SHIPPED, Cifar10Recogniser, Cifar10Training
+from attack_modules.evaluation.cifar10_classifier import SHIPPED, Cifar10Classifier, Cifar10Recogniser
 from attack_modules.weights import read_weights
 from fl_lightning.data import CIFAR10
 from fl_lightning.errors import MissingFile, SettingError
@@ -45,7 +45,7 @@ def test_missing_and_foreign_weights(tmp_path: Path) -> None:
 
 
 def test_variation_reflects_and_shifts() -> None:
-    module = Cifar10Training()
+    module = Cifar10Classifier()
     images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     varied = module._varied(images)
     assert varied.shape == images.shape
@@ -53,4 +53,4 @@ def test_variation_reflects_and_shifts() -> None:
     inner = varied[0, :, 8:24, 8:24]
     assert sum(torch.equal(inner, window) or torch.equal(inner, window.flip(2)) for window in windows) == 1
     with pytest.raises(SettingError, match="lr > 0"):
-        Cifar10Training(lr=0)
+        Cifar10Classifier(lr=0)

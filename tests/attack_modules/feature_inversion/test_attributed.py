@@ -7,8 +7,8 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from attack_modules import AttributedInversion, FeatureInversion
-from attack_modules.feature_inversion import attributed
 from attack_modules.attack import Attack, AttackError
+from attack_modules.feature_inversion import attributed
 from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation
 from fl_lightning.knowledge import Knowledge
@@ -34,7 +34,7 @@ def watched(request: pytest.FixtureRequest, tmp_path: Path, noise_images: type) 
 
 def test_images_are_recognised_and_grouped_by_client(watched: tuple[list[Observation], Truth], attack: Run) -> None:
     seen, truth = watched
-    module = attack(AttributedInversion(lr=0.1, anneal=(0.3, 0.001)), *seen, steps=60)
+    module = attack(AttributedInversion(lr=0.1, prior_limit=(0.3, 0.001)), *seen, steps=60)
     assert len(module.labels) == len(truth.labels) == 8
     target = module.model.embed(truth.images)
     distances = torch.cdist(module.features, target) / target.norm(dim=1)

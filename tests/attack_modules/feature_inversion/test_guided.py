@@ -11,7 +11,7 @@ from torch import Tensor
 from attack_modules import FeatureInversion
 from attack_modules.attack import Attack
 from attack_modules.diffusion.denoiser import Denoiser
-from attack_modules.diffusion.trained.comparison import TV_WEIGHTS, add_noise, psnr, total_variation_denoised
+from attack_modules.diffusion.trained.denoising_comparison import TV_WEIGHTS, add_noise, psnr, total_variation_denoised
 from attack_modules.diffusion.trained.photo_prior import TrainedPrior
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.guided import GuidedInversion

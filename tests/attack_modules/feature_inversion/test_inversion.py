@@ -25,7 +25,7 @@ WIDE = {"num_clients": 3, "images_per_client": 2, "num_classes": 50}
 def test_images_of_an_aggregate_are_read_blindly(observe: Observe, attack: Run, noise_images: type) -> None:
     """Neither labels nor the number of images are told; nothing but the head's update is used."""
     seen = observe(Federation(client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
-    module = attack(FeatureInversion(lr=0.1, anneal=(0.3, 0.001), chunk_size=3), seen, steps=200)
+    module = attack(FeatureInversion(lr=0.1, prior_limit=(0.3, 0.001), chunk_size=3), seen, steps=200)
     images, labels = module.reconstruction()[:2]
     assert labels.sort().values.tolist() == [0, 1, 2, 3]
     data = noise_images(**WIDE, image_size=16)
@@ -58,10 +58,10 @@ def test_priors_count_by_their_relative_change_up_to_a_limit(observe: Observe, a
         priors = [TotalVariation(weight)] if weight else []
         return attack(FeatureInversion(priors=priors, **settings), seen, steps=5).images
 
-    free = {"anneal": (1e9, 1e9)}
+    free = {"prior_limit": (1e9, 1e9)}
     torch.testing.assert_close(images(128.0, **free), images(1.0, **free), rtol=0, atol=1e-4)
     assert (images(1.0, **free) - images(0.0)).abs().max() > 0.01
-    bounded = images(1.0, anneal=(1e-9, 1e-9))
+    bounded = images(1.0, prior_limit=(1e-9, 1e-9))
     torch.testing.assert_close(bounded, images(0.0), rtol=0, atol=1e-4)
     torch.testing.assert_close(images(1.0, balance=0.0), images(0.0), rtol=0, atol=1e-4)
 

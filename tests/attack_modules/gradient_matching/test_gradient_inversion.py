@@ -29,7 +29,7 @@ def test_one_image_of_a_linear_model_is_recovered_to_40_db(
     """Closed form: the gradient of a linear layer with bias is the image times the bias's gradient."""
     federation = Federation(model=linear_classifier, client=LocalTraining(lr=0.1, local_epochs=1))
     seen = observe(federation, num_clients=2, images_per_client=[1, 1])
-    found = attack(GradientInversion(lr=0.1, scale_factor=1), seen, steps=300).reconstruction().images[0]
+    found = attack(GradientInversion(lr=0.1, latent_downscale=1), seen, steps=300).reconstruction().images[0]
     data = noise_images(num_clients=2, images_per_client=1, image_size=16)
     data.setup()
     truth: ImageSet = data.clients[0]
@@ -44,16 +44,16 @@ def test_one_image_of_a_linear_model_is_recovered_to_40_db(
 @pytest.mark.parametrize("objective", [SquaredL2(), Cosine()])
 def test_loss_falls_and_the_best_iterate_is_kept(observe: Observe, attack: Run, objective: SquaredL2 | Cosine) -> None:
     seen = observe(Federation(client=LocalTraining(lr=0.01)))
-    module = GradientInversion(scale_factor=2, objective=objective, priors=[TotalVariation(0.01)], restarts=2)
+    module = GradientInversion(latent_downscale=2, objective=objective, priors=[TotalVariation(0.01)], restarts=2)
     attack(module, seen, steps=1)
     first = module.best_loss.min()
-    module = GradientInversion(scale_factor=2, objective=objective, priors=[TotalVariation(0.01)], restarts=2)
+    module = GradientInversion(latent_downscale=2, objective=objective, priors=[TotalVariation(0.01)], restarts=2)
     attack(module, seen, steps=25)
     assert module.best_loss.min() < 0.7 * first
-    images, labels, scale_factor = module.reconstruction()[:3]
+    images, labels, latent_downscale = module.reconstruction()[:3]
     assert images.shape == (4, 3, 16, 16)
     assert labels.tolist() == [0, 1, 2, 3]
-    assert scale_factor == 2
+    assert latent_downscale == 2
     assert images.min() >= 0
     assert images.max() <= 1
     best = int(module.best_loss.argmin())
@@ -63,7 +63,7 @@ def test_loss_falls_and_the_best_iterate_is_kept(observe: Observe, attack: Run, 
 
 def test_divergence_returns_to_the_best_and_says_so(observe: Observe, attack: Run) -> None:
     seen = observe(Federation(client=LocalTraining(lr=0.01)))
-    module = GradientInversion(scale_factor=1, lr=30.0, divergence_factor=1.01)
+    module = GradientInversion(latent_downscale=1, lr=30.0, divergence_factor=1.01)
     with pytest.warns(UserWarning, match=r"Start 0 diverged at step \d+.*returns to its best images"):
         attack(module, seen, steps=12)
     assert torch.isfinite(module.best_loss).all()
@@ -92,26 +92,26 @@ def test_labels_are_inferred_when_not_known(observe: Observe, attack: Run) -> No
 
 def test_the_head_alone_with_detail_as_noise_runs(observe: Observe, attack: Run) -> None:
     seen = observe(Federation(client=LocalTraining(lr=0.01)))
-    settings = {"scale_factor": 2, "simulate": "head", "detail": True}
+    settings = {"latent_downscale": 2, "simulate": "head", "detail": True}
     first = attack(GradientInversion(**settings), seen, steps=1).best_loss
     module = attack(GradientInversion(**settings), seen, steps=25)
     assert module.best_loss < 0.7 * first
     assert set(module.target) == {"head.0.weight", "head.2.weight"}
     misfit = module.misfit(*module.reconstruction()[:2])
-    whole = attack(GradientInversion(scale_factor=2), seen, steps=1)
+    whole = attack(GradientInversion(latent_downscale=2), seen, steps=1)
     torch.testing.assert_close(misfit, whole.misfit(*module.reconstruction()[:2]))  # whatever the attack looked at
 
 
 def test_unfit_settings_are_refused(observe: Observe, attack: Run) -> None:
     seen = observe(Federation())
-    with pytest.raises(AttackError, match=r"scale_factor` is 3, which does not divide the image size 16x16"):
-        attack(GradientInversion(scale_factor=3), seen, steps=1)
+    with pytest.raises(AttackError, match=r"latent_downscale` is 3, which does not divide the image size 16x16"):
+        attack(GradientInversion(latent_downscale=3), seen, steps=1)
     with pytest.raises(AttackError, match="inverts one round, but 2 were observed"):
         attack(GradientInversion(), seen, seen, steps=1)
     with pytest.raises(ValueError, match="lr > 0"):
         GradientInversion(lr=0.0)
-    with pytest.raises(ValueError, match=r"scale_factor` is 1, which leaves out nothing"):
-        GradientInversion(scale_factor=1, detail=True)
+    with pytest.raises(ValueError, match=r"latent_downscale` is 1, which leaves out nothing"):
+        GradientInversion(latent_downscale=1, detail=True)
     with pytest.raises(ValueError, match="names 'fc'"):
         attack(GradientInversion(objective=SquaredL2({"fc": 2.0})), seen, steps=1)
 

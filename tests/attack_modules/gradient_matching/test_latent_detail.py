@@ -71,7 +71,7 @@ def test_photographs_in_grey_for_grey_victims() -> None:
 def test_photographs_that_are_the_victims_own_are_refused(tmp_path: Path) -> None:
     data = Photographs(num_clients=2, images_per_client=2, image_size=16)
     rounds = ObservedRounds(Federation(), data, Knowledge(), tmp_path)
-    module = GradientInversion(scale_factor=2, detail=True)
+    module = GradientInversion(latent_downscale=2, detail=True)
     trainer = Trainer(
         max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
     )

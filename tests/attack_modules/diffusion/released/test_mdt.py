@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attack_modules.diffusion.classes import ImageClass, class_index, imagenet_classes
 from attack_modules.diffusion.conditional import ConditionalModel, ddim, explicit_timesteps
-from attack_modules.diffusion.released.latent import LatentDiffusion, sd_vae
+from attack_modules.diffusion.released.latent_diffusion import LatentDiffusion, sd_vae
 from attack_modules.diffusion.released.mdt import MDTv2
 from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.storage import StorageError

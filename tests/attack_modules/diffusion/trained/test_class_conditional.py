@@ -12,7 +12,7 @@ from attack_modules.diffusion.trained.class_conditional import (
     SIGMA_DATA,
     SIGMA_MAX,
     SIGMA_MIN,
-    ConditionalTraining,
+    ClassConditionalDiffusion,
     SmallConditional,
     TrainedConditional,
 )
@@ -91,14 +91,14 @@ def test_settings_that_cannot_be() -> None:
     with pytest.raises(SettingError, match="scale >= 1"):
         SmallConditional([8], guidance=0.0)
     with pytest.raises(SettingError, match="dropout in"):
-        ConditionalTraining(SmallConditional([8]), dropout=1.0)
+        ClassConditionalDiffusion(SmallConditional([8]), dropout=1.0)
 
 
 def test_training_teaches_the_classes(tmp_path: Path) -> None:
     """Two classes, black and white: after training, the class decides what noise becomes."""
     torch.manual_seed(0)
     model = SmallConditional([8], 1, image_size=8, class_names=["black", "white"])
-    module = ConditionalTraining(model, lr=5e-3, warmup=5, decay=0.9, export=tmp_path / "model.safetensors")
+    module = ClassConditionalDiffusion(model, lr=5e-3, warmup=5, decay=0.9, export=tmp_path / "model.safetensors")
     labels = torch.arange(32) % 2
     images = (0.1 + 0.8 * labels[:, None, None, None]).expand(-1, 3, 8, 8).contiguous()
     trainer = Trainer(

@@ -35,22 +35,22 @@ class SmoothDenoiser(Denoiser):
 
 
 def reconstructed(
-    count: int, size: int, scale_factor: int, sigma: float, channels: int = 3
+    count: int, size: int, latent_downscale: int, sigma: float, channels: int = 3
 ) -> tuple[Tensor, Reconstruction]:
     """Originals, and what an attack might make of them: noisy, and blurred if from a latent."""
     generator = torch.Generator().manual_seed(1)
     white = torch.randn(count, channels, size, size, generator=generator)
     originals = 0.5 + torch.fft.irfft2(spectrum(size, size).sqrt() * torch.fft.rfft2(white), s=(size, size))
-    latent = F.avg_pool2d(originals, scale_factor) if scale_factor > 1 else originals
+    latent = F.avg_pool2d(originals, latent_downscale) if latent_downscale > 1 else originals
     latent = latent + sigma * torch.randn(latent.shape, generator=generator)
-    images = F.interpolate(latent, scale_factor=scale_factor, mode="bicubic") if scale_factor > 1 else latent
-    return originals, Reconstruction(images.clamp(0, 1), torch.arange(count), scale_factor)
+    images = F.interpolate(latent, scale_factor=latent_downscale, mode="bicubic") if latent_downscale > 1 else latent
+    return originals, Reconstruction(images.clamp(0, 1), torch.arange(count), latent_downscale)
 
 
 @pytest.mark.parametrize("sampler", [DDRM, DiffPIR])
-@pytest.mark.parametrize(("scale_factor", "left"), [(1, 0.3), (2, 0.6), (4, 0.95)])
-def test_images_come_nearer_to_their_originals(sampler: type[Sampler], scale_factor: int, left: float) -> None:
-    originals, reconstruction = reconstructed(4, 48, scale_factor, 0.1)
+@pytest.mark.parametrize(("latent_downscale", "left"), [(1, 0.3), (2, 0.6), (4, 0.95)])
+def test_images_come_nearer_to_their_originals(sampler: type[Sampler], latent_downscale: int, left: float) -> None:
+    originals, reconstruction = reconstructed(4, 48, latent_downscale, 0.1)
     enhanced = DirectEnhancement(SmoothDenoiser(), sampler(), samples=4).enhance(reconstruction, seed=0)
     assert enhanced.min() >= 0
     assert enhanced.max() <= 1
@@ -59,9 +59,9 @@ def test_images_come_nearer_to_their_originals(sampler: type[Sampler], scale_fac
     assert (after < left * before).all()
 
 
-@pytest.mark.parametrize(("channels", "size", "scale_factor"), [(3, 20, 1), (1, 28, 4), (3, 12, 4), (1, 32, 1)])
-def test_any_size_and_grey_images(channels: int, size: int, scale_factor: int) -> None:
-    _, reconstruction = reconstructed(2, size, scale_factor, 0.05, channels)
+@pytest.mark.parametrize(("channels", "size", "latent_downscale"), [(3, 20, 1), (1, 28, 4), (3, 12, 4), (1, 32, 1)])
+def test_any_size_and_grey_images(channels: int, size: int, latent_downscale: int) -> None:
+    _, reconstruction = reconstructed(2, size, latent_downscale, 0.05, channels)
     enhanced = DirectEnhancement(SmoothDenoiser(), schedule=Karras(2)).enhance(reconstruction, seed=0)
     assert enhanced.shape == reconstruction.images.shape
     assert enhanced.isfinite().all()
@@ -72,10 +72,10 @@ def test_no_image_is_no_error() -> None:
     assert DirectEnhancement(SmoothDenoiser()).enhance(nothing, seed=0).shape == (0, 3, 16, 16)
 
 
-@pytest.mark.parametrize("scale_factor", [1, 4])
+@pytest.mark.parametrize("latent_downscale", [1, 4])
 @pytest.mark.parametrize("window", [0, 5])
-def test_chunks_change_nothing_and_seeds_do(scale_factor: int, window: int) -> None:
-    _, reconstruction = reconstructed(3, 16, scale_factor, 0.05)
+def test_chunks_change_nothing_and_seeds_do(latent_downscale: int, window: int) -> None:
+    _, reconstruction = reconstructed(3, 16, latent_downscale, 0.05)
 
     def enhanced(chunk_size: int, seed: int) -> Tensor:
         enhancer = DirectEnhancement(

@@ -152,7 +152,7 @@ def test_any_restoration_network(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 16, 16)
     enhanced = enhancer.enhance(Reconstruction(images, torch.zeros(2)), seed=0)
     assert enhanced.shape == images.shape
-    upsampled = enhancer.enhance(Reconstruction(images, torch.zeros(2), scale_factor=4), seed=0)
+    upsampled = enhancer.enhance(Reconstruction(images, torch.zeros(2), latent_downscale=4), seed=0)
     torch.testing.assert_close(upsampled, network(F.avg_pool2d(images, 2)).clamp(0, 1).detach())
     assert enhancer.enhance(Reconstruction(images[:, :1], torch.zeros(2)), seed=0).shape == (2, 1, 16, 16)
     torch.save({"a": torch.zeros(1)}, tmp_path / "foreign.pth")

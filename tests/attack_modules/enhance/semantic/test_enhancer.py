@@ -12,7 +12,7 @@ from torch import Tensor
 from attack_modules.analytic.label_inference import pink_noise
 from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.conditional import ConditionalModel, ddim
-from attack_modules.diffusion.released.latent import LatentDiffusion, sd_vae
+from attack_modules.diffusion.released.latent_diffusion import LatentDiffusion, sd_vae
 from attack_modules.diffusion.released.mdt import MDTv2
 from attack_modules.diffusion.trained.class_conditional import SmallConditional
 from attack_modules.enhance.semantic.enhancer import SemanticEnhancer
@@ -43,8 +43,8 @@ def images(count: int = 2, channels: int = 3, size: int = 16) -> Tensor:
     return pink_noise(count, (channels, size, size), seed=3)
 
 
-def given(pixels: Tensor, scale_factor: int = 1) -> Reconstruction:
-    return Reconstruction(pixels, torch.arange(len(pixels)) % 2, scale_factor)
+def given(pixels: Tensor, latent_downscale: int = 1) -> Reconstruction:
+    return Reconstruction(pixels, torch.arange(len(pixels)) % 2, latent_downscale)
 
 
 @pytest.mark.parametrize("model", [tiny(), tiny_latent()], ids=["pixels", "latents"])
@@ -94,7 +94,7 @@ def test_latent_diffusion_is_searched_through_its_decoder() -> None:
 
 
 def test_only_what_the_reconstruction_shows_is_compared() -> None:
-    upsampled = NoiseSearch(tiny(), given(images(), scale_factor=4), timesteps=2)
+    upsampled = NoiseSearch(tiny(), given(images(), latent_downscale=4), timesteps=2)
     assert upsampled.target.shape == (2, 3, 4, 4)
     grey = NoiseSearch(tiny(), given(images(channels=1)), timesteps=2)
     assert grey.seen(images()).shape == (2, 1, 16, 16)
@@ -246,4 +246,4 @@ def test_an_image_that_cannot_be_used(tmp_path: Path) -> None:
     Image.new("RGB", (8, 9)).save(tmp_path / "small.png")
     assert ReconstructedImage(tmp_path / "small.png").image.shape == (3, 8, 8)
     with pytest.raises(SettingError, match=r"is 9, but .* has 8 pixels a side"):
-        ReconstructedImage(tmp_path / "small.png", scale_factor=9)
+        ReconstructedImage(tmp_path / "small.png", latent_downscale=9)

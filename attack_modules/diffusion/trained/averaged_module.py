@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from fl_lightning.seeds import seed_of
 
 
-class AveragedTraining(LightningModule):
+class AveragedModule(LightningModule):
     """Adam at a constant rate, with an exponential moving average of the weights; at the end the rate may cool down.
 
     So training can be stopped at any time, and one that is resumed for a cooldown ends as well as if it had been meant

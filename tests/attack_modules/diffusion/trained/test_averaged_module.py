@@ -6,11 +6,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from attack_modules.diffusion.trained.averaged_training import AveragedTraining
+from attack_modules.diffusion.trained.averaged_module import AveragedModule
 
 
-def training(seed: int) -> AveragedTraining:
-    return AveragedTraining(torch.nn.Linear(2, 1), 1e-3, 0, 0.9, None, "linear.safetensors", seed)
+def training(seed: int) -> AveragedModule:
+    return AveragedModule(torch.nn.Linear(2, 1), 1e-3, 0, 0.9, None, "linear.safetensors", seed)
 
 
 def test_every_seed_draws_other_numbers_and_the_same_again() -> None:
@@ -25,7 +25,7 @@ class Saved(torch.nn.Linear):
         assert path.name == "linear.safetensors"
 
 
-class Watched(AveragedTraining):
+class Watched(AveragedModule):
     """Remembers the rate of every step."""
 
     def __init__(self, cooldown: int) -> None:
