@@ -12,10 +12,11 @@ from attack_modules.enhance.restoration import Restoration
 from attack_modules.enhance.rog.enhancer import GAN
 from attack_modules.enhance.semantic.enhancer import SemanticEnhancer
 from attack_modules.enhance.semantic.reconstructed_image import ReconstructedImage
-from attack_modules.feature_inversion.attributed import AttributedInversion
-from attack_modules.feature_inversion.guided import GuidedInversion
+from attack_modules.feature_inversion.aliases import AttributedInversion, GuidedInversion, RefinedInversion
+from attack_modules.feature_inversion.guidance import DiffusionGuidance
 from attack_modules.feature_inversion.inversion import FeatureInversion
-from attack_modules.feature_inversion.refined import RefinedInversion
+from attack_modules.feature_inversion.refinement import Refinement
+from attack_modules.feature_inversion.rounds import ChangingParticipants, SameImages
 from attack_modules.gradient_matching.gradient_inversion import GradientInversion
 from attack_modules.gradient_matching.objectives import Cosine, SquaredL2
 from attack_modules.priors import ChromaTotalVariation, TotalVariation
@@ -24,9 +25,11 @@ __all__ = [
     "DDRM",
     "GAN",
     "AttributedInversion",
+    "ChangingParticipants",
     "ChromaTotalVariation",
     "Cosine",
     "DiffPIR",
+    "DiffusionGuidance",
     "DirectEnhancement",
     "FeatureInversion",
     "GradientInversion",
@@ -38,7 +41,9 @@ __all__ = [
     "OpenAIDenoiser",
     "ReconstructedImage",
     "RefinedInversion",
+    "Refinement",
     "Restoration",
+    "SameImages",
     "SemanticEnhancer",
     "SquaredL2",
     "TotalVariation",

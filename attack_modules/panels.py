@@ -1,4 +1,4 @@
-"""Pictures for people: panels that compare rows of images, and PNG files. Black is 0, white is 1, never stretched."""
+"""Comparison panels of images and PNG export; 0 is black and 1 is white, without contrast stretching."""
 
 import math
 from pathlib import Path
@@ -18,30 +18,30 @@ INK = (40, 40, 40)
 def draw_panel(
     rows: dict[str, Tensor], captions: list[str] | None = None, max_columns: int = 16, cell: int = 96
 ) -> Image.Image:
-    """Draw images in named rows, one column an image, on white.
+    """Draw named rows of images on a white background, one column per image.
 
-    A cell is hatched in grey where an image has a NaN or infinite pixel: nothing was reconstructed.
+    An image with a NaN or infinite pixel, i.e. without a reconstruction, is drawn as a cell hatched in grey.
 
     Args:
-        rows: name -> (M, C, H, W) images, clamped to [0, 1]; C is 1 or 3, all else is the same in every row.
-        captions: M texts, one under each column.
-        max_columns: images beyond these continue in a further band of rows.
-        cell: pixels that an image's longer side must have; smaller ones are enlarged by the least whole factor, without
-            interpolation.
+        rows: row name -> (M, C, H, W) images, clamped to [0, 1]; C is 1 or 3; M, H and W are the same in every row.
+        captions: M texts, one below each column.
+        max_columns: maximum number of columns; further images continue in another band of rows.
+        cell: minimum length of an image's longer side, in pixels; smaller images are enlarged by the smallest
+            sufficient integer factor, without interpolation.
 
     Raises:
-        SettingError: nothing to draw, rows of different shapes, or another number of captions.
+        SettingError: there are no images, the rows differ in shape, or the number of captions is not M.
     """
     sizes = {(len(images), *images.shape[-2:]) for images in rows.values()}
     if len(sizes) != 1 or 0 in (size := sizes.pop()):
         shapes = ", ".join(f"{name} {tuple(images.shape)}" for name, images in rows.items())
         raise SettingError(
-            f"A panel needs rows of equally many, equally large images, but these are: {shapes or 'none'}. "
-            "Resize them or leave a row out."
+            f"All rows of a panel need the same number and size of images, but got: {shapes or 'none'}. "
+            "Resize the images or omit a row."
         )
     count, height, width = size
     if captions is not None and len(captions) != count:
-        raise SettingError(f"{len(captions)} captions came with {count} images. Give one an image, or None.")
+        raise SettingError(f"{len(captions)} captions came with {count} images. Give one per image, or None.")
 
     factor = math.ceil(cell / max(height, width))
     height, width = factor * height, factor * width
@@ -74,15 +74,15 @@ def draw_panel(
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(C, H, W) image, C 1 or 3, clamped to [0, 1] -> 8-bit picture, rounded to the nearest level."""
+    """Convert a (C, H, W) image, C 1 or 3, to 8 bits: clamped to [0, 1], rounded to the nearest level."""
     return to_pil_image(image.detach().float().cpu().clamp(0, 1).mul(255).round().byte())
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Save a (C, H, W) image in [0, 1] as PNG; the file is whole or not there.
+    """Save a (C, H, W) image in [0, 1] as PNG, atomically: the file is complete or absent.
 
     Raises:
-        StorageError: the disk is full or the folder cannot be written.
+        StorageError: the file cannot be written, for example because the disk is full.
     """
     with atomic_path(path) as temporary:
         to_pil(image).save(temporary, format="png")

@@ -1,4 +1,4 @@
-"""What images look like before anything is observed: terms that are added to an attack's loss."""
+"""Image priors: regularisation terms that are added to an attack's loss."""
 
 from abc import ABC, abstractmethod
 
@@ -12,12 +12,15 @@ class Prior(ABC):
     """A penalty on images that are unlike photographs.
 
     Args:
-        weight: its weight in the attack's loss; the attack multiplies.
+        weight: weight in the attack's loss, at least 0. The attack multiplies by it; the penalty itself is unweighted.
+
+    Raises:
+        SettingError: `weight` is negative.
     """
 
     def __init__(self, weight: float) -> None:
         if weight < 0:
-            raise SettingError(f"A prior's weight must not be negative, but it is {weight}.")
+            raise SettingError(f"A prior's weight must not be negative, but got {weight}. Use 0 to disable it.")
         self.weight = weight
 
     @abstractmethod
@@ -26,10 +29,10 @@ class Prior(ABC):
 
 
 class TotalVariation(Prior):
-    """Mean absolute difference of neighbouring pixels (Rudin, Osher and Fatemi 1992, anisotropic).
+    """Anisotropic total variation: mean absolute difference of neighbouring pixels (Rudin, Osher and Fatemi 1992).
 
     Args:
-        weight: its weight in the attack's loss.
+        weight: weight in the attack's loss.
     """
 
     def __init__(self, weight: float = 1e-3) -> None:
@@ -40,11 +43,13 @@ class TotalVariation(Prior):
 
 
 class ChromaTotalVariation(Prior):
-    """Total variation in YCbCr, stronger on chroma: random filters lose colour first, and photographs have little.
+    """Total variation in YCbCr with a larger weight on chroma; plain total variation for grey images.
+
+    Chroma is penalised more because random filters lose colour information first, and photographs vary little in it.
 
     Args:
-        weight: its weight in the attack's loss.
-        chroma: weight of Cb and Cr beside 1 for Y.
+        weight: weight in the attack's loss.
+        chroma: weight of Cb and Cr, relative to 1 for Y.
     """
 
     def __init__(self, weight: float = 1e-3, chroma: float = 4.0) -> None:
@@ -59,18 +64,18 @@ class ChromaTotalVariation(Prior):
 
 
 def annealed(factors: tuple[float, float], step: int, steps: int) -> float:
-    """The factor on the priors' weights at a step: from the first to the last of `factors`, geometrically."""
+    """Factor on the priors' weights at a step, interpolated geometrically from `factors[0]` to `factors[1]`."""
     start, end = factors
     progress = min(step / max(steps - 1, 1), 1.0)
     return start ** (1 - progress) * end**progress
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C): mean absolute difference to the neighbour below plus that to the right."""
+    """(N, C, H, W) -> (N, C): mean absolute vertical difference plus mean absolute horizontal difference."""
     return images.diff(dim=2).abs().mean((2, 3)) + images.diff(dim=3).abs().mean((2, 3))
 
 
 def rgb_to_ycbcr(images: Tensor) -> Tensor:
-    """(N, 3, H, W) RGB in [0, 1] -> Y in [0, 1], Cb and Cr in [-0.5, 0.5] (ITU-R BT.601, as in JPEG)."""
+    """Convert (N, 3, H, W) RGB in [0, 1] to Y in [0, 1], Cb and Cr in [-0.5, 0.5] (ITU-R BT.601, as in JPEG)."""
     matrix = images.new_tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
     return torch.einsum("dc,nchw->ndhw", matrix, images)

@@ -1,4 +1,4 @@
-"""Released weights: read without pickle's powers, and taken only where every name and shape agrees."""
+"""Loading of released weights: no arbitrary unpickling, and strict checks of tensor names and shapes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,47 +11,55 @@ from fl_lightning.errors import MissingFile
 from fl_lightning.storage import StorageError, load_checkpoint
 
 LISTED = 8
-"""Differing names that a message shows."""
+"""Maximum number of mismatches listed in an error message."""
 
 
 def read_weights(path: Path, source: str, parts: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a torch checkpoint, on the CPU.
+    """Read the tensors of a `.safetensors` file or a torch checkpoint onto the CPU.
 
     Args:
-        path: the file.
-        source: where to get it, for the sentence that is said when it is missing.
-        parts: names of the state dict in a checkpoint that holds several, the preferred first; where there is none of
-            these, the checkpoint itself is the state dict.
+        path: weights file.
+        source: where to get the file, for error messages.
+        parts: keys of the state dict in a checkpoint that holds several, in order of preference; if none is present,
+            the checkpoint itself is the state dict.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        MissingFile: it is not there.
-        StorageError: it cannot be read, or holds other things than tensors.
+        MissingFile: the file does not exist.
+        StorageError: the file cannot be read, or does not consist of tensors.
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingFile(f"There are no weights at '{path}'. Get them from {source}, and put them there.")
+        raise MissingFile(f"There are no weights at '{path}'. Get them from {source} and save them there.")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise StorageError(
-                f"'{path}' cannot be read as safetensors: {error}. Get it anew from {source}."
+                f"'{path}' cannot be read as safetensors: {error}. Get it again from {source}."
             ) from error
     state = load_checkpoint(path)
     if isinstance(state, Mapping):
         state = next((state[part] for part in parts if part in state), state)
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise StorageError(
-            f"'{path}' is a checkpoint, but not one of named tensors alone. Name the file that {source} publishes."
+            f"'{path}' is a checkpoint, but does not consist of named tensors only. Give the weights from {source}."
         )
     return dict(state)
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Give a module the tensors of a file, which become its own without a copy (`nn.Module.load_state_dict(assign)`).
+    """Assign a state dict to a module without copying (`load_state_dict(assign=True)`); all tensors must match.
+
+    Args:
+        module: module that takes over the tensors.
+        state: tensors by name.
+        path: file that they come from, for the error message.
 
     Raises:
-        StorageError: a name is missing or unknown, or a shape is another; the message lists them.
+        StorageError: a name is missing or unknown, or a shape differs; the message lists the first `LISTED`.
     """
     expected, found = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (module.state_dict(), state))
     differing = [f"{name} is missing" for name in expected.keys() - found.keys()]
@@ -66,6 +74,6 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) ->
         more = "; ..." if len(differing) > LISTED else ""
         raise StorageError(
             f"'{path}' does not fit {type(module).__name__} with its {len(expected)} tensors: {len(differing)} names "
-            f"or shapes differ: {shown}{more}. Name the weights of this very architecture."
+            f"or shapes differ: {shown}{more}. Give weights of exactly this architecture."
         )
     module.load_state_dict(state, assign=True)

@@ -1,4 +1,4 @@
-"""What the server does with the clients' updates: FedAvg (McMahan et al. 2017)."""
+"""Server-side aggregation of the clients' updates: FedAvg (McMahan et al. 2017)."""
 
 from collections.abc import Iterable
 
@@ -7,12 +7,19 @@ from fl_lightning.errors import SettingError
 
 
 def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
-    """The mean of the clients' updates and buffers, each weighted by its number of examples.
+    """Average the clients' updates and buffers, each weighted by the client's number of examples.
 
-    Takes an iterable, so that no more than two clients' updates need to be in memory.
+    The mean is computed incrementally, so that at most two clients' updates need to be in memory. Integer buffers
+    (BatchNorm's batch counters) are taken from the first client.
+
+    Args:
+        clients: results of the round's clients, in any order.
+
+    Returns:
+        The weighted mean, with the total number of examples.
 
     Raises:
-        SettingError: there is no example at all.
+        SettingError: the clients have no examples in total.
     """
     update: Tensors = {}
     buffers: Tensors = {}
@@ -31,5 +38,5 @@ def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
 
 
 def server_step(parameters: Tensors, mean_update: Tensors, server_lr: float) -> Tensors:
-    """The next global model: `w_{t+1} = w_t - server_lr * u`, `u` the mean update (before minus after)."""
+    """Compute the next global model, `w_{t+1} = w_t - server_lr * u`, from the mean update `u` (before minus after)."""
     return {name: before - server_lr * mean_update[name] for name, before in parameters.items()}

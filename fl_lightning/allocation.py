@@ -1,4 +1,4 @@
-"""Memory that glibc keeps instead of giving it back to the kernel."""
+"""Tuning of glibc's memory allocator for training on a CPU."""
 
 import ctypes
 import platform
@@ -7,11 +7,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
-    """Let this process reuse large freed blocks.
+    """Make glibc keep large freed blocks in this process instead of returning them to the kernel.
 
-    Activations and gradients are blocks of 100 MB that live for milliseconds. By default glibc maps each anew and
-    unmaps it when it is freed, so that the kernel must zero every page of every temporary: most of the time of a step
-    on a CPU. See `mallopt(3)`; does nothing on other systems.
+    Activations and gradients are blocks of about 100 MB that live for milliseconds. By default, glibc maps each block
+    on allocation and unmaps it on release, so the kernel zeroes every page of every temporary tensor, which takes most
+    of the time of a training step on a CPU. See `mallopt(3)`. Without glibc, the function does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,7 +1,7 @@
-"""Released files: fetched once, resumed where a connection broke, and used only if they are what was released.
+"""Download of published files, with resumption of interrupted transfers and verification by SHA-256.
 
-torchvision's datasets (`fl_lightning.data.downloadable`) are fetched by torchvision, which knows their addresses and
-hashes itself.
+torchvision's datasets (`fl_lightning.data.downloadable`) are downloaded by torchvision, which has its own list of
+addresses and hashes.
 """
 
 import fcntl
@@ -19,25 +19,25 @@ from fl_lightning.errors import AuditError
 from fl_lightning.storage import sha256_of
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
-"""Where weights lie, those that this project ships and those that it downloads."""
+"""Folder of model weights, both those shipped with this project and those it downloads."""
 
 BLOCK = 1 << 20
-"""Bytes read at a time."""
+"""Number of bytes read at a time."""
 TIMEOUT = 30
-"""Seconds without a byte, after which a connection counts as broken."""
+"""Seconds without data after which a connection is considered broken."""
 
 
 class DownloadError(AuditError):
-    """A released file is not at hand and could not be fetched, or is not what was released."""
+    """A published file is missing and could not be downloaded, or its content is not the published one."""
 
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A file as somebody published it.
+    """A published file, identified by its address and hash.
 
     Attributes:
-        url: where it is published; the last part of the path is its name.
-        sha256: hash of its content, in hexadecimal.
+        url: address of the file; the last component of its path is the file name.
+        sha256: SHA-256 of the content, in hexadecimal.
     """
 
     url: str
@@ -48,37 +48,37 @@ class ReleasedFile:
         return self.url.rpartition("/")[2]
 
     def at(self, path: Path, download: bool) -> Path:
-        """The file on disk, fetched first if it is not there and may be fetched.
+        """Verify the file at `path`, after downloading it if it is missing and `download` is set.
 
-        What arrives is kept in `<path>.part` until it is whole, so that the next call goes on where this one stopped; a
-        second process waits for the first.
+        Data is received in `<path>.part` until the file is complete, so that a later call resumes an interrupted
+        download. A lock on that file makes concurrent processes wait for the first one.
 
         Args:
-            path: where it lies, or will.
-            download: whether to fetch it if it is not there.
+            path: location of the file, existing or to be created.
+            download: whether to download the file if it is missing.
 
         Returns:
-            `path`, whose content has the right hash.
+            `path`, after its hash was verified.
 
         Raises:
-            DownloadError: it is not there and may not or cannot be fetched, or its content is another.
+            DownloadError: the file is missing and may not or cannot be downloaded, or its hash is wrong.
         """
-        by_hand = f"Download {self.url} by hand and put it at '{path}'"
+        by_hand = f"download {self.url} by hand and save it as '{path}'"
         if not path.exists():
             if not download:
-                raise DownloadError(f"There is no file '{path}'. Set `download: true` to fetch it. Or: {by_hand}.")
+                raise DownloadError(f"There is no file '{path}'. Set `download: true` to fetch it, or {by_hand}.")
             try:
                 self._fetch(path)
             except (OSError, http.client.HTTPException) as error:
                 raise DownloadError(
-                    f"{self.url} could not be fetched: {error or type(error).__name__}. Run the same command again to "
-                    f"go on with what has arrived. Without a connection: {by_hand[0].lower()}{by_hand[1:]}."
+                    f"{self.url} could not be downloaded: {error or type(error).__name__}. Run the same command again "
+                    f"to resume the download, or {by_hand}."
                 ) from error
         found = sha256_of(path)
         if found != self.sha256:
             raise DownloadError(
-                f"'{path}' is not the released file: its SHA-256 is {found}, but {self.sha256} is published. Delete "
-                f"it to have it fetched anew. Or: {by_hand}."
+                f"'{path}' is not the published file: its SHA-256 is {found}, expected {self.sha256}. Delete it to "
+                f"have it downloaded again, or {by_hand}."
             )
         return path
 
@@ -87,29 +87,29 @@ class ReleasedFile:
         part = path.with_name(f"{path.name}.part")
         with part.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-            if path.exists():  # another process was faster
+            if path.exists():  # another process completed the download meanwhile
                 return
             try:
                 self._receive(file)
             except urllib.error.HTTPError as error:
                 if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                     raise
-                # All of it had arrived; the hash tells whether it is right.
+                # The partial file is already complete, so no bytes are left to request; the hash is verified below.
             if (found := sha256_of(part)) != self.sha256:
                 file.truncate(0)
                 raise DownloadError(
-                    f"{self.url} is not the released file: its SHA-256 is {found}, but {self.sha256} is published. "
-                    "It was deleted. Try again; if that happens twice, the file was changed at its source."
+                    f"The download of {self.url} has SHA-256 {found}, expected {self.sha256}. It was deleted. "
+                    "Run the same command again; if the error recurs, the file at this address was changed."
                 )
             os.replace(part, path)
 
     def _receive(self, file: IO[bytes]) -> None:
-        """Append what is missing at the end of `file`."""
+        """Append the missing bytes to `file`, or rewrite it if the server cannot resume."""
         have = file.seek(0, os.SEEK_END)
         request = urllib.request.Request(self.url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response, _progress() as progress:
             if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-                have = 0  # this server sends everything, whatever is asked
+                have = 0  # the server ignores Range requests and sends the whole file
                 file.truncate(0)
             length = response.headers.get("Content-Length")
             total = have + int(length) if length else None

@@ -1,13 +1,13 @@
-"""The base of all errors that are the user's to mend."""
+"""Base classes of the errors that the user can correct."""
 
 
 class AuditError(Exception):
-    """Something that came from outside cannot be used; the message says what came, what is allowed, what to do."""
+    """An external input is unusable; the message states what was given, what is allowed and what to do."""
 
 
 class SettingError(AuditError, ValueError):
-    """A setting, or data that a setting names, cannot be."""
+    """A setting, or data that a setting refers to, is invalid."""
 
 
 class MissingFile(AuditError, FileNotFoundError):
-    """A file or folder that a setting names is not there."""
+    """A file or folder that a setting refers to does not exist."""

@@ -1,4 +1,4 @@
-"""The federation: rounds of sampling clients, local training, aggregation; and the record that it leaves."""
+"""The federation: rounds of client sampling, local training and aggregation (FedAvg)."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,6 @@ from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors
 from fl_lightning.data import FederatedData
 from fl_lightning.engines import Engine, InProcess
 from fl_lightning.errors import SettingError
-from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5
 from fl_lightning.observation import Observation, describe_model
 from fl_lightning.record import Record
@@ -28,19 +27,19 @@ from fl_lightning.truth import Truth
 
 
 class Federation:
-    """An honest server and its clients: FedAvg (McMahan et al. 2017, Algorithm 1).
+    """A server and its clients: FedAvg (McMahan et al. 2017, Algorithm 1).
 
-    With `client.local_epochs: 1` and full batches it is FedSGD. One of the clients, the last, is curious; it does
-    nothing that the others do not.
+    With `client.local_epochs: 1` and full batches it is FedSGD. The last client is the observer: it trains like the
+    others, and what it receives in the observed rounds is written to the record.
 
     Args:
         model: the global model's class, called with the number of classes and the shape of an image.
         client: the clients' local training.
-        rounds: communication rounds.
+        rounds: number of communication rounds.
         clients_per_round: clients sampled in each round; null for all.
-        server_lr: learning rate of the server's step `w_{t+1} = w_t - server_lr * u`.
+        server_lr: learning rate of the server's step `w_{t+1} = w_t - server_lr * u`, `u` the mean update.
         share_buffers: whether BatchNorm's running statistics are averaged with the model, or stay with each client.
-        observed_rounds: rounds, from 0, whose observation the curious client keeps; null for the last.
+        observed_rounds: rounds, from 0, that are written to the record; null for the last.
         engine: where clients run.
         accelerator: what clients train on (`cpu`, `gpu`, `auto`).
         seed: of the model's initial weights, the sampling of clients and the order of mini-batches.
@@ -81,13 +80,13 @@ class Federation:
         self.seed = seed
 
     def initial_model(self, data: FederatedData) -> ImageClassifier:
-        """The global model `w_0` for this data (which is set up)."""
+        """The global model `w_0` for this data (after `data.setup()`)."""
         with isolate_rng():
             torch.manual_seed(self.seed)
             return self.model(data.num_classes, data.image_shape)
 
     def settings(self, data: FederatedData) -> dict[str, Any]:
-        """All that determines the federation's course, as plain JSON types."""
+        """Everything that determines the federation's course, as plain JSON types."""
         with torch.device("meta"):
             model = describe_model(self.model(data.num_classes, data.image_shape))
         return {
@@ -102,11 +101,23 @@ class Federation:
             "data": data.describe(),
         }
 
-    def run(self, data: FederatedData, knowledge: Knowledge, directory: Path) -> None:
+    def introduction(self, data: FederatedData) -> str:
+        """The federation in one sentence."""
+        training = self.client
+        batches = "full batches" if training.batch_size is None else f"batches of {training.batch_size}"
+        model = self.settings(data)["model"]["class_path"].rpartition(".")[2]
+        return (
+            f"Federation: {model}, {data.num_classes} classes; {data.num_clients} clients with "
+            f"{sum(len(images) for images in data.clients)} images of {'x'.join(map(str, data.image_shape))} "
+            f"({type(data).__name__}); {self.rounds} round(s) of {training.local_epochs} local epoch(s), {batches}, "
+            f"lr {training.lr:g}."
+        )
+
+    def run(self, data: FederatedData, directory: Path) -> None:
         """Run all rounds, or those that are missing, and leave a `Record` in `directory`.
 
-        After every round the global model is saved there, so that a run that was stopped goes on with the next round
-        and ends as it would have without the stop.
+        The global model is saved after every round, so an interrupted run continues with the next round and ends
+        with the same weights as an uninterrupted one.
 
         Raises:
             RecordError: the directory holds the record of a federation with other settings.
@@ -126,7 +137,7 @@ class Federation:
         with Progress() as progress:
             task = progress.add_task("Federation, rounds", total=self.rounds, completed=start)
             for round_ in range(start, self.rounds):
-                model = self._round(round_, model, data, kept_buffers, knowledge, record)
+                model = self._round(round_, model, data, kept_buffers, record)
                 save_checkpoint(
                     record.checkpoint,
                     {"rounds_done": round_ + 1, "model": model.state_dict(), "kept_buffers": kept_buffers},
@@ -144,7 +155,6 @@ class Federation:
         model: ImageClassifier,
         data: FederatedData,
         kept_buffers: dict[str, Tensors],
-        knowledge: Knowledge,
         record: Record,
     ) -> ImageClassifier:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -172,8 +182,6 @@ class Federation:
         model.load_state_dict({**before, **parameters_after, **(mean.buffers if self.share_buffers else {})})
         after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if round_ in self.observed_rounds:
-            peers = [client for client in participants if client != data.attacker]
-            truth = self._truth(peers, data)
             observation = Observation(
                 round=round_,
                 before=before,
@@ -181,10 +189,8 @@ class Federation:
                 own_update=own.update if own else {},
                 own_weight=own.num_examples / mean.num_examples if own else 0.0,
                 model=describe_model(model),
-                beliefs=knowledge.beliefs(truth),
-                sources=knowledge.sources,
             )
-            truth.save(record.truth(round_))
+            self.truth(round_, data).save(record.truth(round_))
             observation.save(record.observation(round_))
         return model
 
@@ -202,7 +208,13 @@ class Federation:
         chosen = torch.randperm(len(able), generator=generator)[: self.clients_per_round]
         return sorted(able[i] for i in chosen.tolist())
 
-    def _truth(self, peers: list[int], data: FederatedData) -> Truth:
+    def truth(self, round_: int, data: FederatedData) -> Truth:
+        """The ground truth of a round, which is known before the round is run.
+
+        Raises:
+            SettingError: no peer of the observing client takes part in the round.
+        """
+        peers = [client for client in self._sample(round_, data) if client != data.attacker]
         sets = [data.clients[peer] for peer in peers]
         if not sets:
             raise SettingError(
@@ -217,17 +229,18 @@ class Federation:
             server_lr=self.server_lr,
             class_names=data.class_names,
             imagenet_labels=data.imagenet_labels,
+            sources=[source for images in sets for source in images.sources],
         )
 
     @torch.no_grad()
     def _evaluate(self, model: ImageClassifier, data: FederatedData) -> dict[str, float]:
-        """Loss and accuracy of the global model, on held-out images where the data has some."""
+        """Loss and accuracy of the global model, on the test set if the data has one, else on the clients' images."""
         if data.test_set is None:
             split, sets = "train", [images for images in data.clients if len(images)]
         else:
             split, sets = "test", [data.test_set]
         model.eval()
-        for module in model.modules():  # without shared statistics only those of the batch make sense
+        for module in model.modules():  # statistics that are not shared are not the global model's: use the batch's
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not self.share_buffers:
                 module.train()
         state = {name: tensor.clone() for name, tensor in buffers(model).items()}

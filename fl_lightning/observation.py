@@ -1,7 +1,7 @@
-"""What one curious client saw of a round."""
+"""What one client of a federation received in one round."""
 
 import importlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +10,26 @@ from torch import Tensor
 
 from fl_lightning.client import Tensors, parameters
 from fl_lightning.errors import SettingError
-from fl_lightning.knowledge import Beliefs
 from fl_lightning.models import ImageClassifier
 from fl_lightning.storage import StorageError, load_record, save_record
 
-VERSION = 1
+VERSION = 2
+"""Of the files. Version 1 also held what the attacker assumed of its peers, which is now the attack's own setting."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One round from the seat of an honest-but-curious client: everything that an attack may use.
+    """What crossed the wire in one round, seen from the seat of one client, and nothing else.
+
+    An *update* is parameters before minus after, so it points like a gradient.
 
     Attributes:
-        round: its number, from 0.
+        round: number of the round, from 0.
         before: the global model `w_t`, parameters and buffers by name.
         after: the global model `w_{t+1}`.
-        own_update: the attacker's own update `u_A` (before minus after), empty if it trained on nothing.
-        own_weight: its aggregation weight `p_A`, 0 if it trained on nothing.
-        model: `class_path` and `init_args` of the model, which every client knows.
-        beliefs: what the attacker acts on, see `Knowledge`.
-        sources: whether each belief was known, guessed or is to be inferred.
+        own_update: the update `u_A` of the observing client, empty if it did not train.
+        own_weight: its aggregation weight `p_A` in [0, 1), 0 if it did not train.
+        model: `class_path` and `init_args` of the architecture, which every client knows.
     """
 
     round: int
@@ -38,43 +38,31 @@ class Observation:
     own_update: Tensors
     own_weight: float
     model: dict[str, Any]
-    beliefs: Beliefs
-    sources: dict[str, str]
 
     def build_model(self, shared: bool = False) -> ImageClassifier:
         """The global model `w_t`, ready to run.
 
         Args:
-            shared: take the very tensors of `before`, to save memory; they must then not be changed in place.
+            shared: use the tensors of `before` themselves, to save memory; they must then not be changed in place.
 
         Raises:
             StorageError: the model class is unknown, or does not have the observed tensors' names and shapes.
         """
         return build_model(self.model, self.before, shared)
 
-    def aggregated_update(self) -> Tensors:
+    def aggregated_update(self, server_lr: float) -> Tensors:
         """`u = (w_t - w_{t+1}) / server_lr`: the weighted mean of all clients' updates, by parameter name."""
         return {
-            name: (self.before[name] - self.after[name]).div_(self.beliefs.server_lr)
+            name: (self.before[name] - self.after[name]).div_(server_lr)
             for name in refuse_unfit(self.model, self.before)
         }
 
-    def peers_update(self) -> Tensors:
+    def peers_update(self, server_lr: float) -> Tensors:
         """`u_peers = (u - p_A u_A) / (1 - p_A)`: the weighted mean of the peers' updates, by parameter name."""
-        update = self.aggregated_update()  # a head has 100 MB and more, so it becomes the peers' in place
+        update = self.aggregated_update(server_lr)  # a head has 100 MB and more: computed in place
         for name, own in self.own_update.items():
             update[name].sub_(own, alpha=self.own_weight)
         return {name: mean.div_(1 - self.own_weight) for name, mean in update.items()}
-
-    def without_weight_decay(self, update: Tensors) -> Tensors:
-        """What the loss's gradients alone added up to in an update, to first order in the believed weight decay."""
-        beliefs = self.beliefs
-        if not beliefs.weight_decay:
-            return update
-        steps = beliefs.local_steps
-        decay = beliefs.mean_rate * steps * beliefs.weight_decay
-        half_way = (steps - 1) / (2 * steps)
-        return {name: tensor - decay * (self.before[name] - half_way * tensor) for name, tensor in update.items()}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -93,22 +81,15 @@ class Observation:
             for group in ("before", "after", "own_update")
             for name, tensor in getattr(self, group).items()
         }
-        facts = {
-            "version": VERSION,
-            "round": self.round,
-            "own_weight": self.own_weight,
-            "model": self.model,
-            "beliefs": asdict(self.beliefs),
-            "sources": self.sources,
-        }
+        facts = {"version": VERSION, "round": self.round, "own_weight": self.own_weight, "model": self.model}
         save_record(stem, tensors, facts)
 
     @classmethod
     def load(cls, stem: Path) -> "Observation":
-        """Load what `save` saved.
+        """Load what `save` saved, in this or an earlier version.
 
         Raises:
-            StorageError: a file is missing, cut short, changed, of another version, or does not fit its model.
+            StorageError: a file is missing, cut short, changed, of a later version, or does not fit its model.
         """
         tensors, facts = load_record(stem, VERSION)
         groups: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}, "own_update": {}}
@@ -117,16 +98,11 @@ class Observation:
                 group, _, parameter = name.partition("/")
                 groups[group][parameter] = tensor
             observation = cls(
-                round=facts["round"],
-                **groups,
-                own_weight=facts["own_weight"],
-                model=facts["model"],
-                beliefs=Beliefs(**facts["beliefs"]),
-                sources=facts["sources"],
+                round=facts["round"], **groups, own_weight=facts["own_weight"], model=dict(facts["model"])
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise StorageError(
-                f"'{stem}' is not an Observation of this program: {error}. Write it with `Observation.save`."
+                f"'{stem}' is not an Observation of this program: {error!r}. Write it with `Observation.save`."
             ) from error
         for state in (observation.before, observation.after):
             refuse_unfit(observation.model, state)
@@ -134,7 +110,7 @@ class Observation:
 
 
 def describe_model(model: ImageClassifier) -> dict[str, Any]:
-    """`class_path` and `init_args` by which `build_model` makes the same architecture again.
+    """`class_path` and `init_args` from which `build_model` builds the same architecture again.
 
     Raises:
         SettingError: the model does not record its arguments.
@@ -159,11 +135,22 @@ def build_model(description: dict[str, Any], state: Tensors, shared: bool = Fals
     refuse_unfit(description, state)
     model = model_class(**description["init_args"])
     model.load_state_dict(state, assign=shared)
-    return model.to(torch.get_default_dtype())  # in which a model is made, and tensors that it takes over may not be
+    return model.to(torch.get_default_dtype())  # the dtype of a new model, which shared tensors may not have
+
+
+def build_on_meta(description: dict[str, Any]) -> ImageClassifier:
+    """The described architecture on the meta device: modules, names and shapes without memory.
+
+    Raises:
+        StorageError: the class cannot be imported or is no `ImageClassifier`.
+    """
+    model_class = _model_class(description)
+    with torch.device("meta"):
+        return model_class(**description["init_args"])
 
 
 def refuse_unfit(description: dict[str, Any], state: Tensors) -> list[str]:
-    """Check that the state has the described model's names and shapes, without its memory.
+    """Check that the state has the names and shapes of the described model, without allocating the model.
 
     Returns:
         The names of the parameters (the other tensors are buffers).
@@ -171,15 +158,13 @@ def refuse_unfit(description: dict[str, Any], state: Tensors) -> list[str]:
     Raises:
         StorageError: the class cannot be imported or is no `ImageClassifier`, or the state does not fit it.
     """
-    model_class = _model_class(description)
-    with torch.device("meta"):
-        model = model_class(**description["init_args"])
+    model = build_on_meta(description)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}
     if expected != found:
         differing = sorted(set(expected.items()) ^ set(found.items()))
         raise StorageError(
-            f"The observed tensors do not fit {model_class.__name__}: they differ at {differing[:6]}. "
+            f"The observed tensors do not fit {type(model).__name__}: they differ at {differing[:6]}. "
             "This Observation belongs to another model; run the federation again into another folder."
         )
     return list(parameters(model))

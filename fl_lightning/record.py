@@ -1,4 +1,4 @@
-"""A federation's folder on disk: what it claims to be, its rounds, what was observed, and the truth."""
+"""A federation's folder on disk: its settings and checkpoint, what was observed, and the ground truth."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ class RecordError(AuditError):
 
 
 class Record:
-    """A federation's directory: `observed/` is the attacker's, `truth/` is evaluation's alone.
+    """A federation's directory: `observed/` is for attacks, `truth/` for evaluation.
 
     Args:
-        directory: where `settings.json`, `federation.ckpt`, `tensorboard/`, `observed/` and `truth/` lie.
+        directory: holds `settings.json`, `federation.ckpt`, `tensorboard/`, `observed/` and `truth/`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -38,8 +38,13 @@ class Record:
         """Rounds whose Observation is on disk, ascending."""
         return sorted(int(path.stem.removeprefix("round_")) for path in self.directory.glob("observed/round_*.json"))
 
+    @property
+    def foreign(self) -> bool:
+        """Whether the rounds were observed in another system: there are Observations, but no settings of ours."""
+        return not self.settings.exists() and bool(self.observed_rounds)
+
     def claim(self, settings: dict[str, Any]) -> None:
-        """Make the directory this federation's own.
+        """Bind the directory to a federation's settings.
 
         Raises:
             RecordError: it belongs to a federation with other settings.
@@ -54,7 +59,7 @@ class Record:
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """A short name for settings: equal settings, equal name."""
+    """A short name for settings: equal settings have equal names."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,11 +1,11 @@
-"""Seeds of what must be drawn alike again: of one client in one round, of one step, of one image."""
+"""Derived seeds, for example one per client and round, one per step or one per image."""
 
 import hashlib
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed of 32 bits from several numbers, without the collisions of a sum.
+    """Hash several numbers to one 32-bit seed, without the systematic collisions of a sum.
 
-    Torch's generator on the CPU takes no more than these 32 bits of a seed: numbers in upper bits would be lost.
+    The seed has 32 bits because torch's CPU generator ignores higher bits.
     """
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")

@@ -1,7 +1,7 @@
-"""What the attacker never sees: the peers' images, and the settings as they really were. For evaluation only."""
+"""The ground truth of a round: the peers' images, and how they trained. Attacks never see it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Truth:
-    """The secrets of one round. No function of an attack takes one; `Knowledge` decides what an attacker is told.
+    """The ground truth of one round, for evaluation, and for what an experiment's attacker is explicitly told.
 
     Attributes:
-        pixels: (M, C, H, W) uint8, the peers' images, peer by peer.
+        pixels: (M, C, H, W) uint8, the peers' images, ordered by peer.
         labels: (M,) long.
         clients: (M,) long, the peer that holds each image.
         training: the peers' local training.
         server_lr: the server's learning rate.
         class_names: names of the classes.
         imagenet_labels: whether labels are the standard ImageNet class index.
+        sources: where each image came from, a path or a name; empty in records of earlier versions.
     """
 
     pixels: Tensor
@@ -35,6 +36,7 @@ class Truth:
     server_lr: float
     class_names: list[str]
     imagenet_labels: bool
+    sources: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> Tensor:
@@ -48,7 +50,7 @@ class Truth:
 
     @classmethod
     def union(cls, rounds: Sequence["Truth"]) -> "Truth":
-        """All peers' images of several rounds of one federation, peer by peer; a peer holds the same in every round."""
+        """All peers' images of several rounds of one federation; a peer holds the same images in every round."""
         clients = torch.cat([truth.clients for truth in rounds]).unique().tolist()
         first = [next(truth for truth in rounds if client in truth.clients) for client in clients]
         held = [truth.clients == client for truth, client in zip(first, clients, strict=True)]
@@ -56,7 +58,12 @@ class Truth:
         joined = {
             name: torch.cat([getattr(t, name)[own] for t, own in zip(first, held, strict=True)]) for name in names
         }
-        return replace(rounds[-1], **joined)
+        sources = [name for truth, own in zip(first, held, strict=True) for name in truth.sources_of(own)]
+        return replace(rounds[-1], **joined, sources=sources)
+
+    def sources_of(self, chosen: Tensor) -> list[str]:
+        """The sources of the images where `chosen` (M,) is true; none in records of earlier versions."""
+        return [self.sources[index] for index in chosen.nonzero().flatten().tolist() if self.sources]
 
     def save(self, stem: Path) -> None:
         """Save as `stem.safetensors` and `stem.json`."""
@@ -67,6 +74,7 @@ class Truth:
             "server_lr": self.server_lr,
             "class_names": self.class_names,
             "imagenet_labels": self.imagenet_labels,
+            "sources": self.sources,
         }
         save_record(stem, tensors, facts)
 
@@ -84,4 +92,5 @@ class Truth:
             server_lr=facts["server_lr"],
             class_names=facts["class_names"],
             imagenet_labels=facts["imagenet_labels"],
+            sources=facts.get("sources", []),
         )

@@ -9,15 +9,14 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from attack_modules.analytic.label_inference import pink_noise
+from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import Attack
+from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.observed import ObservedRound, ObservedRounds, RoundsSummary
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import Catalogue, FederatedData
 from fl_lightning.federation import Federation
-from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import ImageClassifier, ImageShape
-from fl_lightning.observation import Observation
-from fl_lightning.record import Record
 
 keep_freed_memory()
 
@@ -53,16 +52,16 @@ class BatchNormClassifier(ImageClassifier):
 
 
 @pytest.fixture
-def observe(tmp_path: Path) -> Callable[..., Observation]:
-    """Run a federation on noise images and return the Observation of its last round."""
+def observe(tmp_path: Path) -> Callable[..., ObservedRound]:
+    """Run a federation on noise images and return its last observed round."""
 
-    def run(federation: Federation, knowledge: Knowledge | None = None, **data: object) -> Observation:
+    def run(federation: Federation, knowledge: Knowledge | None = None, **data: object) -> ObservedRound:
         directory = tmp_path / f"record_{len(list(tmp_path.iterdir()))}"
         images = NoiseImages(**{"num_clients": 3, "images_per_client": 2, "image_size": 16, **data})
-        images.setup()
-        federation.run(images, knowledge or Knowledge(), directory)
-        record = Record(directory)
-        return Observation.load(record.observation(record.observed_rounds[-1]))
+        rounds = ObservedRounds(knowledge or Knowledge(), federation, images, directory)
+        rounds.prepare_data()
+        rounds.setup()
+        return rounds.rounds[-1]
 
     return run
 
@@ -94,11 +93,14 @@ def relative_error_fixture() -> Callable[[dict[str, Tensor], dict[str, Tensor]],
 
 
 class Given(LightningDataModule):
-    """Observations that are at hand."""
+    """Observed rounds that are at hand."""
 
-    def __init__(self, *observations: Observation) -> None:
+    def __init__(self, *rounds: ObservedRound) -> None:
         super().__init__()
-        self.observations = list(observations)
+        self.rounds = list(rounds)
+
+    def summary(self) -> RoundsSummary:
+        return RoundsSummary.of(self.rounds)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(range(self.trainer.max_steps), batch_size=None)
@@ -106,10 +108,10 @@ class Given(LightningDataModule):
 
 @pytest.fixture
 def attack(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attack]:
-    """Run an attack on Observations for some steps, without leaving files, and return it."""
+    """Run an attack on observed rounds for some steps, without leaving files, and return it."""
     monkeypatch.setattr(Attack, "configure_callbacks", lambda self: [])
 
-    def run(module: Attack, *observations: Observation, steps: int, precision: str = "32-true") -> Attack:
+    def run(module: Attack, *rounds: ObservedRound, steps: int, precision: str = "32-true") -> Attack:
         Trainer(
             max_steps=steps,
             precision=precision,
@@ -118,7 +120,7 @@ def attack(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attack]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-        ).fit(module, datamodule=Given(*observations))
+        ).fit(module, datamodule=Given(*rounds))
         return module
 
     return run

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from attack_modules.analytic.label_inference import pink_noise
+from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.classes import CIFAR10
 from attack_modules.diffusion.trained.class_conditional import SmallConditional
@@ -63,8 +63,9 @@ def test_a_run_leaves_numbers_pictures_and_its_configuration(capsys: pytest.Capt
     assert list((run / "checkpoints").glob("*.ckpt"))
     assert not (run / "run.lock").exists()
     printed = capsys.readouterr().out
-    assert "Client 3, with 4 images of its own, is honest but curious" in printed
-    assert "2,304 unknown numbers" in printed
+    assert "an honest-but-curious client (aggregation weight 25%)" in printed
+    assert "Its 3 peers hold 12 images" in printed
+    assert "2,304 unknowns" in printed
     assert "Pictures and numbers: runs/inversion/version_0" in printed
 
 
@@ -178,7 +179,7 @@ def test_attribution_names_the_peer_of_every_image_and_goes_on(capsys: pytest.Ca
 def test_refinement_goes_on_where_it_stopped() -> None:
     run = [*DEMO, "--config", str(ROOT / "configs/refined.yaml"), "--model.checkpoint_every", "2"]
     main(run)
-    assert results(0, "demo")["attack"] == "RefinedInversion"
+    assert results(0, "demo")["attack"] == "FeatureInversion + Refinement"
     main([*run, "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "0"])
     main([*run, "--ckpt_path", "runs/demo/version_1/checkpoints/last.ckpt"])
     for path in Path("runs/demo/version_0/images").iterdir():
@@ -389,6 +390,7 @@ def test_semantic_demo_configuration(small_cifar10: list[str]) -> None:
 
 def test_semantic_enhancement_refuses_foreign_labels(small_cifar10: list[str]) -> None:
     weights = small_cifar10[small_cifar10.index("--postprocess.init_args.model.init_args.weights") + 1]
-    with pytest.raises(SettingError, match=r"attacked model has 16 classes, but the diffusion model 10, airplane to t"):
+    sentence = r"attacked model has 16 classes, but the diffusion model has 10, airplane to t"
+    with pytest.raises(SettingError, match=sentence):
         main([*INVERSION, "--postprocess", "SemanticEnhancer", "--postprocess.model", "TrainedConditional",
               "--postprocess.model.weights", weights])  # fmt: skip

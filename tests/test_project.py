@@ -1,6 +1,6 @@
 """The project's own promises about itself."""
 
-import re
+import ast
 import sys
 from pathlib import Path
 
@@ -26,15 +26,79 @@ def test_environment_yml_is_in_step_with_pyproject() -> None:
     assert set(project["dependencies"]) <= listed
 
 
-def test_imports_go_one_way() -> None:
-    for path in (ROOT / "fl_lightning").rglob("*.py"):
-        assert not re.search(r"^\s*(from|import) (attack_modules|cli)", path.read_text(), re.MULTILINE), path
-    for path in (ROOT / "attack_modules").rglob("*.py"):
-        assert not re.search(r"^\s*(from|import) cli", path.read_text(), re.MULTILINE), path
+ROOMS = [
+    ["fl_lightning.errors", "fl_lightning.seeds", "fl_lightning.allocation"],
+    ["fl_lightning.storage", "fl_lightning.models"],
+    ["fl_lightning.download"],
+    ["fl_lightning.data"],
+    ["fl_lightning.client"],
+    ["fl_lightning.aggregation", "fl_lightning.engines", "fl_lightning.observation", "fl_lightning.truth"],
+    ["fl_lightning.record"],
+    ["fl_lightning.federation"],
+    ["fl_lightning"],
+    ["attack_modules.threat_model"],
+    ["attack_modules.simulation"],
+    ["attack_modules.attack", "attack_modules.priors", "attack_modules.panels", "attack_modules.weights"],
+    ["attack_modules.analytic", "attack_modules.diffusion"],
+    ["attack_modules.feature_inversion", "attack_modules.gradient_matching"],
+    ["attack_modules.enhance"],
+    ["attack_modules.evaluation"],
+    ["attack_modules"],
+    ["cli"],
+]
+"""Folders and files, each of which imports from earlier lines and from itself only."""
 
 
-def test_only_evaluation_knows_where_the_truth_lies() -> None:
-    """No module of an attack imports `Truth`, and none opens a file of `truth/` by other means."""
-    for path in (ROOT / "attack_modules").rglob("*.py"):
-        if path.name != "callbacks.py":
-            assert not re.search(r"fl_lightning\.truth|Truth\b|\.truth\(", path.read_text()), path
+def room_of(module: str) -> tuple[int, str]:
+    """The line of `ROOMS` and the entry that a module belongs to."""
+    entries = [(line, entry) for line, row in enumerate(ROOMS) for entry in row]
+    fitting = [(line, entry) for line, entry in entries if module == entry or module.startswith(f"{entry}.")]
+    return max(fitting, key=lambda found: len(found[1]))
+
+
+def modules() -> list[tuple[str, ast.Module]]:
+    paths = [ROOT / "cli.py", *(ROOT / "fl_lightning").rglob("*.py"), *(ROOT / "attack_modules").rglob("*.py")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    return [(name, ast.parse(path.read_text())) for name, path in zip(names, paths, strict=True)]
+
+
+def imports_of(tree: ast.Module) -> list[str]:
+    """Modules of this project that are imported anywhere in a module, also inside functions."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [name for name in found if name.split(".")[0] in ("fl_lightning", "attack_modules", "cli")]
+
+
+def test_imports_go_one_way_between_all_folders() -> None:
+    seen = 0
+    for module, tree in modules():
+        line, entry = room_of(module)
+        for imported in imports_of(tree):
+            other_line, other = room_of(imported)
+            assert other_line < line or other == entry, f"{module} imports {imported}"
+            seen += 1
+    assert seen > 300
+
+
+def test_the_top_of_the_attack_has_few_files() -> None:
+    assert len(list((ROOT / "attack_modules").glob("*.py"))) <= 5
+    assert all(
+        (folder / "__init__.py").exists()
+        for folder in (ROOT / "attack_modules").rglob("*/")
+        if any(folder.glob("*.py"))
+    )
+
+
+def test_only_evaluation_and_what_is_told_import_the_truth() -> None:
+    users = {module for module, tree in modules() if "fl_lightning.truth" in imports_of(tree)}
+    allowed = ("fl_lightning.", "attack_modules.threat_model.", "attack_modules.evaluation.")
+    assert {user for user in users if not user.startswith(allowed)} == set()
+    assert any(user.startswith("attack_modules.evaluation.") for user in users)
+
+
+def test_the_readme_fits_one_sitting() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

@@ -1,11 +1,11 @@
-"""Gates of a single local step: a hidden unit is open or shut for an image, and a search decides which.
+"""Gates of a single local step, which are 0 or 1: a discrete search.
 
-Notation as in `analytic.leak`. Three witnesses speak on a gate. The last layer's update shows the activation,
-with the noise of rounded weights; `W1 f` shows the pre-activation, as well as the features are known; and a row of
-`Delta = gates * errors` must lie in the column space of the first layer's update, which convicts a single wrong gate as
-long as there are more live units than images. The last is by far the sharpest, but it needs all of an image's gates at
-once, so that two wrong ones can hide each other: flips are tried alone and in pairs, while the variance to which the
-constraint is held falls from what the first two witnesses leave open to what rounding explains.
+Notation as in `analytic.leak`. Three sources of evidence determine each gate. (1) The last layer's update gives the
+activation, with rounding noise. (2) `W1 f` gives the pre-activation, as accurately as the features are known. (3) A row
+of `Delta = gates * errors` must lie in the column space of the first layer's update, which a single wrong gate violates
+as long as there are more live units than images. The third is by far the sharpest, but it involves all gates of an
+image, so two wrong ones can cancel: the search flips single gates and pairs, while the variance of the constraint falls
+from what the first two sources leave open to the rounding noise.
 """
 
 import torch
@@ -13,23 +13,23 @@ from torch import Tensor
 from torch.special import log_ndtr
 
 LEVELS = 8
-"""Variances between the prior's and that of rounding at which the search pauses."""
+"""Number of variances between the prior's and that of rounding."""
 CANDIDATES = 512
-"""Least certain units of an image among which pairs are tried; bounds time and memory for wide layers."""
+"""Least certain units of an image among which flips are tried; bounds time and memory for wide layers."""
 
 
 def binary_gates(
     rows: Tensor, weight: Tensor, errors: Tensor, activations: Tensor, width: int, iterations: int = 6
 ) -> tuple[Tensor, Tensor]:
-    """Gates and features of one step's first layer, each helping to find the other until nothing changes.
+    """Gates and features of a single step, estimated alternately until they stay the same.
 
     Args:
         rows: (H, r) summed gradient of the first layer, in an orthonormal basis of its row space.
         weight: (H, r) the layer's weight in that basis.
         errors: (N, H) back-propagated errors with every gate open.
-        activations: (N, H) as the last layer's update shows them, with noise.
-        width: D, of the features, over which the rounding of `rows` is spread.
-        iterations: at most, of gates -> features -> gates.
+        activations: (N, H) noisy, from the last layer's update.
+        width: D, number of features, over which the rounding noise is spread.
+        iterations: upper limit, of gates -> features -> gates.
 
     Returns:
         Gates (N, H) in {0, 1}, and features (N, r).
@@ -46,7 +46,7 @@ def binary_gates(
     noise = activations.clamp_max(0).square().sum(1, keepdim=True) / (activations < 0).sum(1, keepdim=True).clamp_min(1)
     noise = noise.sqrt().clamp_min(torch.finfo(torch.float32).eps * activations.abs().max())
     preactivations = torch.zeros_like(activations)
-    spread = (2 * activations.square().mean(1, keepdim=True)).sqrt()  # half of all units are shut
+    spread = (2 * activations.square().mean(1, keepdim=True)).sqrt()  # half of the units are inactive
     gates = None
     for _ in range(iterations):
         logit = gate_logit(activations, noise, preactivations, spread)
@@ -76,13 +76,13 @@ def binary_gates(
 
 
 def gate_logit(activations: Tensor, noise: Tensor, preactivations: Tensor, spread: Tensor) -> Tensor:
-    """(N, H) log odds that a unit is open, from two Gaussian witnesses of its pre-activation.
+    """(N, H) log odds that a unit is active, from two noisy values of its pre-activation.
 
     Args:
-        activations: (N, H) of its positive part.
-        noise: (N, 1) standard deviation of those.
-        preactivations: (N, H) of itself.
-        spread: (N, 1) standard deviation of these.
+        activations: (N, H) its positive part, with Gaussian noise.
+        noise: (N, 1) standard deviation of that noise.
+        preactivations: (N, H) the pre-activation itself, with Gaussian noise.
+        spread: (N, 1) standard deviation of that noise.
     """
     total = torch.hypot(noise, spread)
     mean = (activations * spread**2 + preactivations * noise**2) / total**2
@@ -93,13 +93,13 @@ def gate_logit(activations: Tensor, noise: Tensor, preactivations: Tensor, sprea
 
 
 def settle(violation: Tensor, logit: Tensor, starts: list[Tensor], ladder: Tensor) -> Tensor:
-    """(H,) most probable gates of one image: the better of two searches, down the ladder and from what was known.
+    """(H,) most probable gates of one image: the better of a search with falling variance and one from known gates.
 
     Args:
-        violation: (H, c) what each open gate adds to the image's violation of the constraint.
-        logit: (H,) prior log odds of an open gate.
-        starts: gates (H,) from which to descend the ladder, and gates to improve at its foot.
-        ladder: variances of an entry of the violation, falling.
+        violation: (H, c) contribution of each gate to the violation of the constraint.
+        logit: (H,) prior log odds of an active unit.
+        starts: gates (H,) for the first search, and for the second, which uses the last variance only.
+        ladder: falling variances of an entry of the violation.
     """
     descending, known = starts
     for variance in ladder.tolist():
@@ -109,7 +109,7 @@ def settle(violation: Tensor, logit: Tensor, starts: list[Tensor], ladder: Tenso
 
 
 def flip_gates(violation: Tensor, logit: Tensor, gates: Tensor, variance: float) -> tuple[Tensor, float]:
-    """Flip single gates and pairs, always those that help most, until none does; gates (H,) and their cost."""
+    """Greedily flip single gates and pairs until no flip lowers the cost; returns gates (H,) and their cost."""
     gates, total = gates.clone(), gates @ violation
     units = logit.abs().topk(min(CANDIDATES, len(logit)), largest=False).indices
     parts, odds = violation[units], logit[units]
@@ -120,7 +120,7 @@ def flip_gates(violation: Tensor, logit: Tensor, gates: Tensor, variance: float)
         change = alone[:, None] + alone + sign[:, None] * gram * sign
         change.diagonal().copy_(alone)
         first, second = divmod(int(change.argmin()), len(units))
-        if change[first, second] >= -1e-9 * (1 + gram.diagonal().max()):  # rounding must not flip for ever
+        if change[first, second] >= -1e-9 * (1 + gram.diagonal().max()):  # or rounding would flip forever
             return gates, (total.square().sum() / (2 * variance) - gates @ logit).item()
         for flipped in {first, second}:
             total = total + sign[flipped] * parts[flipped]

@@ -1,12 +1,12 @@
-"""Which units every image of an aggregate opened, when the last layer does not tell: shared classes, few classes.
+"""Each image's activation pattern from the first layer's update alone, for images that share classes.
 
 The first layer's update is `G1 = Delta^T F`, so each row of `Delta` (N x H) lies in the column space of `G1`, and it is
-a gate in {0, 1} times the error that its class sends back, one of C vectors. So the gates of class c are points of the
-polytope of all vectors `gate` with `0 <= gate <= 1` and `gate * error_c` in that space, and corners of a rare kind: one
-constraint is tight for each of H units, where N of them make a corner. A linear programme with a random objective often
-lands there. Sums of two images' gates exceed 1, and a class that nobody holds has no such corner. What is not an
-image's gates shows: snapped to {0, 1} it leaves the space. Labels and their counts come along, and the search is over
-when N gate vectors are found.
+a gate vector in {0, 1}^H times the back-propagated error of its class, one of C vectors. So the gates of an image of
+class c are a vertex of the polytope of all vectors with `0 <= gate <= 1` and `gate * error_c` in that space. It is a
+degenerate vertex: one constraint is tight for each of H units, where N would suffice. A linear program with a random
+objective often ends there. Sums of two images' gates exceed 1, and a class without images has no such vertex. A vertex
+that is not an image's gate vector is recognised: rounded to {0, 1} it leaves the space. Labels and their counts follow,
+and the search ends when N gate vectors are found.
 """
 
 import math
@@ -27,8 +27,8 @@ class Separation:
     Attributes:
         labels: (n,) long, in the order of discovery.
         gates: (n, H) 0 or 1, float64.
-        outside: (n,) part of each gated error's norm that lies outside of the update's column space, in units of what
-            it would be by chance: near 0 for an image's gates, near 1 for others.
+        outside: (n,) share of each gated error's norm outside the update's column space, in units of its value for a
+            random vector: near 0 for an image's gates, near 1 for others.
     """
 
     labels: Tensor
@@ -47,19 +47,19 @@ def separate(
     patience: int = 200,
     seed: int = 0,
 ) -> Separation:
-    """Find the gates of all images, one after another.
+    """Find the gate vectors of all images, one after another.
 
     Args:
         rows: (H, r) summed gradient of the first layer.
         weight: (H, r) of the first layer, in the same basis.
-        errors: (C, H) back-propagated error of an image of each class with every gate open.
+        errors: (C, H) back-propagated error of an image of each class, without gates.
         num_images: N, the rank of `rows`.
-        quota: (C,) images of each class, a guess that decides where to look first.
-        exact: whether `quota` is known, so that no class is asked for more.
-        sure: `Separation.outside` below which gates count as an image's. Measured: 0.02 at most for images at one local
+        quota: (C,) expected number of images of each class, which decides the order of the search.
+        exact: whether `quota` is exact, so that no class is searched for more.
+        sure: `Separation.outside` below which a gate vector is accepted. Measured: at most 0.02 for images at one local
             step, 0.14 at three; above 0.9 for nearly all others.
-        patience: fruitless searches in a row after which the last image is given up; where k are left, a k-th of them,
-            at least a tenth. Measured: up to 131 for the last of 64 images, 32 for the last but one, 9 with ten left.
+        patience: failed searches in a row after which the last image is given up; with k images left, 1 / min(k, 10) of
+            them. Measured: up to 131 for the last of 64 images, 32 for the last but one, 9 with ten left.
         seed: of the random objectives.
     """
     live = (rows != 0).any(1)  # units that were active for any image
@@ -73,9 +73,9 @@ def separate(
     found, failures, fruitless = np.zeros_like(expected), np.zeros_like(expected), 0
     wanted = min(num_images, int(quota.sum())) if exact else num_images
     with Progress(disable=rank_zero_only.rank > 0) as progress:
-        task = progress.add_task("Leakage, images told apart", total=wanted)
+        task = progress.add_task("Images disentangled", total=wanted)
         while len(labels) < wanted and fruitless < patience / min(wanted - len(labels), 10):
-            priority = expected / (2 * found + 1) / (1 + failures)  # Sainte-Lague, but classes that disappoint wait
+            priority = expected / (2 * found + 1) / (1 + failures)  # Sainte-Lague, penalised by failures
             label = int(np.where((found < expected) | (not exact), priority, -1).argmax())
             gate = search.corner(error[label])
             gated = gate * error[label]
@@ -83,7 +83,7 @@ def separate(
             size = np.linalg.norm(gated)
             outside = np.linalg.norm(gated - search.space @ inside)
             fresh = np.linalg.norm(search.beyond(inside))
-            # another version of a corner that is known differs from it outside of the space as much as inside
+            # a duplicate of a known vertex differs from it outside of the space as much as inside
             if outside < sure * chance * size and fresh > outside + rounding * size:
                 search.exclude(inside)
                 labels.append(label)
@@ -101,41 +101,41 @@ def separate(
 
 
 class CornerSearch:
-    """Gate vectors of one aggregate, each search starting where those that are known do not count.
+    """Searches for gate vectors of one aggregate in directions orthogonal to those that are known.
 
     Args:
-        rows: (H, r) summed gradient of the first layer, units that were ever active.
+        rows: (H, r) summed gradient of the first layer, of units that were ever active.
         weight: (H, r) of the first layer.
         num_images: N.
         seed: of the random objectives.
-        tolerance: share of an error's root mean square by which a gated error may leave its bounds, since images of one
-            class do not have quite the same error. From 0.01 to 0.2 the same is found.
+        tolerance: share of an error's root mean square by which a gated error may violate its bounds, because images of
+            one class have slightly different errors. From 0.01 to 0.2 the results are the same.
     """
 
     def __init__(self, rows: Tensor, weight: Tensor, num_images: int, seed: int, tolerance: float = 0.03) -> None:
         space = torch.linalg.svd(rows, full_matrices=False)[0][:, :num_images]
         self.space = space.numpy()
-        #: (H, N): pre-activations of the features that a point of the space selects, sum_n (point . Delta_n) f_n
+        #: (H, N): maps a point of the space to the pre-activations of the features sum_n (point . Delta_n) f_n
         self.response = (weight @ (rows.T @ space)).numpy()
         self.random = np.random.default_rng(seed)
         self.tolerance = tolerance
-        #: (N, n) orthonormal coordinates of what is known
+        #: (N, n) orthonormal basis of the known gated errors
         self.known = np.zeros((num_images, 0))
 
     def beyond(self, inside: np.ndarray) -> np.ndarray:
-        """(N,) part of coordinates that what is known does not span."""
+        """(N,) component of coordinates that is orthogonal to the known ones."""
         return inside - self.known @ (self.known.T @ inside)
 
     def exclude(self, inside: np.ndarray) -> None:
-        """Count coordinates (N,) as known."""
+        """Add coordinates (N,) to the known ones."""
         self.known = np.linalg.qr(np.column_stack([self.known, inside]))[0]
 
     def corner(self, error: np.ndarray, iterations: int = 12) -> np.ndarray:
-        """(H,) gates in {0, 1} near a corner of the polytope of a class's `error` (H,).
+        """(H,) gates in {0, 1} near a vertex of the polytope of a class's `error` (H,).
 
-        The start is a direction in which known images do not count: taken as objective, or turned into gates by the
-        features that it selects (the image's own, if one is left). From there on the objective is the gradient of the
-        squared distance to gates of 1/2, whose maxima are corners (Frank-Wolfe).
+        The start is a direction orthogonal to the known images: used as the objective, or converted to gates through
+        the features that it selects. From there on the objective is the gradient of the squared distance to gates of
+        1/2, whose maxima are vertices (Frank-Wolfe).
         """
         sided = np.sign(error)[:, None] * self.space
         constraints = np.concatenate([sided, -sided])

@@ -1,4 +1,4 @@
-"""Gates: in which of the local steps a hidden unit was active for an image, and the features that follow from it."""
+"""Gates, the share of the local steps in which a hidden unit was active for an image, and features given the gates."""
 
 import math
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gates:
-    """A belief about every gate: mean and variance (N, H) of the share of the steps in which a unit was active."""
+    """Independent distributions of all gates: mean and variance (N, H) of the share of active steps."""
 
     mean: Tensor
     variance: Tensor
 
 
 class GateRegression:
-    """Gates that agree with the first layer's update: `gates * errors` must lie in its column space.
+    """Estimates gates under the constraint that `gates * errors` lies in the column space of the first layer's update.
 
     Args:
         rows: (H, r) the first layer's summed gradient.
@@ -30,18 +30,18 @@ class GateRegression:
         self.num_constraints = left_null.shape[1]
         self.outside = left_null @ left_null.T
         live = int((rows != 0).any(1).sum())
-        #: variance of one entry of `rows` that no rank-N product explains
+        #: variance of an entry of `rows` that a rank-N product cannot explain
         self.noise = singular[num_images:].square().sum().item() / max(live - num_images, 1) ** 2
 
     def posterior(self, prior: Gates, errors: Tensor, noise: Tensor) -> tuple[Gates, float]:
-        """Gates given the constraint, and the log evidence of the prior.
+        """Posterior of the gates given the constraint, and the log evidence of the prior.
 
         Args:
             prior: independent Gaussian gates.
             errors: (N, H) back-propagated errors with every gate open.
-            noise: (N,) variance to which a constraint on image n holds; raised where the prior leaves more.
+            noise: (N,) variance to which the constraint holds for each image; raised where the prior allows no better.
         """
-        count = int((prior.variance > 1e-7).sum(1).max())  # the rest cannot move by 1e-3
+        count = int((prior.variance > 1e-7).sum(1).max())  # the others cannot change by 1e-3
         if not count or not self.num_constraints:
             return prior, -math.inf
         parts = [
@@ -52,7 +52,7 @@ class GateRegression:
         return Gates(torch.cat(means), torch.cat(variances)), sum(evidence for _, evidence in parts)
 
     def _posterior(self, prior: Gates, errors: Tensor, noise: Tensor, count: int) -> tuple[Gates, float]:
-        """`posterior` with the `count` most uncertain gates of each image free."""
+        """`posterior` with only the `count` most uncertain gates of each image free."""
         units = prior.variance.topk(count, 1).indices
         spread = (prior.variance.gather(1, units).sqrt() * errors.gather(1, units))[..., None]  # (N, u, 1)
         gram = self.outside[units[:, :, None], units[:, None]] * spread * spread.mT
@@ -76,7 +76,7 @@ class GateRegression:
         return Gates(mean, variance), log_evidence.item()
 
     def best(self, prior: Callable[[float], Gates], errors: Tensor, noise: Tensor, width: float = 0.01) -> Gates:
-        """Posterior under the prior of greatest evidence, climbing from `width` in factors of 2."""
+        """Posterior under the prior of greatest evidence, by hill climbing over its width in factors of 2."""
         best, evidence = self.posterior(prior(width), errors, noise)
         start = width
         for factor in (2.0, 0.5):
@@ -86,22 +86,22 @@ class GateRegression:
                     break
                 best, evidence, width = gates, trial_evidence, trial
             if width != start:
-                break  # it came from the other side
+                break  # the other direction is where it came from
         return best
 
 
 def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: float, iterations: int = 3) -> Tensor:
-    """(N, r) features from `rows = errors^T features`; hidden units weigh by the inverse of their residual variance.
+    """(N, r) features from `rows = errors^T features`, by least squares with each hidden unit weighted.
 
-    Images resemble each other, so what `rows` leave open is drawn to the images' mean: features are taken as Gaussian
-    about it. That matters only where there are nearly as many images as units.
+    Units weigh by the inverse of their residual variance, which is estimated iteratively. Features have a Gaussian
+    prior around the images' mean, which matters only where there are nearly as many images as units.
 
     Args:
         rows: (H, r) summed gradient of the first layer.
         errors: (N, H) gated errors `Delta`.
-        variance: (N, H) of its entries, by which units are weighted at first.
+        variance: (N, H) of its entries, from which the first weights follow.
         noise: variance of an entry of `rows`.
-        iterations: of the weights of the units.
+        iterations: of the weights.
     """
     count, live = len(errors), int((rows != 0).any(1).sum())
     spread = rows.square().sum() / errors.square().sum() / rows.shape[1]
@@ -116,16 +116,16 @@ def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: floa
         prior = (identity - 1 / count) / spread + count * eps * gram.trace() * identity
         factor = torch.linalg.cholesky(gram + prior)
         features = torch.cholesky_solve(weighted @ (rows * weight[:, None]), factor)
-        spent = torch.cholesky_solve(gram, factor).trace()  # degrees of freedom that the fit took from the residual
+        spent = torch.cholesky_solve(gram, factor).trace()  # degrees of freedom of the fit
         residual = (rows - errors.T @ features).square().mean(1) / (1 - spent / live).clamp_min(1 / live)
         spread = (features - features.mean(0)).square().mean().clamp_min(eps * features.square().mean())
     return features
 
 
 def probably_active(activations: Tensor) -> Tensor:
-    """(N, H) probability that a unit was active in any step, given its mean activation with noise.
+    """(N, H) probability that a unit was active in any step, given its noisy mean activation.
 
-    An activation is never negative, so the negative values show each image's noise.
+    True activations are not negative, so the negative values give each image's noise level.
     """
     noise = activations.clamp_max(0).square().sum(1, keepdim=True) / (activations < 0).sum(1, keepdim=True).clamp_min(1)
     noise = noise.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
@@ -138,8 +138,8 @@ def probably_active(activations: Tensor) -> Tensor:
 def gates_of_activations(activations: Tensor, width: float) -> Gates:
     """Gates from mean activations (N, H) alone.
 
-    A unit that was active was so in all steps if its activation is large; near zero, in some steps only. `width`, in
-    mean activations of the image, is what counts as near.
+    A unit with a large activation was active in all steps, one near zero in some. `width` is what counts as near, in
+    units of the image's mean activation.
     """
     active = probably_active(activations)
     share = -torch.expm1(-activations.clamp_min(0) / (width * mean_activation(activations)))
@@ -147,6 +147,6 @@ def gates_of_activations(activations: Tensor, width: float) -> Gates:
 
 
 def mean_activation(activations: Tensor) -> Tensor:
-    """(N, 1) mean of each image's positive activations; of an image without any, as misread ones are, nearly 0."""
+    """(N, 1) mean of each image's positive activations; nearly 0 for an image without any (one that was misread)."""
     total, count = activations.clamp_min(0).sum(1, keepdim=True), (activations > 0).sum(1, keepdim=True).clamp_min(1)
     return (total / count).clamp_min(torch.finfo(activations.dtype).tiny)

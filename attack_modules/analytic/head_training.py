@@ -1,4 +1,4 @@
-"""The head's training, simulated from an estimate of the features; it tells gates, and who trained together."""
+"""The head's training, simulated from an estimate of the features: it gives gates over time, and the peers."""
 
 import math
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from attack_modules.analytic.gates import Gates, mean_activation, probably_activ
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The head's training as simulated from a features estimate; T steps, N images.
+    """The simulated training of the head on fixed features; T steps, N images.
 
     Attributes:
         preactivations: (T, N, H).
-        errors: (T, N, H) back-propagated errors with every gate open.
+        errors: (T, N, H) back-propagated errors, without gates.
         activations: (N, H) mean over the steps.
-        past: (N, H) mean over the steps of the summed gated errors before each: what moves other images.
+        past: (N, H) mean over the steps of the sum of gated errors before each, by which an image moves others.
         residuals: (N, C) mean of `p - y`.
     """
 
@@ -34,7 +34,7 @@ class Trajectory:
 
 
 def side_by_side(paths: Sequence[Trajectory]) -> Trajectory:
-    """Several rounds as one, their units (and classes, in `residuals`) side by side."""
+    """Several rounds as one, with their units (and classes, in `residuals`) concatenated."""
     names = [field.name for field in fields(Trajectory)]
     return Trajectory(*(torch.cat([getattr(path, name) for path in paths], -1) for name in names))
 
@@ -42,14 +42,14 @@ def side_by_side(paths: Sequence[Trajectory]) -> Trajectory:
 def simulate(
     gram: Tensor, start: Tensor, weight: Tensor, targets: Tensor, influence: Tensor, lr: float, steps: int, bias: bool
 ) -> Trajectory:
-    """Full-batch SGD of the head on fixed features, every image in its own peer's company.
+    """Full-batch SGD of the head on fixed features, each image in the model of its own peer.
 
     Args:
         gram: (N, N) inner products of the features.
         start: (N, H) pre-activations before the round.
         weight: (C, H) of the last layer before the round, (C, H + 1) with `bias`.
         targets: (N, C) one-hot.
-        influence: (N, N) weight of image m in the gradient that moves image n: 1 / peer size, or 0 for strangers.
+        influence: (N, N) weight of image m in the gradient of image n's peer: 1 / peer size, or 0 for another peer's.
         lr: of the peers.
         steps: that each of them takes.
         bias: whether the last layer has one.
@@ -89,19 +89,19 @@ def co_members(
     iterations: int = 200,
     mixing: Tensor | None = None,
 ) -> Tensor:
-    """(N, N) symmetric, non-negative influence of images on each other that best explains their activations' drift.
+    """(N, N) symmetric, non-negative influence of images on each other, fitted to the drift of their activations.
 
     Least squares `drift ~ lr * (influence * gram) @ past` on the entries `seen`, by accelerated projected gradient.
 
     Args:
         drift: (N, H) pre-activation before the round minus mean activation during it.
-        seen: (N, H) where a unit was active throughout, so that the drift shows.
+        seen: (N, H) whether a unit was active throughout, so that its drift is observed.
         gram: (N, N) inner products of the features.
         past: (N, H) as in `Trajectory`.
         lr: of the peers.
-        influence: (N, N) first guess.
+        influence: (N, N) start.
         iterations: of the projected gradient.
-        mixing: (N, N) metric of the misfit, where the drift of some images shows only in sums; None: of each alone.
+        mixing: (N, N) metric of the misfit where the drift is observed only as sums over images; None: the identity.
     """
 
     def gradient(matrix: Tensor, target: Tensor | float) -> Tensor:
@@ -123,28 +123,28 @@ def co_members(
 
 
 def group_peers(influence: Tensor) -> Tensor:
-    """(N,) peer of each image: those whose rows of `influence` (N, N) point the same way, on average of a group.
+    """(N,) peer of each image: average-linkage clustering of the rows of `influence` (N, N) by their cosine.
 
-    By average linkage: one pair that looks alike by chance, as some do where the training changes the model much, does
-    not join two peers. Rows of one peer have a cosine of nearly 1, those of two nearly 0; where few classes are shared
-    and features drift much, 0.52 to 0.7 and 0.4 to 0.53 on average.
+    With average linkage a single pair that is similar by chance, as happens where the training changes the model much,
+    does not merge two peers. Rows of one peer have a cosine of nearly 1, of two peers nearly 0; where few classes are
+    shared and features drift much, 0.52 to 0.7 and 0.4 to 0.53 on average.
     """
     if len(influence) < 2:
         return torch.zeros(len(influence), dtype=torch.long)
     unit = F.normalize(influence, dim=1)
     distances = (1 - unit @ unit.T).clamp_min(0).nan_to_num(1.0).fill_diagonal_(0)
     groups = fcluster(linkage(squareform(distances.numpy(), checks=False), "average"), 0.45, "distance")
-    first = (groups[:, None] == groups).argmax(1)  # of each image's group, so that groups are numbered in their order
+    first = (groups[:, None] == groups).argmax(1)  # numbers the groups in the order of their first images
     return torch.from_numpy(first).unique(return_inverse=True)[1]
 
 
 def offset_to_match(preactivations: Tensor, activations: Tensor) -> Tensor:
-    """(N, H) shift `o`, nearest to 0, after which `mean_t relu(preactivations + o)` is `activations` (N, H)."""
+    """(N, H) shift `o` nearest to 0 for which `mean_t relu(preactivations + o)` equals `activations` (N, H)."""
     steps = len(preactivations)
     ordered = preactivations.sort(0, descending=True).values
     target = activations.clamp_min(0)
     count = torch.arange(1, steps + 1, dtype=ordered.dtype)[:, None, None]
-    shifts = (steps * target - ordered.cumsum(0)) / count  # row k: if just the k largest are active
+    shifts = (steps * target - ordered.cumsum(0)) / count  # row k: if exactly the k + 1 largest are active
     after = torch.cat([ordered[1:], torch.full_like(ordered[:1], -math.inf)])
     consistent = (ordered + shifts >= 0) & (after + shifts <= 0)
     shift = shifts.gather(0, consistent.double().argmax(0, keepdim=True))[0]
@@ -152,9 +152,9 @@ def offset_to_match(preactivations: Tensor, activations: Tensor) -> Tensor:
 
 
 def gates_of_trajectory(path: Trajectory, activations: Tensor | None, width: float) -> Gates:
-    """Gates from a simulated trajectory, shifted unit by unit to give the mean activations (N, H), if they were seen.
+    """Gates from a simulated trajectory, shifted unit by unit to match the observed mean activations (N, H), if any.
 
-    `width`, in mean activations of the image, is the standard deviation of a pre-activation that is left after that.
+    `width` is the remaining standard deviation of a pre-activation, in units of the image's mean activation.
     """
     if activations is None:
         active = ndtr(path.preactivations / (width * mean_activation(path.activations)))

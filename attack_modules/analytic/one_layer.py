@@ -13,8 +13,8 @@ def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: i
     Args:
         gradient: (C, H), in any basis of the input space.
         weight: (C, H) in the same basis, half way through the local steps.
-        targets: (N, C) one-hot. Images of one class come out as their common mean.
-        iterations: at most, of the fixed point between inputs and probabilities.
+        targets: (N, C) one-hot. Images of one class come out as their mean.
+        iterations: upper limit, of the fixed point between inputs and probabilities.
     """
     probabilities = torch.full_like(targets, 1 / targets.shape[1])
     for _ in range(iterations):
@@ -25,10 +25,10 @@ def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: i
     return inputs, probabilities
 
 
-def read_single(space: RowSpace, targets: Tensor, beliefs: TrainingKnowledge, scale: float) -> Reading:
-    """Features of a head of one linear layer: they are its inputs."""
+def read_single(space: RowSpace, targets: Tensor, training: TrainingKnowledge, scale: float) -> Reading:
+    """Features under a head of one linear layer, whose inputs they are."""
     rows = space.rows * scale
-    middle = space.weight - space.rows * (beliefs.steps - 1) / (2 * beliefs.steps)
+    middle = space.weight - space.rows * training.half_way
     features, probabilities = head_inputs(rows, middle, targets)
     errors = probabilities - targets
     residual = ((rows - errors.T @ features).norm() / rows.norm()).item()

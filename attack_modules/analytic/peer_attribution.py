@@ -1,10 +1,10 @@
-"""Whose images are these: images recognised from round to round, and grouped by the peer that trained on them.
+"""Attribution over rounds: images are matched from round to round, and grouped by the peer that trained on them.
 
-A curious client that watches several rounds, in which different peers take part, reads each of them by itself. An
-image that leaks in several rounds has nearly the same features in each, while those of different images differ: how
-much, the images of one round show, which are all different. A peer that takes part brings all its images, so images
-that always come and go together belong to one peer, or to peers that do so; among these the local steps tell, where
-there are several (`Leakage.peers`).
+A curious client that observes several rounds with different participants reads each of them by itself. An image that
+leaks in several rounds has nearly the same features in each; how much the features of different images differ is known
+from the images of one round, which are all different. A peer that takes part uses all its images, so images that are
+always in the same rounds belong to one peer, or to peers with the same participation; these are distinguished by their
+local steps, if there are several (`Leakage.peers`).
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ class Attribution:
     """M different images in R rounds.
 
     Attributes:
-        identities: of each round, (N_r,) long: which of the M images each leaked one is.
-        presence: (R, M) bool: which rounds show which image.
-        peers: (M,) long; images with one number belong to one peer, or to peers that nothing tells apart.
-        alike: smallest similarity at which two images of different rounds were taken for one; 1 if none were.
-        different: largest similarity of two images that are not one. Far below `alike`, the attribution is sure.
+        identities: of each round, (N_r,) long: which of the M images each of its images is.
+        presence: (R, M) bool: whether a round shows an image.
+        peers: (M,) long; images with the same number belong to one peer, or to peers that cannot be distinguished.
+        alike: smallest similarity at which images of different rounds were matched; 1 if none were.
+        different: largest similarity of two different images. Far below `alike`, the matching is reliable.
     """
 
     identities: list[Tensor]
@@ -39,13 +39,13 @@ class Attribution:
 
 
 def attribute(leakages: Sequence[Leakage]) -> Attribution:
-    """Recognise images from round to round, and group them.
+    """Match images from round to round, and group them by peer.
 
-    Similarity is the cosine between features, less the mean of all images. The most similar two images of one round,
-    which surely are different, set the bar: half way from their similarity to 1.
+    Similarity is the cosine between features minus the mean of all images. The threshold is half way between 1 and the
+    largest similarity of two images of one round, which are known to be different.
 
     Args:
-        leakages: of each round by itself, oldest first; the model should not change beyond recognition between them.
+        leakages: of each round by itself, oldest first; the features should change little between rounds.
     """
     everything = torch.cat([leakage.features for leakage in leakages])
     seen = [F.normalize(leakage.features - everything.mean(0), dim=1) for leakage in leakages]
@@ -53,7 +53,7 @@ def attribute(leakages: Sequence[Leakage]) -> Attribution:
     different = max([0.0, *(similarity.max().item() for similarity in within if len(similarity))])
     bar = (1 + different) / 2
     identities = [torch.arange(len(seen[0]))]
-    known, alike = seen[0].clone(), 1.0  # every image as it was last seen
+    known, alike = seen[0].clone(), 1.0  # features of each image in its latest round
     for unit in seen[1:]:
         similarity = unit @ known.T
         rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(similarity.numpy(), maximize=True))
@@ -84,14 +84,14 @@ def joined_features(leakages: Sequence[Leakage], attribution: Attribution) -> Te
 
 
 def joined_labels(leakages: Sequence[Leakage], attribution: Attribution) -> Tensor:
-    """(M,) each image's label in most of the rounds that show it, of several such the least."""
+    """(M,) each image's most frequent label over the rounds that show it, of equally frequent ones the smallest."""
     identities = torch.cat(attribution.identities)
     labels = torch.cat([leakage.labels for leakage in leakages])
     return torch.stack([labels[identities == image].mode().values for image in range(attribution.presence.shape[1])])
 
 
 def _group(leakages: Sequence[Leakage], identities: list[Tensor], presence: Tensor) -> Tensor:
-    """(M,) peers: images that appear in the same rounds, and in most of these were trained together."""
+    """(M,) peers: images that are in the same rounds, and in most of these were found to be of one peer."""
     count = presence.shape[1]
     votes = torch.zeros(count, count)
     for leakage, identity in zip(leakages, identities, strict=True):

@@ -1,20 +1,25 @@
-"""What goes into the closed form and what comes out of it."""
+"""What the closed form takes as given, and what it returns."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from attack_modules.analytic.typical_head import TypicalHead
+from attack_modules.threat_model.assumptions import half_way
+
 
 @dataclass(frozen=True)
 class TrainingKnowledge:
-    """What the attacker holds true of its peers' training.
+    """What is known of the peers' training and images when the head's update is read.
 
     Attributes:
-        lr: rate of the peers' SGD; with momentum, the mean factor of a step's gradient in the update.
+        lr: learning rate of the peers' SGD; with momentum, the mean factor of a step's gradient in the update.
         steps: full-batch steps that each peer takes.
-        num_images: N, or None to take the rank of the first layer's update.
+        num_images: N, or None to count the images.
         labels: (N,) long in any order, or None to infer them.
         epochs: steps in which each image takes part, or None for all.
+        typical: what the last layer computes for typical images; it makes label counts right where few classes are
+            without images. None where the model is not at hand.
     """
 
     lr: float
@@ -22,26 +27,33 @@ class TrainingKnowledge:
     num_images: int | None = None
     labels: Tensor | None = None
     epochs: int | None = None
+    typical: TypicalHead | None = None
+
+    @property
+    def half_way(self) -> float:
+        """Fraction of the update after which the model is half way through the training."""
+        return half_way(self.steps)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """How far to trust a leakage, from quantities that the attacker has.
+    """How far to trust what was read, from quantities that the attacker has.
 
     Attributes:
         num_images: N, given or found.
-        separated: images that could be told apart. If fewer than N, the others mix into the features of some.
+        disentangled: images whose features were separated from the others'. If fewer than N, the missing images are
+            mixed into the features of some found ones.
         gap: singular value N of the first layer's update over singular value N + 1. Near 1, N is a guess.
-        residual: relative Frobenius norm of what `Delta^T F` leaves unexplained of the first layer's update.
+        residual: relative Frobenius norm of the first layer's update that `Delta^T F` leaves unexplained.
         conditioning: condition number of `Delta`, by which errors in the gates are amplified.
-        drift: rms mismatch between activations seen by the last layer and simulated, over their mean; 0 for one layer.
-            Large where lr, steps or the kind of local training are not as believed.
-        outside: of the images that were told apart by their gates, the largest `Separation.outside`: near 0 is sure,
-            1 is chance. 0 where the last layer tells them apart.
+        drift: rms difference between the activations that the last layer shows and those simulated, over their mean; 0
+            for one layer. Large where lr, steps or the kind of local training are not as assumed.
+        outside: largest `Separation.outside` of the images that were found by their gates: near 0 is certain, 1 is
+            chance. 0 where the last layer disentangles the images.
     """
 
     num_images: int
-    separated: int
+    disentangled: int
     gap: float
     residual: float
     conditioning: float
@@ -54,9 +66,9 @@ class Leakage:
     """The images of one aggregate, as the head saw them.
 
     Attributes:
-        labels: (N,) long; fewer rows, here and below, if not all images could be told apart.
+        labels: (N,) long; here and below fewer rows if not all images were disentangled.
         features: (N, D) mean over the local steps of each image's features.
-        peers: (N,) long; images with one number were trained by one peer. All 0 where nothing tells (one step).
+        peers: (N,) long; images with the same number were trained by one peer. All 0 where nothing tells (one step).
         diagnosis: of the whole.
     """
 
@@ -68,7 +80,16 @@ class Leakage:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one solver found: `coordinates` (N, r) of the features, `errors` (N, out), `peers` (N,), residuals."""
+    """What the solver for one kind of head found.
+
+    Attributes:
+        coordinates: (N, r) of the features, in the row space of the first layer's update.
+        errors: (N, out) back-propagated errors at the first layer's outputs, gates included.
+        peers: (N,) long.
+        residual: see `Diagnosis`, as the next two.
+        drift: of the activations.
+        outside: of the gates.
+    """
 
     coordinates: Tensor
     errors: Tensor

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def augmented(parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    """One (out, in) matrix a layer, (out, in + 1) with a bias: it is the weight of a feature that is always 1."""
+    """One (out, in) matrix a layer, (out, in + 1) with a bias, which is the weight of a feature that is always 1."""
     layers: list[Tensor] = []
     for parameter in parameters.values():
         if parameter.ndim == 2:
@@ -20,14 +20,14 @@ def augmented(parameters: Mapping[str, Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class RowSpace:
-    """A layer's update, and its weights, in coordinates of the update's r dimensions.
+    """A layer's update, and its weights, in an orthonormal basis of the update's r-dimensional row space.
 
     Attributes:
         update: (out, D) float64.
         mixing: (r, out), so that the rows of `mixing @ update` are an orthonormal basis.
         rows: (out, r) the update in that basis.
         weight: (out, r) the layer's weight before the round, in that basis.
-        floor: smallest singular value that the weights' precision can show.
+        floor: smallest singular value that the precision of the weights resolves.
     """
 
     update: Tensor
@@ -52,7 +52,7 @@ class RowSpace:
 
     @property
     def singular(self) -> Tensor:
-        """Singular values of the update, one for each unit that ever was active, none under the floor."""
+        """Singular values of the update, one for each unit that was ever active, clamped to the floor."""
         return torch.linalg.svdvals(self.rows[(self.rows != 0).any(1)]).clamp_min(self.floor)
 
 
@@ -60,16 +60,16 @@ def row_coordinates(update: Tensor, precision: float | None = None) -> tuple[Ten
     """An update in coordinates of its own row space: `rows` (out, r), and `mixing` (r, out).
 
     `update = rows @ basis` with the orthonormal `basis = mixing @ update`, which would be as large as the update and
-    is never formed. The basis is that of the singular vectors: only there each has a scale of its own, and those of
-    noise do not blur the others.
+    is never formed. The basis are the right singular vectors, so that rounding noise, which has singular values of its
+    own, does not mix into the other directions.
 
     Args:
         update: (out, D) float64.
-        precision: relative size of singular values that are nothing, float64's own unless given; their rows of
-            `mixing` are 0.
+        precision: relative size of singular values that count as 0, by default float64's; their rows of `mixing` are
+            0.
     """
     rows = torch.linalg.qr(update.T, mode="r").R.T
     left, singular, right = torch.linalg.svd(rows, full_matrices=False)
     least = (torch.finfo(update.dtype).eps if precision is None else precision) * singular.norm()
     scale = torch.where(singular > least, 1 / singular, 0.0)
-    return rows @ right.T, (left * scale).T  # rows of units that never were active stay exactly 0
+    return rows @ right.T, (left * scale).T  # rows of inactive units stay exactly 0

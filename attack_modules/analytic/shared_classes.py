@@ -19,76 +19,75 @@ def read_shared(
     last: Tensor,
     weight: Tensor,
     num_images: int,
-    beliefs: TrainingKnowledge,
+    training: TrainingKnowledge,
     scale: float,
     iterations: int,
 ) -> tuple[Tensor, Reading]:
-    """Labels (N,) and features of a head of two linear layers where images share classes, as they must if few.
+    """Labels (N,) and features under a head of two linear layers where images share classes.
 
-    The last layer then shows only sums of activations. So the first layer alone tells the images apart (`separate`),
-    the gates follow from the features by simulated training, and the sums tell who trained together.
+    The last layer then shows only the sum of each class's activations. So the first layer alone disentangles the images
+    (`separate`); the gates follow from the features by simulated training, and the sums tell the peers.
 
     Args:
         space: of the first layer's update.
         last: (C, H) update of the last layer, (C, H + 1) with a bias.
         weight: of the last layer before the round, of the same shape.
         num_images: N.
-        beliefs: how the peers trained.
+        training: how the peers trained, and what is known of their images.
         scale: N / (lr * steps).
-        iterations: rounds of features -> simulated trajectory -> gates -> features.
+        iterations: rounds of features -> simulated training -> gates -> features.
 
     Raises:
-        AttackError: not one image can be told apart.
+        AttackError: no image could be disentangled.
     """
-    hidden, steps, rows = len(space.rows), beliefs.steps, space.rows * scale
-    half_way = (steps - 1) / (2 * steps)
-    middle = (weight - last * half_way)[:, :hidden]
-    class_errors = middle.mean(0) - middle  # of a model that knows nothing yet
-    if beliefs.labels is None:
-        sums = last[:, :hidden].sum(1)  # falls with each image that a class has
+    hidden, steps, rows = len(space.rows), training.steps, space.rows * scale
+    middle = (weight - last * training.half_way)[:, :hidden]
+    class_errors = middle.mean(0) - middle  # of uniform predictions
+    if training.labels is None:
+        sums = last[:, :hidden].sum(1)  # lower with each image of the class
         quota = num_images / len(last) * (1 - sums / (2 * sums.max()))
     else:
-        quota = beliefs.labels.bincount(minlength=len(last))
-    first = space.weight - space.rows * half_way
-    separation = separate(rows, first, class_errors, num_images, quota, exact=beliefs.labels is not None)
+        quota = training.labels.bincount(minlength=len(last))
+    first = space.weight - space.rows * training.half_way
+    separation = separate(rows, first, class_errors, num_images, quota, exact=training.labels is not None)
     if not len(separation.labels):
         raise AttackError(
-            f"Images of the {num_images} in this aggregate share classes, and none of them can be told apart: no gates "
-            "agree with the first layer's update. The model may be too well trained, the learning rate or the number "
-            "of local steps too high, or the number of images wrong: at high rates it may come out as itself times the "
-            "local epochs. Give it as `knowledge.num_images`, or attack by gradient matching instead."
+            f"The {num_images} images in this aggregate share classes, and none could be disentangled: no activation "
+            "pattern agrees with the first layer's update. The model may be too well trained, the learning rate or the "
+            "number of local steps too high, or the number of images wrong. Give it as `knowledge.num_images`, or "
+            "attack by gradient matching instead."
         )
     order = separation.labels.argsort(stable=True)
-    if beliefs.labels is not None and len(order) == len(beliefs.labels):
-        order = order[beliefs.labels.argsort(stable=True).argsort()]
+    if training.labels is not None and len(order) == len(training.labels):
+        order = order[training.labels.argsort(stable=True).argsort()]
     labels, gates = separation.labels[order], separation.gates[order]
     targets = F.one_hot(labels, len(last)).to(last)
 
-    def train(features: Tensor, influence: Tensor) -> Trajectory:
+    def simulated(features: Tensor, influence: Tensor) -> Trajectory:
         gram, start = features @ features.T, features @ space.weight.T
-        return simulate(gram, start, weight, targets, influence, beliefs.lr, steps, weight.shape[1] > hidden)
+        return simulate(gram, start, weight, targets, influence, training.lr, steps, weight.shape[1] > hidden)
 
     regression = GateRegression(rows, num_images)
     features = torch.linalg.lstsq((gates * class_errors[labels]).T, rows, driver="gelsd").solution
     influence = torch.full((len(labels), len(labels)), 1 / num_images, dtype=rows.dtype)
-    path = train(features, influence)
+    path = simulated(features, influence)
     for _ in range(iterations):
         gram = features @ features.T
         if steps > 1:
-            # differences between the probabilities of one class's images are too small to tell them apart
+            # the probabilities of one class's images differ too little to separate their activations
             missing = last[:, :hidden] * scale - path.residuals.T @ path.activations
             shown = path.activations + torch.linalg.pinv(path.residuals.T, rtol=0.1) @ missing
             seen = (path.preactivations > 0).all(0).to(rows)
             mixing = path.residuals @ path.residuals.T
             drift = path.preactivations[0] - shown
-            influence = co_members(drift, seen, gram, path.past, beliefs.lr, influence, mixing=mixing)
-            path = train(features, influence)
+            influence = co_members(drift, seen, gram, path.past, training.lr, influence, mixing=mixing)
+            path = simulated(features, influence)
         errors = path.errors.mean(0)
         noise = regression.noise * torch.linalg.pinv(gram, hermitian=True).diagonal()
         belief = regression.best(partial(gates_of_trajectory, path, None), errors, noise)
         gated = belief.mean * errors
         features = regress_features(rows, gated, belief.variance * errors**2, regression.noise)
-        path = train(features, influence)
+        path = simulated(features, influence)
     peers = group_peers(influence) if steps > 1 else torch.zeros_like(labels)
     residual = ((rows - gated.T @ features).norm() / rows.norm()).item()
     sums = path.residuals.T @ path.activations

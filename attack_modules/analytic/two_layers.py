@@ -27,28 +27,28 @@ def read_stack(
     last: Sequence[Tensor],
     weight: Sequence[Tensor],
     targets: Tensor,
-    beliefs: TrainingKnowledge,
+    training: TrainingKnowledge,
     scale: float,
     iterations: int,
 ) -> Reading:
-    """Features of a head of two linear layers with a ReLU between.
+    """Features under a head of two linear layers with a ReLU between.
 
-    The hidden units of all rounds stand side by side, as if they were units of one wide layer.
+    The hidden units of all rounds are treated as units of one wide layer.
 
     Args:
         space: of the first layer's updates, round under round.
         last: of each round, (C, H) update of the last layer, (C, H + 1) with a bias.
         weight: of each round, the last layer before it, of the same shape.
         targets: (N, C) one-hot.
-        beliefs: how the peers trained.
+        training: how the peers trained.
         scale: N / (lr * steps).
-        iterations: rounds of features -> simulated trajectory -> gates -> features.
+        iterations: rounds of features -> simulated training -> gates -> features.
     """
-    steps, rows = beliefs.steps, space.rows * scale
+    steps, rows = training.steps, space.rows * scale
     hidden = len(rows) // len(last)
     activations, errors = [], []
     for gradient, before in zip(last, weight, strict=True):
-        middle = before - gradient * (steps - 1) / (2 * steps)
+        middle = before - gradient * training.half_way
         inputs, probabilities = head_inputs(gradient * scale, middle, targets)
         activations.append(inputs[:, :hidden])
         errors.append(((probabilities - targets) @ middle)[:, :hidden])
@@ -68,11 +68,11 @@ def read_stack(
     peers = torch.zeros(len(targets), dtype=torch.long)
     bias = weight[0].shape[1] > hidden
 
-    def train(features: Tensor, influence: Tensor) -> Trajectory:
+    def simulated(features: Tensor, influence: Tensor) -> Trajectory:
         gram, starts = features @ features.T, (features @ space.weight.T).split(hidden, 1)
         return side_by_side(
             [
-                simulate(gram, start, before, targets, influence, beliefs.lr, steps, bias)
+                simulate(gram, start, before, targets, influence, training.lr, steps, bias)
                 for start, before in zip(starts, weight, strict=True)
             ]
         )
@@ -84,18 +84,18 @@ def read_stack(
         residual = ((rows - gated.T @ features).norm() / rows.norm()).item()
         return Reading(features, gated, peers, residual, mismatch.item())
 
-    path = train(features, influence)
+    path = simulated(features, influence)
     readings = [reading(path)]
     for _ in range(iterations if steps > 1 else 0):
         seen = (path.preactivations > 0).all(0).to(rows)
         drift = path.preactivations[0] - activations
-        influence = co_members(drift, seen, features @ features.T, path.past, beliefs.lr, influence)
+        influence = co_members(drift, seen, features @ features.T, path.past, training.lr, influence)
         peers = group_peers(influence)
         together = (peers[:, None] == peers).to(rows)
         influence = together / together.sum(1, keepdim=True)
-        if len(readings) == 1:  # it was read as if all had trained together; its drift shows who did
+        if len(readings) == 1:  # it was read as if all images were of one peer; its drift shows the peers
             readings[0] = replace(readings[0], peers=peers)
-        path = train(features, influence)
+        path = simulated(features, influence)
         residuals = path.residuals.split(targets.shape[1], 1)
         activations = torch.cat(
             [
@@ -108,8 +108,8 @@ def read_stack(
         gates = regression.best(partial(gates_of_trajectory, path, activations), errors, noise)
         features = regress_features(rows, gates.mean * errors, gates.variance * errors**2, regression.noise)
         noise = regression.noise * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()
-        path = train(features, influence)
+        path = simulated(features, influence)
         readings.append(reading(path))
         if (features - readings[-2].coordinates).norm() < torch.finfo(torch.float32).eps * features.norm():
             break
-    return min(readings, key=lambda found: found.drift)  # a simulation from poor features leads away
+    return min(readings, key=lambda found: found.drift)  # simulating from poor features can diverge

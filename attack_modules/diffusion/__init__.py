@@ -1,1 +1,1 @@
-"""Diffusion models of images: the interfaces that attacks and enhancements use."""
+"""Diffusion models of images, with the interfaces that attacks and enhancement methods use."""

@@ -1,4 +1,4 @@
-"""What every enhancement asks of a diffusion model: the expected clean image."""
+"""Interface of diffusion models that are used as denoisers."""
 
 from abc import ABC, abstractmethod
 
@@ -6,28 +6,28 @@ from torch import Tensor, nn
 
 
 class Denoiser(nn.Module, ABC):
-    """A diffusion model in the one form that all its users share: the mean of the posterior under Gaussian noise.
+    """Diffusion model as a Gaussian denoiser that returns the posterior mean of the clean image.
 
-    Whatever a network predicts (noise, velocity, the image) and in whatever range, its adapter gives `E[x | y]` for
-    `y = x + sigma * n`, with images in [0, 1] and `sigma` in the same units (Tweedie's formula; variance exploding, as
-    DDRM, arXiv 2201.11793, and EDM, arXiv 2206.00364, write it).
+    Subclasses adapt networks that predict the noise, the velocity or the image, in any pixel range. All return
+    `E[x | y]` for `y = x + sigma * n` (Tweedie's formula), with images in [0, 1] and `sigma` in the same units. This is
+    the variance-exploding parameterisation of DDRM (arXiv 2201.11793) and EDM (arXiv 2206.00364).
     """
 
     sigma_min: float
-    """The least noise that the network was trained on, in units of [0, 1]."""
+    """Lowest noise level of training, in units of [0, 1]."""
     sigma_max: float
-    """The most."""
+    """Highest noise level of training, in units of [0, 1]."""
     multiple: int
-    """Height and width must be multiples of this many pixels."""
+    """Image height and width must be multiples of this number of pixels."""
 
     @abstractmethod
     def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """The expected clean images.
+        """Return the posterior mean of the clean images.
 
         Args:
             noisy: (N, 3, H, W) images in [0, 1] plus Gaussian noise, not clamped.
             sigma: () or (N,) standard deviation of that noise, from `sigma_min` to `sigma_max`.
 
         Returns:
-            (N, 3, H, W), not clamped.
+            (N, 3, H, W) images, not clamped.
         """

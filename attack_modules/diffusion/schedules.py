@@ -1,4 +1,4 @@
-"""Which noise levels a sampler passes through."""
+"""Noise level schedules of samplers."""
 
 from abc import ABC, abstractmethod
 
@@ -10,35 +10,38 @@ from fl_lightning.errors import SettingError
 
 
 class Schedule(ABC):
-    """Noise levels from much noise to little.
+    """Decreasing sequence of noise levels.
 
     Args:
-        steps: how many, each of which costs one evaluation of the denoiser.
+        steps: number of noise levels; each costs one denoiser evaluation.
     """
 
     def __init__(self, steps: int) -> None:
         if steps < 1:
-            raise SettingError(f"A schedule needs at least one step, but `steps` is {steps}.")
+            raise SettingError(f"A schedule needs at least one step, but `steps` is {steps}. Set it to 1 or more.")
         self.steps = steps
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser) -> Tensor:
-        """(steps,) falling noise levels of images in [0, 1], within what the denoiser was trained on."""
+        """Return the (steps,) decreasing noise levels for images in [0, 1], within the range of the denoiser."""
 
 
 class Karras(Schedule):
-    """Even in sigma^(1/7), from a first to the least noise (Karras et al. 2022, arXiv 2206.00364, equation 5).
+    """Noise levels evenly spaced in sigma^(1/7) (Karras et al. 2022, arXiv 2206.00364, equation 5).
 
     Args:
-        steps: how many levels, each of which costs one evaluation of the denoiser.
-        first: the first level, in units of [0, 1]; lowered to the denoiser's most.
-        last: the last; raised to the denoiser's least.
+        steps: number of noise levels; each costs one denoiser evaluation.
+        first: first and highest level, in units of [0, 1]; lowered to the denoiser's `sigma_max` if it is above.
+        last: last and lowest level, in units of [0, 1]; raised to the denoiser's `sigma_min` if it is below.
+
+    Raises:
+        SettingError: `steps` < 1, or not 0 < `last` < `first`.
     """
 
     def __init__(self, steps: int = 20, first: float = 0.3, last: float = 0.02) -> None:
         super().__init__(steps)
         if not 0 < last < first:
-            raise SettingError(f"A schedule falls from `first` to `last` > 0, but they are {first} and {last}.")
+            raise SettingError(f"A schedule falls from `first` to `last` > 0, but got first={first}, last={last}.")
         self.first = first
         self.last = last
 
@@ -48,16 +51,21 @@ class Karras(Schedule):
 
 
 class LinearBetas(Schedule):
-    """Every so many of the 1000 times of a diffusion with linear betas from 1e-4 to 0.02 (Ho et al. 2020).
+    """Noise levels of evenly spaced timesteps of a 1000-step diffusion with linear betas (Ho et al. 2020).
+
+    The betas rise from 1e-4 to 0.02. Levels outside the range of the denoiser are clamped to it.
 
     Args:
-        steps: how many times, each of which costs one evaluation of the denoiser; a divisor of 1000.
+        steps: number of timesteps, a divisor of 1000; each costs one denoiser evaluation.
+
+    Raises:
+        SettingError: `steps` < 1, or not a divisor of 1000.
     """
 
     def __init__(self, steps: int = 50) -> None:
         super().__init__(steps)
         if 1000 % steps:
-            raise SettingError(f"`steps` is {steps}, which does not divide 1000 times evenly. Take a divisor.")
+            raise SettingError(f"`steps` is {steps}, which does not divide 1000. Set it to a divisor, such as 50.")
 
     def __call__(self, denoiser: Denoiser) -> Tensor:
         sigmas = linear_beta_sigmas()[:: 1000 // self.steps].flip(0) / 2
@@ -65,6 +73,6 @@ class LinearBetas(Schedule):
 
 
 def linear_beta_sigmas() -> Tensor:
-    """(1000,) float64 noise levels, rising, of images in [-1, 1] at the times of a diffusion with linear betas."""
+    """Return the (1000,) float64 increasing noise levels of a linear-beta diffusion, for images in [-1, 1]."""
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
     return ((1 - alpha_bar) / alpha_bar).sqrt()

@@ -1,1 +1,1 @@
-"""Enhancement of reconstructed images after an attack, from those images and labels alone."""
+"""Post-attack image enhancement that uses only the reconstructed images and their labels."""

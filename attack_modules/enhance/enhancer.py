@@ -1,4 +1,4 @@
-"""What all enhancements share: they take what an attack ends with, and give images of the same size."""
+"""Common interface of all enhancements: an attack's reconstruction in, images of the same size out."""
 
 from abc import ABC, abstractmethod
 
@@ -8,18 +8,21 @@ from attack_modules.attack import Reconstruction
 
 
 class Enhancer(ABC):
-    """Makes better images of reconstructed ones, from those alone: no original is at hand."""
+    """Improves reconstructed images from the reconstruction alone, without access to the originals."""
 
     chunk_size: int = 16
-    """Images that are enhanced at a time. Several processes deal such chunks among them."""
+    """Number of images enhanced at once; multiple processes distribute chunks of this size among themselves."""
 
     @abstractmethod
     def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
-        """(N, C, H, W) images in [0, 1], as many, as large and in the same order as the reconstructed ones.
+        """Enhance the images of a reconstruction.
 
         Args:
-            reconstruction: images (N, C, H, W) in [0, 1] with labels (N,), upsampled by `latent_downscale` (1: not at
-                all) from what was reconstructed.
-            seed: of the enhancement's own randomness; the same seed gives the same images, and a chunk alone
-                (`Reconstruction.part`) what it gives among the others.
+            reconstruction: images (N, C, H, W) in [0, 1] with labels (N,), upsampled by the factor `latent_downscale`
+                after reconstruction (1: not upsampled).
+            seed: seed of the enhancement's own randomness. The same seed gives the same images, and a chunk
+                (`Reconstruction.part`) gives the same images alone as together with the others.
+
+        Returns:
+            (N, C, H, W) images in [0, 1], of the same number, size and order as the reconstructed ones.
         """

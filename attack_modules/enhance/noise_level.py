@@ -1,4 +1,4 @@
-"""How noisy an image is: by the likelihood that a diffusion model gives it, or by its finest detail alone."""
+"""Noise level estimation: by maximum likelihood under a diffusion model, or from the finest wavelet detail."""
 
 import torch
 from torch import Tensor
@@ -7,29 +7,29 @@ from torch.nn import functional as F
 from attack_modules.enhance.direct.sampler import Denoise, Noise
 
 STEP = 0.3
-"""Of the finite difference that gives the denoiser's slope, in units of the noise level."""
+"""Step of the finite difference that estimates the denoiser's derivative, in units of the noise level."""
 
 
 @torch.no_grad()
 def likeliest_noise(denoise: Denoise, images: Tensor, candidates: Tensor, noise: Noise) -> Tensor:
-    """The noise level under which the images are likeliest.
+    """Estimate each image's noise level by maximum likelihood under the diffusion prior.
 
-    The density p_s of noisy images solves the heat equation in s^2, and Tweedie's formula gives the gradient and
-    Laplacian of its logarithm by the denoiser D and its divergence, so that for images y of n pixels
+    The density p_s of noisy images solves the heat equation in s^2. Tweedie's formula expresses the gradient and the
+    Laplacian of log p_s by the denoiser D and its divergence, so that for an image y of n pixel values
 
         d log p_s(y) / d log s  =  |D(y) - y|^2 / s^2  +  div D(y)  -  n,
 
-    which is integrated over the candidates. A wavelet's median deviation, by contrast, takes texture for noise: it
-    doubles the noise of images as small as a latent.
+    This derivative is integrated over the candidates. A wavelet-based median estimate, by contrast, mistakes texture
+    for noise, which doubles the estimate for images as small as a latent.
 
     Args:
-        denoise: the prior, D.
-        images: (N, C, H, W) in [0, 1], plus noise.
-        candidates: (K,) noise levels, rising.
-        noise: one probe of the divergence a candidate (Hutchinson 1989).
+        denoise: denoiser D of the diffusion prior.
+        images: (N, C, H, W) images in [0, 1] plus noise.
+        candidates: (K,) candidate noise levels, increasing.
+        noise: probes of Hutchinson's divergence estimator (Hutchinson 1989), drawn once per candidate.
 
     Returns:
-        (N,) noise levels, from the first to the last candidate.
+        (N,) noise levels, between the first and the last candidate.
     """
     slopes = []
     for sigma in candidates:
@@ -41,7 +41,8 @@ def likeliest_noise(denoise: Denoise, images: Tensor, candidates: Tensor, noise:
     gains = (slope[1:] + slope[:-1]) / 2 * widths
     likelihood = torch.cat([torch.zeros_like(gains[:1]), gains.cumsum(0)])
     best = likelihood.argmax(0).clamp(1, len(candidates) - 2)
-    # The slope crosses zero between the best candidate and a neighbour: linear there, in log sigma.
+    # The maximum is where the slope crosses zero: interpolate linearly in log sigma between the best candidate and the
+    # neighbour on the other side of the crossing.
     low = torch.where(slope.gather(0, best[None])[0] > 0, best, best - 1)
     first, second = slope.gather(0, low[None])[0], slope.gather(0, low[None] + 1)[0]
     share = (first / (first - second)).nan_to_num(0.0).clamp(0, 1)
@@ -50,20 +51,21 @@ def likeliest_noise(denoise: Denoise, images: Tensor, candidates: Tensor, noise:
 
 @torch.no_grad()
 def noise_map(denoise: Denoise, images: Tensor, sigma: Tensor, window: int, noise: Noise) -> Tensor:
-    """Where in an image there is more noise than elsewhere.
+    """Estimate the local noise level at every pixel.
 
-    The slope of the likelihood (above) is zero, pixel by pixel, where (D(y) - y)^2 + s^2 dD/dy = s^2: the left side,
-    averaged over a window, is the local variance. Where the denoiser sees nothing to remove, dD/dy is 1 and it is s^2.
+    The per-pixel slope of the log-likelihood (see `likeliest_noise`) is zero where (D(y) - y)^2 + s^2 dD/dy = s^2. The
+    left side, averaged over channels and a window, is the local noise variance. Where the denoiser removes nothing,
+    dD/dy = 1 and the left side equals s^2.
 
     Args:
-        denoise: the prior, D.
-        images: (N, C, H, W) in [0, 1], plus noise.
-        sigma: (N,) their overall noise levels.
-        window: side of the square window, in pixels, odd.
-        noise: the probe of the slope.
+        denoise: denoiser D of the diffusion prior.
+        images: (N, C, H, W) images in [0, 1] plus noise.
+        sigma: (N,) overall noise level of each image.
+        window: side of the square averaging window, in pixels, odd.
+        noise: probe of the derivative, drawn once.
 
     Returns:
-        (N, 1, H, W) standard deviations, from half to twice `sigma`.
+        (N, 1, H, W) noise standard deviations, clamped to [sigma / 2, 2 sigma].
     """
     clean, probe = denoise(images, sigma), noise()
     level = sigma[:, None, None, None]
@@ -74,10 +76,16 @@ def noise_map(denoise: Denoise, images: Tensor, sigma: Tensor, window: int, nois
 
 
 def wavelet_noise(images: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N,) variance of the noise in images, by the median of their finest diagonal detail.
+    """Estimate the noise variance of images from the median of their finest diagonal wavelet detail.
 
-    That detail, of an orthonormal Haar transform, is mostly noise; its median absolute value is 0.6745 standard
-    deviations of a Gaussian (Donoho and Johnstone 1994). 0 where an image has less than 2 pixels a side.
+    The diagonal detail of an orthonormal Haar transform is mostly noise. The median absolute value of zero-mean
+    Gaussian noise is 0.6745 standard deviations (Donoho and Johnstone 1994).
+
+    Args:
+        images: (N, C, H, W).
+
+    Returns:
+        (N,) variances; 0 for images of less than 2 pixels in height or width.
     """
     height, width = (2 * (side // 2) for side in images.shape[-2:])
     if not height or not width:

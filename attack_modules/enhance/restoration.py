@@ -1,4 +1,4 @@
-"""Any restoration network in a file, by way of the package `spandrel`, which knows some forty architectures."""
+"""Image restoration by published networks, loaded by the package `spandrel` (about forty architectures)."""
 
 from pathlib import Path
 
@@ -14,40 +14,41 @@ from fl_lightning.storage import StorageError
 
 
 class Restoration(Enhancer):
-    """Denoising, deblurring or super-resolution by a published network, with no download but the file itself.
+    """Denoises, deblurs or super-resolves images with a published network; only its weights file is needed.
 
-    A network that enlarges is given the images reduced, where they were reconstructed that much smaller; otherwise its
-    result is reduced.
+    A super-resolution network receives images downsampled by its scale factor if they were upsampled by at least that
+    factor after reconstruction (`latent_downscale`). Otherwise its output is downsampled to the size of the images.
 
     Args:
-        weights: the network's file (.pth, .pt, .safetensors); its architecture is recognised by its names.
-        chunk_size: images that are restored at once, which bounds memory.
+        weights: weights file (.pth, .pt, .safetensors); the architecture is inferred from the tensor names.
+        chunk_size: number of images restored at once, which bounds memory.
 
     Raises:
-        SettingError: `spandrel` is not installed.
-        MissingFile: there is no such file.
-        StorageError: no architecture fits it.
+        SettingError: `spandrel` is not installed, or the network does not map images to images.
+        MissingFile: the weights file does not exist.
+        StorageError: the file cannot be read, or no supported architecture fits it.
     """
 
     def __init__(self, weights: Path, chunk_size: int = 16) -> None:
         try:
-            from spandrel import ImageModelDescriptor, ModelLoader  # an optional extra
+            from spandrel import ImageModelDescriptor, ModelLoader  # optional dependency
         except ImportError as error:
             raise SettingError(
-                "Restoration networks are read by the package `spandrel`, which is not installed. Run "
-                "`pip install curious-client[restoration]`, or `pip install spandrel`."
+                "Restoration networks are loaded by the package `spandrel`, which is not installed. Run "
+                "`pip install curious-client[restoration]` or `pip install spandrel`."
             ) from error
-        state = read_weights(weights, "where the network was published", ("params_ema", "params", "state_dict"))
+        state = read_weights(weights, "the publisher of the network", ("params_ema", "params", "state_dict"))
         try:
             self.network = ModelLoader(device="cpu").load_from_state_dict(state)
-        except Exception as error:  # whatever its architecture's constructor raises
+        except Exception as error:  # architecture constructors raise many exception types
             raise StorageError(
-                f"'{weights}' holds no network that spandrel knows ({type(error).__name__}: {error}). Name a "
-                "restoration network, for instance of ESRGAN's, SwinIR's or NAFNet's architecture."
+                f"'{weights}' holds no network that spandrel supports ({type(error).__name__}: {error}). Give the "
+                "weights of a restoration network, for example ESRGAN, SwinIR or NAFNet."
             ) from error
         if not isinstance(self.network, ImageModelDescriptor) or self.network.output_channels not in (1, 3):
             raise SettingError(
-                f"'{weights}' is a {type(self.network).__name__}, but one from image to image is needed."
+                f"'{weights}' holds a {type(self.network).__name__}, but `Restoration` needs an image-to-image network "
+                "with 1 or 3 output channels. Give the weights of such a network."
             )
         self.network.eval()
         self.chunk_size = chunk_size
@@ -67,7 +68,7 @@ class Restoration(Enhancer):
 
     @staticmethod
     def _as(restored: Tensor, images: Tensor) -> Tensor:
-        """Of the images' size and channels."""
+        """Convert network output to the size and channels of `images`."""
         if restored.shape[-2:] != images.shape[-2:]:
             restored = F.interpolate(restored, images.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
         return restored.mean(1, keepdim=True) if images.shape[1] == 1 else restored.expand(-1, 3, -1, -1)

@@ -1,4 +1,4 @@
-"""Enhancements that go by one word on the command line, as they are used without further settings."""
+"""Enhancements with preset settings, selected by a single name on the command line."""
 
 from collections.abc import Callable
 
@@ -11,16 +11,20 @@ from fl_lightning.errors import AuditError
 
 
 def small_semantic() -> SemanticEnhancer:
-    """Semantic enhancement with the shipped model of CIFAR-10, at the settings of `configs/semantic_demo.yaml`."""
+    """Semantic enhancement with the shipped CIFAR-10 model and the settings of `configs/semantic_demo.yaml`."""
     return SemanticEnhancer(TrainedConditional(), lr=0.05, timesteps=25, steps=40, starts=8, patience=10)
 
 
 NAMED: dict[str, Callable[[], Enhancer]] = {"direct": DirectEnhancement, "gan": GAN, "semantic": small_semantic}
-"""What `--postprocess <name>` makes."""
+"""Constructors of the enhancements that `--postprocess <name>` selects."""
 
 
 def all_that_can_be() -> tuple[dict[str, Enhancer], dict[str, str]]:
-    """Every enhancement of `NAMED` that has its weights, and the reasons why the others have not."""
+    """Construct every enhancement of `NAMED` that is available.
+
+    Returns:
+        The constructed enhancements by name, and the error messages of the unavailable ones by name.
+    """
     enhancers, left_out = {}, {}
     for name, make in NAMED.items():
         try:

@@ -1,4 +1,4 @@
-"""Which reconstruction shows which original. For evaluation only: it reads the truth, and no attack may call it."""
+"""Assignment of reconstructions to originals. It reads the ground truth, so attacks must not call it."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -7,15 +7,15 @@ from torch import Tensor
 from fl_lightning.errors import SettingError
 
 PIXELS_AT_ONCE = 1 << 14
-"""Pixels that are compared at a time, so that the float64 copies stay small (64 MiB each for 512 images)."""
+"""Values per image compared at a time, which limits the float64 copies to 64 MiB each for 512 images."""
 
 
 @torch.no_grad()
 def match(reconstructions: Tensor, originals: Tensor) -> Tensor:
-    """Match one to one with the least total squared error, after clamping to [0, 1].
+    """Assign reconstructions to originals one to one, minimising the total squared error after clamping to [0, 1].
 
-    Reconstructions come in no particular order, so they cannot be scored before this. Where one side is larger, its
-    surplus stays unmatched; a reconstruction with a NaN or infinite pixel is never matched.
+    Reconstructions have no particular order, so they must be assigned before they can be scored. If N and M differ,
+    the surplus images stay unassigned; reconstructions with NaN or infinite pixels are never assigned.
 
     Args:
         reconstructions: (N, C, H, W) images.
@@ -25,7 +25,7 @@ def match(reconstructions: Tensor, originals: Tensor) -> Tensor:
         (M,) long, on the CPU: for each original the index of its reconstruction, -1 if it has none.
 
     Raises:
-        SettingError: the two are not images of one shape.
+        SettingError: the images differ in shape or are not 4-dimensional.
     """
     if originals.ndim != 4 or reconstructions.shape[1:] != originals.shape[1:]:
         raise SettingError(

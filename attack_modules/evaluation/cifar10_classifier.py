@@ -1,4 +1,4 @@
-"""A classifier of CIFAR-10 that tells whether an image is recognised. It takes no part in any attack or enhancement."""
+"""CIFAR-10 classifier that measures the recognisability of images; no attack or enhancement uses it."""
 
 from pathlib import Path
 
@@ -16,16 +16,16 @@ from fl_lightning.storage import atomic_path
 SHIPPED = CHECKPOINTS / "cifar10_classifier.safetensors"
 
 BATCH = 256
-"""Images classified at a time."""
+"""Images classified per batch."""
 
 
 def convolution(channels: int, out: int) -> nn.Sequential:
-    """3x3, BatchNorm, ReLU."""
+    """Create a 3x3 convolution without bias, followed by BatchNorm and ReLU."""
     return nn.Sequential(nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
 
 
 class Residual(nn.Module):
-    """Two convolutions beside the identity."""
+    """Residual block: two convolutions and an identity shortcut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Residual(nn.Module):
 
 
 class Cifar10Network(nn.Sequential):
-    """A ResNet of 8 layers on 2x2 pixels at a time: (N, 3, 32, 32) in [0, 1] -> (N, 10) logits."""
+    """ResNet with 8 weight layers on 2x2 pixel blocks as channels: (N, 3, 32, 32) in [0, 1] -> (N, 10) logits."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -57,15 +57,20 @@ class Cifar10Network(nn.Sequential):
 
 
 class Cifar10Classifier(LightningModule):
-    """Trains the classifier; its data is `CIFAR10` with one client, so that it sees the training images alone.
+    """Trains the classifier on `CIFAR10` with one client, i.e. on the training images alone.
 
-    SGD with Nesterov momentum and one cycle of the rate, reflections and shifts of up to 3 pixels.
+    The optimiser is SGD with Nesterov momentum and a one-cycle learning rate schedule; the augmentations are horizontal
+    flips and shifts of up to 3 pixels.
 
     Args:
-        lr: the highest learning rate, reached after a fifth of the steps.
-        smoothing: of the labels.
-        export: where the weights go after every epoch; null for the run directory.
-        seed: of reflections and shifts.
+        lr: maximum learning rate, reached after a fifth of the steps, > 0.
+        smoothing: label smoothing, in [0, 1).
+        export: file to which the weights are written after every epoch; null: `cifar10_classifier.safetensors` in the
+            run directory.
+        seed: seeds the flips and shifts.
+
+    Raises:
+        SettingError: `lr` or `smoothing` is out of range.
     """
 
     def __init__(self, lr: float = 0.2, smoothing: float = 0.1, export: Path | None = None, seed: int = 0) -> None:
@@ -93,7 +98,7 @@ class Cifar10Classifier(LightningModule):
         return loss
 
     def _varied(self, images: Tensor) -> Tensor:
-        """All images of a batch shifted alike, and half of them reflected."""
+        """Augment a batch by one random shift for all images and a horizontal flip of each with probability 1/2."""
         down, across = torch.randint(-3, 4, (2,), generator=self.generator).tolist()
         size = images.shape[-1]
         images = F.pad(images, (3, 3, 3, 3), mode="reflect")[..., 3 + down :, 3 + across :][..., :size, :size]
@@ -115,18 +120,18 @@ class Cifar10Classifier(LightningModule):
 
 
 class Cifar10Recogniser:
-    """Tells whether the classifier sees the labelled class in an image of CIFAR-10's.
+    """Tests whether the classifier predicts the label of a CIFAR-10 image.
 
     Args:
-        path: its weights.
+        path: file of the classifier's weights.
 
     Raises:
-        MissingFile: they are not there.
-        StorageError: they are other weights.
+        MissingFile: the file does not exist.
+        StorageError: the file does not contain weights of `Cifar10Network`.
     """
 
     def __init__(self, path: Path = SHIPPED) -> None:
-        with torch.random.fork_rng(devices=[]):  # scoring must not change what a run draws next
+        with torch.random.fork_rng(devices=[]):  # random initialisation must not advance the run's generator
             self.network = Cifar10Network().eval()
         load_strictly(
             self.network, read_weights(path, "`python cli.py fit --config configs/cifar10_classifier.yaml`"), path
@@ -134,13 +139,13 @@ class Cifar10Recogniser:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """(N, 1 or 3, H, W) images in [0, 1], seen at 32 x 32 -> (N, 10), on the CPU."""
+        """Compute logits of (N, 1 or 3, H, W) images in [0, 1], resized to 32 x 32 -> (N, 10), on the CPU."""
         images = images.detach().float().cpu().clamp(0, 1).expand(-1, 3, -1, -1)
         if images.shape[-2:] != (32, 32):
             images = F.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
         return torch.cat([torch.zeros(0, 10), *(self.network(batch) for batch in images.split(BATCH) if len(batch))])
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Is the label the most likely class, and is it among the five most likely? See `metrics.Recogniser`."""
+        """Test whether the label is the top-1 prediction, and whether it is among the top 5; see `Recogniser`."""
         hits = self.logits(images).topk(5).indices == labels.cpu()[:, None]
         return hits[:, 0], hits.any(1)

@@ -1,4 +1,4 @@
-"""How much of each original a reconstruction shows. For evaluation only: it reads the truth."""
+"""Quality of reconstructions compared with the originals. It reads the ground truth, so attacks must not call it."""
 
 import math
 import statistics
@@ -23,37 +23,41 @@ from attack_modules.evaluation.recognisers import Recognises
 from fl_lightning.errors import SettingError
 
 THRESHOLDS = (18, 20, 22)
-"""PSNR in dB: at each, the summary gives the share of originals that reach it."""
+"""PSNR thresholds in dB; for each, the summary reports the fraction of originals that reach it."""
 QUALITY = ("psnr", "ssim", "ms_ssim", "vif", "lpips")
 RECOGNITION = ("recognised_top1", "recognised_top5", "original_top1", "original_top5")
 BATCH = 16
-"""Images measured at a time: windowed SSIM holds ten copies of them."""
+"""Image pairs measured at a time; SSIM needs memory for about ten copies of them."""
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""(n, C, H, W) reconstructions and their originals, both in [0, 1] -> (n,)."""
+"""Metric that maps (n, C, H, W) reconstructions and their originals, both in [0, 1], to (n,) values."""
 
 
 @dataclass(frozen=True)
 class Scorecard:
-    """The scores of one set of reconstructions, all on the CPU."""
+    """Scores of one set of reconstructions; all tensors are on the CPU."""
 
     assignment: Tensor
     """(M,) long: for each original the index of its reconstruction, -1 if it has none."""
     per_image: dict[str, Tensor]
-    """(M,) float columns. `QUALITY` is NaN for an original without reconstruction: psnr in dB (infinite for identical
-    images), ssim, ms_ssim and vif (1 = identical), lpips (0 = identical). The rest is 0 or 1, and 0 for it:
-    label_correct, recognised_top1 and _top5 (by a classifier, of the reconstruction), original_top1 and _top5 (of the
-    original, the most that can be reached). What could not be measured has no column."""
+    """(M,) float columns, one value per original. Metrics that could not be computed have no column.
+
+    `QUALITY`, NaN for originals without a reconstruction: psnr in dB (infinite for identical images); ssim, ms_ssim
+    and vif (1 = identical); lpips (0 = identical). All other columns are 0 or 1: label_correct, and recognised_top1
+    and _top5 (whether a classifier predicts the label of the reconstruction), are 0 for originals without a
+    reconstruction; original_top1 and _top5 (the same for the original) are the reference for these.
+    """
     reconstructions: int
-    """N, matched or not."""
+    """Number N of reconstructions, assigned or not."""
     labels_found: float | None
-    """Share of the originals' labels, each counted as often as it occurs, that are among the inferred ones, whichever
-    image they belong to."""
+    """Fraction of the originals' labels, counted with multiplicity, that occur among the inferred labels, irrespective
+    of the image; None without inferred labels."""
 
     def summary(self) -> dict[str, float]:
-        """Numbers for a table.
+        """Aggregate the scores to scalars.
 
-        `<quality>_mean` and `_median`, and `psnr_min`, are over the originals that have a reconstruction (NaN if none
-        has). Shares are over all originals: `share_18db` and so on, `label_accuracy`, `labels_found`, `RECOGNITION`.
+        `<quality>_mean`, `<quality>_median` and `psnr_min` are taken over the originals with a reconstruction (NaN if
+        there are none). `share_18db`, `share_20db`, `share_22db`, `label_accuracy`, `labels_found` and those of
+        `RECOGNITION` are fractions of all originals.
         """
         psnr = self.per_image["psnr"]
         summary: dict[str, float] = {"originals": len(psnr), "reconstructions": self.reconstructions}
@@ -84,30 +88,31 @@ def score(
     lpips: Lpips | None = None,
     assignment: Tensor | None = None,
 ) -> Scorecard:
-    """Match reconstructions to originals, then measure each pair.
+    """Assign reconstructions to originals and compute the metrics of each pair.
 
     Args:
-        reconstructions: (N, C, H, W); clamped to [0, 1]. N may be less or more than M.
-        originals: (M, C, H, W) in [0, 1], M > 0.
-        inferred_labels: (N,) long, the attack's label for each reconstruction; None if it infers none.
-        labels: (M,) long.
-        recogniser: of the classes that the labels are of.
-        lpips: see `Lpips.if_available`.
-        assignment: (M,) the reconstruction of each original, if that is settled, for instance before an enhancement.
+        reconstructions: (N, C, H, W), clamped to [0, 1]; N may be smaller or larger than M.
+        originals: (M, C, H, W), clamped to [0, 1]; M > 0.
+        inferred_labels: (N,) long, the attack's label of each reconstruction; None if it infers none.
+        labels: (M,) long, the true label of each original.
+        recogniser: classifier of the classes of `labels`; None: recognition is not measured.
+        lpips: see `Lpips.if_available`; None: LPIPS is not computed.
+        assignment: (M,) long, index of each original's reconstruction (-1: none), if already known, for example from
+            before an enhancement; None: computed by `match`.
 
     Raises:
-        SettingError: there is no original, or shapes or lengths disagree.
+        SettingError: there are no originals, or shapes or lengths do not agree.
     """
     if not len(originals):
-        raise SettingError("There is no original to compare with. Give at least one.")
+        raise SettingError("There is no original to compare with. Provide at least one.")
     if len(labels) != len(originals):
-        raise SettingError(f"{len(labels)} labels came with {len(originals)} originals. Give one label an original.")
+        raise SettingError(f"{len(labels)} labels came with {len(originals)} originals. Give one label per original.")
     if inferred_labels is not None and len(inferred_labels) != len(reconstructions):
         raise SettingError(
             f"{len(inferred_labels)} inferred labels came with {len(reconstructions)} reconstructions. "
-            "Give one a reconstruction, or None."
+            "Give one label per reconstruction, or None."
         )
-    # Under bf16-mixed, Lightning calls us inside an autocast, where SSIM's small differences of large numbers vanish.
+    # With bf16-mixed, Lightning calls this under autocast, but SSIM subtracts large, nearly equal numbers.
     with torch.autocast(originals.device.type, enabled=False):
         originals, labels = originals.float().clamp(0, 1), labels.cpu()
         assignment = match(reconstructions, originals) if assignment is None else assignment
@@ -136,16 +141,17 @@ def score(
 
 
 def attribution(peers: Tensor, clients: Tensor, assignment: Tensor) -> dict[str, float]:
-    """How well the peers that were found are the true clients.
+    """Measure the agreement of the inferred peers with the true clients.
 
     Args:
-        peers: (N,) long, the peer of each reconstruction, numbered anyhow.
+        peers: (N,) long, the inferred peer of each reconstruction, in any numbering.
         clients: (M,) long, the client of each original.
-        assignment: (M,) the reconstruction of each original, -1 if it has none; those originals do not count.
+        assignment: (M,) long, index of each original's reconstruction; originals with -1 (none) are ignored in the
+            Rand index.
 
     Returns:
-        `peers` and `clients`, their numbers, and `adjusted_rand` (Hubert and Arabie 1985): 1 if images that belong
-        together were put together and no others, 0 as by chance.
+        The numbers of distinct `peers` and `clients`, and the adjusted Rand index `adjusted_rand` (Hubert and Arabie
+        1985): 1 for identical groupings, 0 in expectation for random ones.
     """
     found = assignment >= 0
     index = adjusted_rand_score(clients[found].tolist(), peers.cpu()[assignment[found]].tolist())
@@ -153,23 +159,23 @@ def attribution(peers: Tensor, clients: Tensor, assignment: Tensor) -> dict[str,
 
 
 def _measures(side: int, lpips: Lpips | None) -> dict[str, Measure]:
-    """What can be measured on images whose shorter side has so many pixels, in the order of `QUALITY`."""
+    """Select the metrics that are defined for images whose shorter side is `side`, in the order of `QUALITY`."""
     measures: dict[str, Measure] = {
         "psnr": partial(peak_signal_noise_ratio, data_range=1.0, reduction="none", dim=(1, 2, 3))
     }
-    if side >= 6:  # the 11-pixel window is reflected at the border
+    if side >= 6:  # reflection padding by 5 pixels, for the 11-pixel window, needs a larger side
         measures["ssim"] = partial(structural_similarity_index_measure, data_range=1.0, reduction="none")
-    if side >= 176:  # torchmetrics wants the window to fit 16 times (its message says 161)
+    if side >= 176:  # torchmetrics requires 16 times the window (its error message says 161)
         measures["ms_ssim"] = partial(multiscale_structural_similarity_index_measure, data_range=1.0, reduction="none")
     if side >= 41:
         measures["vif"] = _vif
-    if lpips and side >= 31:  # or else AlexNet's pooling leaves nothing
+    if lpips and side >= 31:  # smaller images vanish in AlexNet's pooling
         measures["lpips"] = lpips
     return measures
 
 
 def _vif(images: Tensor, originals: Tensor) -> Tensor:
-    """Pixel-domain VIF (Sheikh and Bovik 2006), whose noise variance of 2 is meant for pixels in [0, 255]."""
+    """Compute pixel-domain VIF (Sheikh and Bovik 2006), whose noise variance of 2 assumes pixels in [0, 255]."""
     return visual_information_fidelity(images * 255, originals * 255, reduction="none")
 
 

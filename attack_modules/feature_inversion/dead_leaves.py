@@ -1,4 +1,4 @@
-"""Images that nobody owns, and whose statistics are nevertheless much like those of photographs."""
+"""Synthetic images whose statistics resemble those of photographs."""
 
 import torch
 from torch import Tensor
@@ -6,23 +6,23 @@ from torch import Tensor
 from fl_lightning.models import ImageShape
 
 LEAVES = 400
-"""Painted in an image, one upon the other."""
+"""Number of ellipses in an image, each painted over those before."""
 SMALLEST = 1.5
-"""Least radius in pixels; the largest is half of the image."""
+"""Smallest radius in pixels; the largest is half of the image."""
 SATURATION = 0.25
 """Standard deviation of the channels around a leaf's grey."""
 
 
 def dead_leaves(count: int, image_shape: ImageShape, seed: int = 0) -> Tensor:
-    """Opaque ellipses that cover each other, of all sizes and of colours near grey.
+    """Dead leaves: opaque ellipses of all sizes and of colours near grey, which occlude each other.
 
-    The density of their radii falls with the third power, which makes the images look alike at every scale, as
-    photographs do (Lee, Mumford and Huang 2001; for learning, Baradad et al. 2021, arXiv 2106.05963).
+    The density of their radii falls with the third power, which makes the images scale-invariant, as photographs are
+    (Lee, Mumford and Huang 2001; for learning, Baradad et al. 2021, arXiv 2106.05963).
 
     Args:
         count: number of images.
         image_shape: (C, H, W) of each.
-        seed: the images depend on nothing else.
+        seed: of the images.
 
     Returns:
         (count, C, H, W) float in [0, 1].

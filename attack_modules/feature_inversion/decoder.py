@@ -1,4 +1,4 @@
-"""Images from features by linear regression, within seconds: where the inversion of features begins."""
+"""A linear decoder from features to images, fitted within seconds: the start of feature inversion."""
 
 import torch
 from torch import Tensor, nn
@@ -9,29 +9,29 @@ from attack_modules.simulation.feature_map import feature_map_shape
 from fl_lightning.models import ImageClassifier, ImageShape
 
 PLACES = 16384
-"""Places of feature maps that are learned from, at least, unless `MOST_IMAGES` have fewer."""
+"""Least number of feature map positions in the training set, unless `MOST_IMAGES` have fewer."""
 MOST_IMAGES = 64
 MOST_INPUTS = 1024
-"""Features that are regressed on, unless those of one place are more."""
+"""Most features in the regression; a single position may have more."""
 RIDGE = 1e-4
-"""Share of the features' mean square that is added to each."""
+"""Ridge, as a share of the mean square of a feature."""
 CHUNK = 16
 """Images that are passed through the model at once."""
 
 
 class FeatureDecoder(nn.Module):
-    """Blocks of pixels as an affine function of the features around their place.
+    """Blocks of pixels as an affine function of the features at and around their position.
 
-    A feature map is coarser than the image, so that each of its places belongs to a block of pixels. Ridge regression
-    finds the block from the features of the place and its eight neighbours, alike for all places. It learns from
-    `dead_leaves`, so that neither photographs nor a pretrained model are needed.
+    A feature map is coarser than the image, so each of its positions corresponds to a block of pixels. Ridge
+    regression predicts the block from the features of the position and its eight neighbours, with the same weights at
+    all positions. It is fitted to `dead_leaves`, so neither photographs nor a pretrained model are needed.
 
     Args:
         model: whose features are meant.
         image_shape: (C, H, W) of the images.
 
     Raises:
-        ValueError: no feature map can be divided among the pixels, see `fits`.
+        ValueError: the features are no map that fits the pixels, see `fits`.
     """
 
     def __init__(self, model: ImageClassifier, image_shape: ImageShape) -> None:
@@ -57,7 +57,7 @@ class FeatureDecoder(nn.Module):
 
     @staticmethod
     def fits(model: ImageClassifier, image_shape: ImageShape) -> bool:
-        """Whether the model's features are a map whose places have square blocks of pixels to themselves."""
+        """Whether the model's features are a map whose positions correspond to disjoint square blocks of pixels."""
         return _divides(feature_map_shape(model, image_shape), image_shape)
 
     @torch.no_grad()
@@ -70,14 +70,14 @@ class FeatureDecoder(nn.Module):
         return torch.cat(images).clamp(0, 1)
 
     def _around(self, features: Tensor) -> Tensor:
-        """(N, D) features -> (N h w, inputs) the features around every place, and 1."""
+        """(N, D) features -> (N h w, inputs) features of each position's neighbourhood, and a constant 1."""
         size = self.neighbourhood
         around = F.unfold(features.unflatten(1, self.map_shape), size, padding=size // 2)
         return F.pad(around.transpose(1, 2).flatten(0, 1), (0, 1), value=1.0)
 
 
 def _divides(map_shape: tuple[int, int, int], image_shape: ImageShape) -> bool:
-    """Whether several places of a map share an image's pixels in square blocks."""
+    """Whether a map of more than one position divides an image into square blocks of pixels."""
     _, height, width = map_shape
     block = image_shape[1] // height
     return height * width > 1 and (height * block, width * block) == tuple(image_shape[1:])

@@ -1,4 +1,4 @@
-"""How the features of images drift while peers train, and the update of the head's first layer that this gives."""
+"""How the features of images drift while the peers train, and the update of the head's first layer that results."""
 
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
+from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.models import FIRST_LAYER
-from fl_lightning.observation import Observation
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class SimulatedRound:
 
     Attributes:
         features: (N, D) mean over the local steps of each image's features.
-        errors: (N, H) of each image, so that `update` is nearly `errors.T @ features`, and just that in one step.
+        errors: (N, H) back-propagated errors of each image, summed over the steps, so that `errors.T @ features` is
+            nearly `update`, and exactly so for one step.
         update: (H, D) weighted mean over the peers of the first layer's weight before minus after, in factors.
     """
 
@@ -28,14 +29,14 @@ class SimulatedRound:
     update: LowRank
 
 
-def full_batches(observation: Observation, device: torch.device) -> SimulatedPeers:
-    """Training of one peer in as many steps as it is believed to take, each on all of its images.
+def full_batches(observed: ObservedRound, device: torch.device) -> SimulatedPeers:
+    """The training of one peer in its assumed number of steps, each on all of its images.
 
     Raises:
-        SimulationError: the model draws random numbers.
+        RequirementError: the model has random layers.
     """
-    beliefs = replace(observation.beliefs, batch_size=None, local_epochs=observation.beliefs.local_steps)
-    return SimulatedPeers(replace(observation, beliefs=beliefs), merged=True, device=device)
+    assumptions = replace(observed.assumptions, batch_size=None, local_epochs=observed.assumptions.local_steps)
+    return SimulatedPeers(replace(observed, assumptions=assumptions), merged=True, device=device)
 
 
 @torch.no_grad()
@@ -46,10 +47,10 @@ def simulate_peers(
 
     Args:
         training: of one peer, see `full_batches`.
-        images: (N, C, H, W) in [0, 1], as well as they are known.
+        images: (N, C, H, W) current estimates in [0, 1].
         labels: (N,) long.
-        peers: (N,) long; each number is one peer, which trains on its images alone.
-        num_images: of all peers, of which these may be a part.
+        peers: (N,) long; images with the same number belong to one peer, which trains on them alone.
+        num_images: of all peers together; `images` may be a part of them.
     """
     members = [torch.where(peers == peer)[0] for peer in peers.unique()]
     updates = [len(own) / num_images * training.mean_update(images[own], labels[own])[FIRST_LAYER] for own in members]

@@ -1,70 +1,86 @@
-"""Closed-form leakage, then each image alone from its own features."""
+"""Feature inversion: features from the closed form, then each image on its own from its features."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from attack_modules.analytic.leak import leak_rounds
-from attack_modules.analytic.results import Leakage, TrainingKnowledge
+from attack_modules.analytic.observed_head import head_parameters, training_knowledge
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
+from attack_modules.feature_inversion.guidance import DiffusionGuidance
+from attack_modules.feature_inversion.refinement import Refinement
+from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
-from fl_lightning.client import Tensors
+from attack_modules.threat_model.requirements import LinearHead, NoRandomLayers, Requirement
 from fl_lightning.errors import SettingError
-from fl_lightning.knowledge import Beliefs
 from fl_lightning.models import FIRST_LAYER, ImageClassifier, ImageShape
 
-LEAST_ERROR = 1e-10
-"""E below which nothing is gained: float32 shows no less."""
-LEAST_PRIOR = 1 / 255
-"""The same of P: total variation of a grey level. Without it, a flat image would be the best of all."""
-LAST_RATE = 0.03
-"""Share of the rate that is left at the end. It falls like a Gaussian: high for long, then small but never nothing."""
+ERROR_FLOOR = 1e-10
+"""Added to the feature error E before its logarithm: float32 resolves no less."""
+PRIOR_FLOOR = 1 / 255
+"""Added to the prior P before its logarithm: a total variation of one grey level. Without it, flat images would win."""
+FINAL_RATE = 0.03
+"""Share of the learning rate that is left at the last step. The rate falls like a Gaussian of the step."""
+RESIMULATIONS = 2
+"""Default number of simulations of the peers' training without a refinement."""
 
 DRIFTING = 0.03
-"""Drift of the activations from which on refinement surely pays: 3 dB or more above 8 %, 1 or none below 2 %."""
-REFINE = (
-    "\nThe local training changes the model much, as the drift shows: `RefinedInversion` (configs/refined.yaml) would "
-    "make better images of it."
-)
+"""Drift of the activations above which refinement pays: measured, 3 dB or more above 8 %, 1 dB or none below 2 %."""
+REFINE = "\nThe local training changes the model much (see the drift): configs/refined.yaml would give better images."
+
+FORMER_KEYS = {
+    "sought": "refinement.target_features",
+    "trusted": "refinement.best_features",
+    "lacking": "refinement.best_residual",
+    "ended": "refinement.stopped",
+    "denoised": "guidance.denoised",
+    "sigmas": "guidance.sigmas",
+    "errors": "guidance.errors",
+}
+"""Names of buffers in checkpoints of version 0.1 -> today's."""
 
 
 class FeatureInversion(Attack):
-    """Images whose features are those that linear algebra reads from the head's update; its parameters ARE the images.
+    """Images whose features are those that the closed form reads from the head's update; its parameters ARE the images.
 
-    The head's part of the peers' update gives every image's features (`analytic.leak`), so that what is left
-    is N separate problems: Adam on the error `E = |features(x) - f|^2 / |f|^2` plus priors P, with one forward and one
-    backward pass of the convolutional part a step. `trainer.max_steps` is the number of steps. It begins with the
-    images that a linear regression finds in the features (`FeatureDecoder`), or with grey ones where these are no map.
+    The head's part of the peers' update gives every image's features (`analytic.leak`), which leaves N separate
+    problems: Adam on the feature error `E = |features(x) - f|^2 / |f|^2` plus priors P, with one forward and one
+    backward pass of the convolutions a step. `trainer.max_steps` is the number of steps. The start is a linear
+    regression from features to pixels (`FeatureDecoder`), or grey images where the features are not a map.
 
-    E falls by four orders of magnitude, with one image and model further than with another, and a weight of P that fits
-    the beginning smooths the end away. So what is descended, image by image, is `log E + balance * log P`: both count
-    by their relative changes, from first to last. Where E stays high because no image has these features, P would come
-    to count too much: its weight beside E, `balance * E / P`, stays below a falling limit.
+    E falls by four orders of magnitude, further for some images and models than for others, and a weight of P that
+    suits the start over-regularises late iterations. So each image minimises `log E + balance * log P`: both terms
+    count by their relative changes throughout. Where E stays high because no image has these features, P would
+    dominate: its weight beside E, `balance * E / P`, is limited by `prior_limit`, which falls.
 
-    Several observed rounds are read together (`leak_rounds`): the same peers must have trained on the same images.
-
-    Features leak as their mean over the peers' local steps, which is nearly that of the model half way. The rest of
-    the difference is simulated now and then from the images so far, peer by peer (`simulate_peers`).
+    Features leak as their mean over the peers' local steps, which is nearly their value under the model half way. The
+    remaining difference is simulated a few times from the current images, peer by peer (`simulate_peers`).
 
     Args:
-        lr: the attacker's own learning rate at the start, of Adam on the pixels.
-        priors: penalties, P in sum; null for `ChromaTotalVariation`.
-        balance: how many times the relative change of E that of P counts.
-        prior_limit: the most that P may weigh beside E at the first and at the last step, geometric between.
-        betas: of Adam. Deep models want longer memories: (0.9, 0.99) makes one dB more of ResNet9, two less of LeNet5.
-        subtract_own: take the attacker's own update out of the aggregate first.
-        resimulations: times, spread evenly over the steps, at which the peers' training is simulated; 0 for never.
-        chunk_size: images that are passed through the model at once, which bounds memory.
+        lr: initial learning rate of Adam on the pixels.
+        priors: penalties whose sum is P; null for `ChromaTotalVariation`.
+        balance: weight of the relative change of P beside that of E.
+        prior_limit: upper limit of the weight of P beside E at the first and at the last step, geometric between.
+        betas: of Adam. Deep models need longer memories: (0.9, 0.99) gains 1 dB with ResNet9 and loses 2 with LeNet5.
+        subtract_own: subtract the attacker's own update from the aggregate first.
+        resimulations: how often, evenly spread over the steps, the peers' training is simulated; 0 for never, null for
+            2, or for what `refinement` asks for.
+        chunk_size: images that pass through the model at once, which bounds memory.
         checkpoint_every: steps between checkpoints.
+        refinement: corrects the leaked features with the simulated training; null for none.
+        guidance: a diffusion prior as a further penalty; null for none.
+        rounds: how several observed rounds are read; null for `SameImages`: the same peers and images in each.
     """
 
     def __init__(
@@ -75,11 +91,16 @@ class FeatureInversion(Attack):
         prior_limit: tuple[float, float] = (0.3, 0.01),
         betas: tuple[float, float] = (0.7, 0.9),
         subtract_own: bool = True,
-        resimulations: int = 2,
+        resimulations: int | None = None,
         chunk_size: int = 16,
         checkpoint_every: int = 25,
+        refinement: Refinement | None = None,
+        guidance: DiffusionGuidance | None = None,
+        rounds: RoundsReader | None = None,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
+        if resimulations is None:
+            resimulations = refinement.resimulations if refinement else RESIMULATIONS
         if min(lr, *prior_limit) <= 0 or balance < 0 or chunk_size < 1 or resimulations < 0:
             raise SettingError(
                 "`model` needs lr > 0, prior_limit > 0, balance >= 0, chunk_size >= 1 and resimulations >= 0, but got "
@@ -94,64 +115,75 @@ class FeatureInversion(Attack):
         self.betas = betas
         self.resimulations = resimulations
         self.chunk_size = chunk_size
+        self.refinement = refinement
+        self.guidance = guidance
+        self.rounds = rounds or SameImages()
+
+    @property
+    def title(self) -> str:
+        if type(self) is not FeatureInversion:  # an alias, which names its component
+            return type(self).__name__
+        parts = [type(part).__name__ for part in (self.refinement, self.guidance) if part]
+        if not isinstance(self.rounds, SameImages):
+            parts.append(type(self.rounds).__name__)
+        return " + ".join([type(self).__name__, *parts])
+
+    def requirements(self, processes: int) -> list[Requirement]:
+        parts = [part for part in (self.rounds, self.refinement, self.guidance) if part]
+        return [LinearHead(), NoRandomLayers(), *(needed for part in parts for needed in part.requirements())]
 
     def configure_model(self) -> None:
         if hasattr(self, "images"):
             return
-        observation = self.observations[0]
-        device = self.trainer.strategy.root_device
-        updates = [self.update_of(observation) for observation in self.observations]
-        model = observation.build_model()
-        beliefs, self.steps = observation.beliefs, observation.beliefs.local_steps
-        if beliefs.batch_size and not beliefs.client_sizes:
+        seen, device = self.observed_rounds, self.trainer.strategy.root_device
+        updates = [self.update_of(observed) for observed in seen]
+        model, assumptions = seen[0].observation.build_model(), seen[0].assumptions
+        self.steps = assumptions.local_steps
+        if assumptions.batch_size and not assumptions.client_sizes:
             rank_zero_warn(
-                f"The peers train in batches of {beliefs.batch_size}, but how many images each of them holds is not "
-                f"believed, so that one step an epoch is taken for granted. If they took k, the features come out k "
-                "times too large. Give `knowledge.num_clients`."
+                f"The peers train in batches of {assumptions.batch_size}, but the number of images of each peer is "
+                "unknown, so one step an epoch is assumed. If they took k, the features come out k times too large. "
+                "Give `knowledge.num_clients`."
             )
-        self.training_of_rounds = [full_batches(observation, device) for observation in self.observations]
-        self.leakage, self.presence = self.leak(
-            [_head(o.without_weight_decay(u), model) for o, u in zip(self.observations, updates, strict=True)],
-            [_head(o.before, model) for o in self.observations],
-            [_training(o.beliefs) for o in self.observations],
+        self.training_of_rounds = [full_batches(observed, device) for observed in seen]
+        self.leakage, self.presence = self.rounds.read(
+            [head_parameters(o.without_weight_decay(u), model) for o, u in zip(seen, updates, strict=True)],
+            [head_parameters(observed.observation.before, model) for observed in seen],
+            [training_knowledge(observed, observed.observation.build_model(shared=True)) for observed in seen],
+            [observed.observation.round for observed in seen],
         )
+        self._warn_of_mixed_images(model)
+        half_way = model_half_way([observed.observation for observed in seen], updates, self.steps)
+        self.embedder = (for_speed(half_way, device),)  # a tuple, so that it is no submodule
+        self.register_buffer("features", self.leakage.features.clone())  # target: under the model half way
+        self.register_buffer("labels", self.leakage.labels)
+        self.images = nn.Parameter(self._start(seen[0].observation.image_shape))
+        self.register_buffer("best", self.images.detach().clone())
+        self.register_buffer("best_loss", torch.full((len(self.labels),), torch.inf))
+        if self.refinement:
+            self.refinement.start(self.leakage.features, self.labels)
+        if self.guidance:
+            self.guidance.start(self.images.detach(), device)
+
+    def _warn_of_mixed_images(self, model: ImageClassifier) -> None:
         found = self.leakage.diagnosis
-        if found.separated < found.num_images:
+        if found.disentangled < found.num_images:
             rank_zero_warn(
-                f"Only {found.separated} of {found.num_images} images could be told apart: they share classes, and no "
-                "gates of the others were found. They mix into the features of some images, mostly of their class."
+                f"Only {found.disentangled} of {found.num_images} images were disentangled: they share classes, and "
+                "the activation patterns of the others were not found. The missing images are mixed into the features "
+                "of some found ones, mostly of their class."
             )
         if len(self.leakage.labels.unique()) < len(self.leakage.labels) and len(model.head) == 1:
             rank_zero_warn(
                 "Several images share a class. A head of one layer shows only the sum of their features, so each of "
                 "them comes out as their mean; images that are alone in their class are not affected."
             )
-        half_way = for_speed(model_half_way(self.observations, updates, self.steps), device)
-        self.embedder = (half_way,)  # no submodule
-        self.register_buffer("features", self.leakage.features.clone())  # those of the model half way
-        self.register_buffer("labels", self.leakage.labels)
-        self.images = nn.Parameter(self._beginning(observation.image_shape))
-        self.register_buffer("best", self.images.detach().clone())
-        self.register_buffer("best_loss", torch.full((len(self.labels),), torch.inf))
 
-    def _beginning(self, image_shape: ImageShape) -> Tensor:
-        """(N, C, H, W) images to begin with."""
+    def _start(self, image_shape: ImageShape) -> Tensor:
+        """(N, C, H, W) initial images."""
         if FeatureDecoder.fits(self.model, image_shape):
             return FeatureDecoder(self.model, image_shape)(self.features.to(self.model.mean))
         return torch.full((len(self.features), *image_shape), 0.5)
-
-    def leak(
-        self, updates: Sequence[Tensors], weights: Sequence[Tensors], beliefs: Sequence[TrainingKnowledge]
-    ) -> tuple[Leakage, Tensor]:
-        """What the head's updates say of the images, and (rounds, N) bool which rounds show which: here all show all.
-
-        Args:
-            updates: of each observed round, as in `leak_rounds`.
-            weights: of each round, as there.
-            beliefs: how the peers trained, of each round.
-        """
-        leakage = leak_rounds(updates, weights, beliefs[0])
-        return leakage, torch.ones(len(updates), len(leakage.labels), dtype=torch.bool)
 
     @property
     def model(self) -> ImageClassifier:
@@ -161,157 +193,163 @@ class FeatureInversion(Attack):
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
         optimizer = torch.optim.Adam([self.images], lr=self.lr, betas=self.betas, fused=True)
         steps = max(self.trainer.max_steps, 1)
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: LAST_RATE ** (s / steps) ** 2)]
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: FINAL_RATE ** (s / steps) ** 2)]
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         self.images.grad = torch.zeros_like(self.images)
-        if (
-            len(self.observations) * self.steps > 1
-            and self.global_step
-            and self.global_step % self._simulate_every == 0
-        ):
-            self._resimulate()
-        most = annealed(self.prior_limit, self.global_step, self.trainer.max_steps)
-
-        def scores(chunk: Tensor) -> Tensor:  # (n, 2): error, and what the best iterate is judged by
-            with torch.enable_grad():
-                images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
-                error = self.feature_error(images, self.features[chunk])
-                prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
-                scale = error.detach() + LEAST_ERROR
-                tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to compare with
-                weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=most)
-                loss = (error + weight * prior) / scale + self.guidance(images, chunk)
-                self.back_propagate(loss.sum(), images)  # a sum: no image feels another
-            self.images.grad[chunk] = images.grad
-            return torch.stack([error, scale.log() + self.balance * (prior + LEAST_PRIOR).log()], 1)
-
+        if self._simulates_now:
+            self._simulate_drift()
+        if self.guidance and self.guidance.denoises_at(self.global_step):
+            self.guidance.denoise(self.images, self.ranks, self.chunk_size)
         scored = torch.empty(len(self.images), 2, device=self.device)
-        self.ranks.gather(scored, scores, self.chunk_size)
+        self.ranks.gather(scored, self._descend, self.chunk_size)
+        errors, losses = scored.unbind(1)
         self.join_gradients(self.images)
-        self._remember(*scored.unbind(1))
+        self._remember(errors, losses)
         optimizer.step()
         scheduler.step()
         with torch.no_grad():
             self.images.clamp_(0, 1)
-        self.log("feature_error", scored[:, 0].mean(), prog_bar=True)
+        self.log("feature_error", errors.mean(), prog_bar=True)
+        if self.refinement and self.refinement.best_residual.isfinite():
+            self.log("unexplained_update", self.refinement.best_residual)
+        if self.guidance and self.guidance.sigmas.isfinite().all():
+            self.log("sigma", self.guidance.sigmas.mean())
+
+    def _descend(self, chunk: Tensor) -> Tensor:
+        """Set `images.grad` of the images `chunk` (n,); return (n, 2) their E, and the loss that ranks iterates."""
+        with torch.enable_grad():
+            images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
+            error = self.feature_error(images, self.features[chunk])
+            prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
+            scale = error.detach() + ERROR_FLOOR
+            tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to divide by
+            limit = annealed(self.prior_limit, self.global_step, self.trainer.max_steps)
+            weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=limit)
+            loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
+            if self.guidance:
+                loss = loss + self.guidance.penalty(images, chunk)
+            self.back_propagate(loss.sum(), images)  # a sum: the images are independent
+        self.images.grad[chunk] = images.grad
+        return torch.stack([error, scale.log() + self.balance * (prior + PRIOR_FLOOR).log()], 1)
 
     @property
-    def _simulate_every(self) -> int:
-        return math.ceil(max(self.trainer.max_steps, 1) / (self.resimulations + 1))
+    def _simulates_now(self) -> bool:
+        """Whether the peers' training is simulated at this step."""
+        every = math.ceil(max(self.trainer.max_steps, 1) / (self.resimulations + 1))
+        drifts = len(self.observed_rounds) * self.steps > 1  # features do not change within a single step
+        return drifts and self.global_step > 0 and self.global_step % every == 0
 
     @torch.no_grad()
-    def _resimulate(self) -> None:
-        """Take from the leaked features what the local steps add to those of the model half way, by the best images."""
-        drift = self.leaked_features(rounds := self._simulate()) - self._mean_features(rounds)
+    def _simulate_drift(self) -> None:
+        """Correct the target features by the simulated difference of their mean over the steps and half way."""
+        rounds = self._simulate()
+        means = self._mean_features(rounds)
+        leaked = self.leakage.features.to(self.device)
+        if self.refinement:
+            observed = torch.cat([self.update_of(seen)[FIRST_LAYER].to(self.device) for seen in self.observed_rounds])
+            leaked = self.refinement.refine(rounds, observed, means, self.global_step)
+        drift = leaked - means
 
-        def half_way(chunk: Tensor) -> Tensor:
+        def target(chunk: Tensor) -> Tensor:
             return drift[chunk] + self.model.embed(self.best[chunk].contiguous(memory_format=torch.channels_last))
 
-        self.ranks.gather(self.features, half_way, self.chunk_size)
-        self.best_loss.fill_(torch.inf)  # of another target
+        self.ranks.gather(self.features, target, self.chunk_size)
+        self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
 
     def _simulate(self) -> list[SimulatedRound]:
-        """The peers' training of all rounds on the best images so far; an image has no part in a round without it."""
+        """The peers' training of all rounds on the best images so far, without images that a round does not show."""
         presence = self.presence.to(self.device)
         rounds = zip(self.training_of_rounds, presence, strict=True)
         return [self._simulate_round(training, shown) for training, shown in rounds]
 
     def _simulate_round(self, training: SimulatedPeers, shown: Tensor) -> SimulatedRound:
-        """One round's training on the images `shown` (N,); each process takes a part of the peers."""
+        """One round's training on the images `shown` (N,); each process takes a shard of the peers."""
         peers = self.leakage.peers.to(self.device)
         trained = peers[shown].unique()
-        own = shown & torch.isin(
-            peers, trained[self.ranks.shard(len(trained)).to(self.device)]
-        )  # images of whole peers
+        shard = trained[self.ranks.shard(len(trained)).to(self.device)]
+        own = shown & torch.isin(peers, shard)
         first = training.parameters[FIRST_LAYER]
         features, errors = torch.zeros_like(self.features), first.new_zeros(len(peers), len(first))
         update = LowRank(first, 0.0, (errors[:0],), (features[:0],))
         if own.any():
             images = self.best[own].contiguous(memory_format=torch.channels_last)
-            count = int(shown.sum()) + self.leakage.diagnosis.num_images - self.leakage.diagnosis.separated
-            with torch.autocast(self.device.type, enabled=False):  # it is the difference to the observed that counts
+            diagnosis = self.leakage.diagnosis
+            count = int(shown.sum()) + diagnosis.num_images - diagnosis.disentangled
+            with torch.autocast(self.device.type, enabled=False):  # small differences to the observed update count
                 found = simulate_peers(training, images, self.labels[own], peers[own], count)
             features[own], errors[own], update = found.features, found.errors, found.update
         update = self.ranks.reduce_update({FIRST_LAYER: update})[FIRST_LAYER]
         return SimulatedRound(self.ranks.reduce(features), self.ranks.reduce(errors), update)
 
-    def leaked_features(self, rounds: list[SimulatedRound]) -> Tensor:
-        """(N, D) mean over the local steps of the images' features, as they leaked.
-
-        Args:
-            rounds: the observed rounds, simulated on the best images so far.
-        """
-        return self.leakage.features.to(self.device)
-
-    def _mean_features(self, rounds: list[SimulatedRound]) -> Tensor:
+    def _mean_features(self, rounds: Sequence[SimulatedRound]) -> Tensor:
         """(N, D) mean of each image's simulated features over the rounds that show it."""
         total = torch.stack([round_.features for round_ in rounds]).sum(0)
         return total / self.presence.sum(0).to(total)[:, None]
 
     def feature_error(self, images: Tensor, features: Tensor) -> Tensor:
-        """(N,) relative squared distance of the images' features (N, D) to those that leaked."""
+        """(N,) relative squared distance of the images' features to `features` (N, D)."""
         return (self.model.embed(images) - features).square().sum(1) / features.square().sum(1)
-
-    def guidance(self, images: Tensor, chunk: Tensor) -> Tensor:
-        """(N,) what else is added to log E + balance * log P of the images numbered `chunk` (N,); here nothing."""
-        return images.new_zeros(len(images))
 
     @torch.no_grad()
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
-        """(N,) `|features(x) - f| / |f|`, which the labels do not enter."""
+        """(N,) `|features(x) - f| / |f|`, which does not depend on the labels."""
         images, errors = images.to(self.device), self.features.new_empty(len(self.features))
-        self.ranks.gather(
-            errors, lambda chunk: self.feature_error(images[chunk], self.features[chunk]), self.chunk_size
-        )
+
+        def error(chunk: Tensor) -> Tensor:
+            return self.feature_error(images[chunk], self.features[chunk])
+
+        self.ranks.gather(errors, error, self.chunk_size)
         return errors.sqrt()
 
     @torch.no_grad()
     def _remember(self, errors: Tensor, losses: Tensor) -> None:
-        """Keep every image's best iterate, judged by `losses`."""
+        """Keep each image's best iterate by its loss; with guidance the last, since its penalty changes on the way."""
+        if self.guidance:
+            self.best.copy_(self.images)
+            self.guidance.errors.copy_(errors)
+            return
         better = losses < self.best_loss
         self.best[better] = self.images[better]
         self.best_loss.copy_(torch.minimum(self.best_loss, losses))
 
     def reconstruction(self) -> Reconstruction:
-        images = self.best.float().clamp(0, 1)
-        num_classes = self.observations[0].num_classes
         return Reconstruction(
-            images, self.labels, num_classes=num_classes, disagreement=self._disagreement, peers=self.leakage.peers
+            self.best.float().clamp(0, 1),
+            self.labels,
+            num_classes=self.observed_rounds[0].observation.num_classes,
+            consistency_error=lambda images, indices: self.feature_error(images, self.features[indices]),
+            peers=self.leakage.peers,
         )
 
-    def _disagreement(self, images: Tensor, indices: Tensor) -> Tensor:
-        """See `Reconstruction.disagreement`: the relative error of the features that leaked."""
-        return self.feature_error(images, self.features[indices])
+    def diagnosis(self) -> dict[str, Any]:
+        found = self.leakage
+        counts = Counter(found.labels.tolist())
+        peers = len(found.peers.unique())
+        return {**asdict(found.diagnosis), "peers": peers, "images_by_class": dict(sorted(counts.items()))}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {FORMER_KEYS.get(name, name): tensor for name, tensor in state.items()}
 
     def introduction(self) -> str:
-        found, observation = self.leakage.diagnosis, self.observations[0]
-        several = len(self.observations) > 1
-        subject = f"updates of {len(self.observations)} rounds hold" if several else "update holds"
+        found, assumptions = self.leakage.diagnosis, self.observed_rounds[0].assumptions
+        several = len(self.observed_rounds) > 1
+        subject = f"updates of {len(self.observed_rounds)} rounds hold" if several else "update holds"
         decoded = FeatureDecoder.fits(self.model, self.images.shape[1:])
-        beginning = "images that a regression decodes" if decoded else "grey ones, since the features are no map"
-        unknown = self.images[0].numel()
+        start = "linearly decoded images" if decoded else "grey images, since the features are not a map"
         distinct = len(self.labels.unique()) > len(self.labels) / 2  # images that share their class are not refined
-        refinable = observation.beliefs.in_full_batches and distinct
-        advice = REFINE if found.drift > DRIFTING and refinable and type(self) is FeatureInversion else ""
+        refinable = not self.refinement and assumptions.in_full_batches and distinct
+        parts = [part.introduction() for part in (self.rounds, self.refinement, self.guidance) if part]
         return (
-            f"Attack: closed-form leakage. The head's {subject} {found.num_images} images, {found.separated} told "
-            f"apart (singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "
-            f"{found.conditioning:.3g}, drift {found.drift:.2%}, outside {found.outside:.2%}), trained by "
-            f"{len(self.leakage.peers.unique())} peer(s) as far as it shows; labels "
-            f"{observation.sources['labels']}.\n"
-            f"From {self.features.shape[1]:,} features each, {unknown:,} unknown numbers an image are found by Adam at "
-            f"rate {self.lr:g} for {self.trainer.max_steps} steps from {beginning}.{advice}"
+            f"Closed form: the head's {subject} {found.num_images} images, {found.disentangled} disentangled, of "
+            f"{len(self.leakage.peers.unique())} peer(s); labels {assumptions.sources['labels']}. Singular value gap "
+            f"{found.gap:.3g}, residual {found.residual:.2%}, condition number {found.conditioning:.3g}, drift "
+            f"{found.drift:.2%}, outside {found.outside:.2%}.\n"
+            f"Feature inversion: {self.images[0].numel():,} pixels an image from {self.features.shape[1]:,} features, "
+            f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}."
+            + "".join(f"\n{part}" for part in parts if part)
+            + (REFINE if found.drift > DRIFTING and refinable else "")
         )
-
-
-def _head(state: Tensors, model: ImageClassifier) -> Tensors:
-    """The parameters of the head, in the order of its layers; a saved Observation has them in that of their names."""
-    return {name: state[name] for name, _ in model.named_parameters() if name.startswith("head.")}
-
-
-def _training(beliefs: Beliefs) -> TrainingKnowledge:
-    """What the closed form needs to know of a round's training."""
-    labels = None if beliefs.labels is None else torch.tensor(beliefs.labels)
-    return TrainingKnowledge(beliefs.mean_rate, beliefs.local_steps, beliefs.num_images, labels, beliefs.local_epochs)

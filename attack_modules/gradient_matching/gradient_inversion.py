@@ -1,13 +1,14 @@
-"""Gradient matching: the paper's attack (arXiv 2410.04661, section 4)."""
+"""Gradient matching: the attack of arXiv 2410.04661, section 4."""
 
-from typing import Literal
+from collections import Counter
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from attack_modules.analytic.label_inference import infer_labels
-from attack_modules.attack import Attack, AttackError, Reconstruction
+from attack_modules.analytic.observed_head import labels_in
+from attack_modules.attack import Attack, Reconstruction
 from attack_modules.gradient_matching.latent_detail import Detail, public_photographs
 from attack_modules.gradient_matching.objectives import Objective, SquaredL2
 from attack_modules.gradient_matching.upsampling import upsampled
@@ -16,38 +17,39 @@ from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import SimulatedUpdate
-from fl_lightning.data import Photographs
+from attack_modules.threat_model.observed import ObservedRound
+from attack_modules.threat_model.requirements import ImageSize, OtherImages, Requirement, SingleRound
 from fl_lightning.errors import SettingError
 from fl_lightning.models import FIRST_LAYER, ImageClassifier
-from fl_lightning.observation import Observation
 
 RESOLUTION = 1e-6
-"""Of a relative loss in float32: two losses below it do not differ."""
+"""Of a relative loss in float32: smaller differences mean nothing."""
 
 
 class GradientInversion(Attack):
     """Images whose simulated training gives the peers' update; its parameters ARE the images.
 
-    Each step simulates the peers' local training on the current images, compares the resulting update with the
-    observed one, and moves the images by Adam. `trainer.max_steps` is the number of steps.
+    Each step simulates the peers' local training on the current images, compares the resulting update with the observed
+    one, and moves the images by Adam. `trainer.max_steps` is the number of steps.
 
     Args:
-        lr: the attacker's own learning rate, of Adam on the images, with cosine decay to a tenth.
-        latent_downscale: images are a latent of 1/latent_downscale of the size, upsampled bicubically; 1 for pixels.
-        objective: distance between simulated and observed update; null for SquaredL2.
+        lr: learning rate of Adam on the images, with cosine decay to a tenth.
+        latent_downscale: the images are a latent this much smaller in height and width, upsampled bicubically; 1 for
+            pixels.
+        objective: distance between simulated and observed update; null for `SquaredL2`.
         priors: penalties that are added to the objective.
         anneal: factor on the priors' weights at the first and at the last step, geometric between.
-        betas: of Adam. The second is short, because the gradient falls by orders of magnitude within a hundred steps.
-        merged: simulate one virtual client with all images (the paper's way), or client by client.
-        simulate: `all` trains the whole model in the simulation; `head` the head alone, with the convolutions held half
-            way between the two observed models, which takes a small part of the time. The convolutions' update is then
+        betas: of Adam. The second is small, because the gradient falls by orders of magnitude within a hundred steps.
+        merged: simulate one virtual client with all images (as in the paper), or client by client.
+        simulate: `all` trains the whole model in the simulation. `head` trains the head alone, with the convolutions
+            frozen half way between the two observed models, at a fraction of the time; the convolutions' update is then
             not compared.
-        detail: count what the latent leaves out of an image as noise, whose mean and covariance in the features are
-            those of public photographs, and compare the first linear layer's update where it is white (`Detail`).
-        chunk_size: images whose activations are kept in memory at once; those of all images are computed once more,
-            for more images than memory has room for. null for all.
-        subtract_own: take the attacker's own update out of the aggregate first.
-        restarts: independent starts that run side by side; the one with the least loss is the result.
+        detail: model the image detail that no latent can represent as noise of the features, with mean and covariance
+            from public photographs, and compare the first linear layer's update whitened by it (`Detail`).
+        chunk_size: images whose activations are kept in memory at once, those of the others are recomputed; null for
+            all.
+        subtract_own: subtract the attacker's own update from the aggregate first.
+        restarts: independent starts, optimised side by side; the one with the least loss is the result.
         divergence_factor: a start whose loss exceeds its best by this factor returns to its best at half the rate.
         checkpoint_every: steps between checkpoints.
         seed: of the starts.
@@ -99,53 +101,50 @@ class GradientInversion(Attack):
         self.divergence_factor = divergence_factor
         self.seed = seed
 
+    def requirements(self, processes: int) -> list[Requirement]:
+        latent = ImageSize(self.latent_downscale, rgb=False, reason="`model.latent_downscale` (1 always fits)")
+        simulated = SimulatedPeers.requirements(self.merged, self.chunk_size, processes)
+        return [SingleRound(), latent, *simulated, *([OtherImages("Photographs")] if self.detail else [])]
+
     def configure_model(self) -> None:
         if hasattr(self, "starts"):
             return
-        observation = self.the_observation()
+        (seen,) = self.observed_rounds
         device = self.trainer.strategy.root_device
-        update = self.observed_update()
+        update = self.update_of(seen)
         self.observed = {name: tensor.to(device, torch.get_default_dtype()) for name, tensor in update.items()}
-        self.whole = self.peers = self._simulated()  # in the precision that is set now, and not at the end of the run
+        self.whole = self.peers = self._simulated(seen)  # its dtype is the default of now, not of the end of the run
         self.noise: Detail | None = None
         if self.simulate == "head" or self.detail:
-            half_way = model_half_way([observation], [update], observation.beliefs.local_steps)
+            half_way = model_half_way([seen.observation], [update], seen.assumptions.local_steps)
             half_way = for_speed(half_way, device)
-            self.noise = self._detail(half_way, observation) if self.detail else None
-            self.peers = self._simulated(half_way if self.simulate == "head" else None, self.noise and self.noise.mean)
+            if self.detail:
+                photographs = public_photographs(seen.observation.image_shape).to(device)
+                self.noise = Detail.of(half_way, photographs, self.latent_downscale, self.observed[FIRST_LAYER])
+            frozen = half_way if self.simulate == "head" else None
+            self.peers = self._simulated(seen, frozen, self.noise and self.noise.mean)
         self.target = self._compared({name: self.observed[name] for name in self.peers.parameters})
         self.objective.weights(list(self.target))  # refuse unknown layers now
-        labels = observation.beliefs.labels
-        self.register_buffer("labels", torch.tensor(labels) if labels else infer_labels(observation, update))
-        self.starts = nn.ParameterList(self._start(trial, observation.image_shape) for trial in range(self.restarts))
+        self.register_buffer("labels", labels_in(seen, update, seen.observation.build_model(shared=True)))
+        self.starts = nn.ParameterList(
+            self._start(trial, seen.observation.image_shape) for trial in range(self.restarts)
+        )
         for trial, start in enumerate(self.starts):
             self.register_buffer(f"best_{trial}", start.detach().clone())
         self.register_buffer("best_loss", torch.full((self.restarts,), torch.inf))
 
-    def _detail(self, model: ImageClassifier, observation: Observation) -> Detail:
-        if isinstance(getattr(self.trainer.datamodule, "data", None), Photographs):
-            raise AttackError(
-                "`model.detail` takes what it knows of photographs from those of scikit-image and scikit-learn, but "
-                "here they are the victims' own. Attack other images, or set `model.detail: false`."
-            )
-        photographs = public_photographs(observation.image_shape).to(self.trainer.strategy.root_device)
-        return Detail.of(model, photographs, self.latent_downscale, self.observed[FIRST_LAYER])
-
-    def _simulated(self, held: ImageClassifier | None = None, shift: Tensor | None = None) -> SimulatedPeers:
+    def _simulated(
+        self, seen: ObservedRound, frozen: ImageClassifier | None = None, offset: Tensor | None = None
+    ) -> SimulatedPeers:
         device = self.trainer.strategy.root_device
-        return SimulatedPeers(self.the_observation(), self.merged, device, self.ranks, self.chunk_size, held, shift)
+        return SimulatedPeers(seen, self.merged, device, self.ranks, self.chunk_size, frozen, offset)
 
     def _compared(self, update: SimulatedUpdate) -> SimulatedUpdate:
-        """An update in the metric in which two of them are compared."""
+        """An update in the metric in which updates are compared."""
         return self.noise.whitened(update) if self.noise else update
 
     def _start(self, trial: int, image_shape: tuple[int, int, int]) -> nn.Parameter:
         channels, height, width = image_shape
-        if height % self.latent_downscale or width % self.latent_downscale:
-            raise AttackError(
-                f"`model.latent_downscale` is {self.latent_downscale}, which does not divide the image size "
-                f"{height}x{width}. Use a divisor, or 1."
-            )
         generator = torch.Generator().manual_seed(self.seed * 1000 + trial)
         shape = (len(self.labels), channels, height // self.latent_downscale, width // self.latent_downscale)
         return nn.Parameter(0.5 + 0.05 * torch.randn(shape, generator=generator))
@@ -157,7 +156,7 @@ class GradientInversion(Attack):
         ]
 
     def loss(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Objective and weighted priors, before annealing, of one start's latent: two numbers, this process's part."""
+        """This process's part of two scalars of one start's latent: objective, and weighted priors before annealing."""
         images = self.decode(latent).contiguous(memory_format=torch.channels_last)
         simulated = self._compared(self.peers.mean_update(images, self.labels))
         objective = self.objective(simulated, self.target) / self.ranks.count
@@ -166,7 +165,7 @@ class GradientInversion(Attack):
         return objective, prior
 
     @torch.inference_mode(False)
-    @torch.enable_grad()  # the simulated training differentiates
+    @torch.enable_grad()  # the simulation needs gradients
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
         """() `|simulated - observed| / |observed|` over all layers, whatever the objective weighs."""
         images = images.detach().to(self.device).clone(memory_format=torch.channels_last)
@@ -204,7 +203,7 @@ class GradientInversion(Attack):
 
     @torch.no_grad()
     def _guard(self, losses: list[Tensor]) -> None:
-        """A start that diverged goes back to its best iterate, with half the rate and without Adam's memory."""
+        """Reset a diverged start to its best iterate, with half the rate and without Adam's moments."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         for trial, (latent, loss) in enumerate(zip(self.starts, losses, strict=True)):
             if loss <= self.divergence_factor * self.best_loss[trial].clamp_min(RESOLUTION):
@@ -215,25 +214,34 @@ class GradientInversion(Attack):
             group["lr"] /= 2
             rank_zero_warn(
                 f"Start {trial} diverged at step {self.global_step} (loss {loss:.3g}, best "
-                f"{self.best_loss[trial]:.3g}): it returns to its best images with the rate {group['lr']:.3g}."
+                f"{self.best_loss[trial]:.3g}): it is reset to its best images, with the rate {group['lr']:.3g}."
             )
 
     def reconstruction(self) -> Reconstruction:
         best = self.get_buffer(f"best_{int(self.best_loss.argmin())}")
-        images, num_classes = self.decode(best).float().clamp(0, 1), self.observations[0].num_classes
+        images, num_classes = self.decode(best).float().clamp(0, 1), self.observed_rounds[0].observation.num_classes
         return Reconstruction(images, self.labels, self.latent_downscale, num_classes)
+
+    def diagnosis(self) -> dict[str, Any]:
+        counts = Counter(self.labels.tolist())
+        return {
+            "num_images": len(self.labels),
+            "images_by_class": dict(sorted(counts.items())),
+            "best_loss": self.best_loss.min().item(),
+        }
 
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])
         unknown, known = self.starts[0].numel(), sum(tensor.numel() for tensor in self.target.values())
-        detail = "What a latent leaves out counts as noise, like that of public photographs.\n" if self.detail else ""
-        clients = "one merged client" if self.peers.client_sizes is None else f"{len(self.peers.client_sizes)} clients"
-        rate = f"learning rate {self.peers.beliefs.client_lr:g}, {self.peers.beliefs.local_epochs} local epochs"
+        assumptions, sizes = self.peers.assumptions, self.peers.client_sizes
+        clients = "one merged client" if sizes is None else f"{len(sizes)} clients"
+        detail = " Detail beyond the latent counts as noise." if self.detail else ""
         return (
-            f"Attack: gradient matching. {count} images with labels {self.the_observation().sources['labels']}, as "
-            f"latents of shape {shape}: {unknown:,} unknown numbers against {known:,} of the update.\n"
-            f"It simulates {clients} ({rate}) and minimises {type(self.objective).__name__}"
+            f"Gradient matching: {count} images with labels {assumptions.sources['labels']}, as latents of shape "
+            f"{shape}: {unknown:,} unknowns, {known:,} equations.{detail}\n"
+            f"It simulates {clients} (lr {assumptions.client_lr:g}, {assumptions.local_epochs} local epochs) and "
+            f"minimises {type(self.objective).__name__}"
             + "".join(f" + {prior.weight:g} {type(prior).__name__}" for prior in self.priors)
-            + f" by Adam at rate {self.lr:g} for {self.trainer.max_steps} steps, {self.restarts} start(s).\n"
-            f"{detail}{self.peers.introduction()}"
+            + f" by Adam at rate {self.lr:g}, {self.trainer.max_steps} steps, {self.restarts} start(s).\n"
+            f"{self.peers.introduction()}"
         )

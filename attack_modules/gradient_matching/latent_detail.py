@@ -1,4 +1,4 @@
-"""What a latent leaves out of an image, counted as noise of the features."""
+"""The image detail that a latent cannot represent, modelled as noise of the features."""
 
 from dataclasses import dataclass
 
@@ -13,22 +13,22 @@ from fl_lightning.data import Photographs
 from fl_lightning.models import FIRST_LAYER, ImageClassifier, ImageShape
 
 RIDGE = 0.01
-"""Share of the largest variance that is added to all, because a covariance of few photographs is no surer."""
+"""Share of the largest variance that is added to all: the covariance is estimated from few photographs."""
 
 
 @dataclass(frozen=True)
 class Detail:
-    """How the detail that no latent can show changes the features of photographs: mean and covariance.
+    """Mean and covariance of the change that image detail beyond the latent makes in the features of photographs.
 
-    A latent that is 1/k of the size shows 1/k^2 of an image's numbers. The others change the features too, and matching
-    the features of the true image as they are would make the latent imitate them: detail comes out as dots at the
-    latent's grid. So they count as noise: its mean is added to the features of every decoded latent, and the first
-    linear layer's update, a sum of outer products with features, is compared where that noise is white (generalised
-    least squares, Aitken 1936). Both are taken alike at all places of the feature map.
+    A latent downscaled by k has 1/k^2 of an image's degrees of freedom. The rest of the image changes the features too,
+    and matching the features of the full image makes the latent imitate them by dots at its grid. So the rest is
+    modelled as noise: its mean is added to the features of every upsampled latent, and the first linear layer's update,
+    a sum of outer products with features, is compared after whitening by its covariance (generalised least squares,
+    Aitken 1936). Both are taken as constant over the positions of the feature map.
 
     Attributes:
-        mean: (D,) what detail adds to the features.
-        whitening: (c, c) matrix by which the c channels of the features at one place are multiplied.
+        mean: (D,) mean change of the features.
+        whitening: (c, c) matrix by which the c channels of the features at one position are multiplied.
     """
 
     mean: Tensor
@@ -37,14 +37,14 @@ class Detail:
     @classmethod
     @torch.no_grad()
     def of(cls, model: ImageClassifier, images: Tensor, latent_downscale: int, update: Tensor) -> "Detail":
-        """The detail of some images.
+        """Statistics of the detail of some images.
 
         Args:
-            model: whose features are meant.
-            images: (M, C, H, W) photographs in [0, 1], of the attacked images' shape but none of them.
+            model: computes the features.
+            images: (M, C, H, W) photographs in [0, 1], of the attacked images' shape but not among them.
             latent_downscale: of the latent.
-            update: (out, D) of the first linear layer as observed. Whitening is scaled so as to keep its norm, and with
-                it the layer's weight beside the others.
+            update: (out, D) observed update of the first linear layer. Whitening is scaled to keep its norm, and so
+                the layer's weight in the objective.
         """
         shown = upsampled(nearest_latent(images, latent_downscale), latent_downscale)
         channels = feature_map_shape(model, images.shape[1:])[0]
@@ -61,7 +61,7 @@ class Detail:
         return (self.whitening @ rows.unflatten(1, (len(self.whitening), -1))).flatten(1)
 
     def whitened(self, update: SimulatedUpdate | Tensors) -> SimulatedUpdate:
-        """An update by parameter name, the first linear layer's in the metric of the detail."""
+        """An update by parameter name, with that of the first linear layer whitened."""
         first = update[FIRST_LAYER]
         if isinstance(first, LowRank):
             base = self.whiten(first.base) if first.scale else first.base

@@ -1,4 +1,4 @@
-"""How far a simulated update is from the observed one."""
+"""Distances between a simulated update and the observed one."""
 
 from abc import ABC, abstractmethod
 
@@ -11,7 +11,7 @@ from fl_lightning.errors import SettingError
 
 
 class Objective(ABC):
-    """A distance between two updates, dimensionless, 0 where they agree.
+    """A dimensionless distance between two updates, 0 where they are equal.
 
     Args:
         layer_weights: weight of parameters whose name starts with the key; 1 for those that no key fits.
@@ -27,7 +27,7 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, simulated: SimulatedUpdate, observed: Tensors) -> Tensor:
-        """The distance, one number, of two updates by parameter name."""
+        """The distance (a scalar) of two updates by parameter name."""
 
     def weights(self, names: list[str]) -> list[float]:
         """The weight of each parameter.
@@ -46,13 +46,13 @@ class Objective(ABC):
         return weights
 
     def weighted(self, simulated: SimulatedUpdate, observed: Tensors) -> list[tuple[float, Tensor | LowRank, Tensor]]:
-        """Weight, simulated and observed update of each parameter; without those of weight 0, which cost nothing so."""
+        """Weight, simulated and observed update of each parameter whose weight is not 0."""
         parts = zip(self.weights(list(observed)), observed.items(), strict=True)
         return [(weight, simulated[name], update) for weight, (name, update) in parts if weight]
 
 
 class SquaredL2(Objective):
-    """`|simulated - observed|^2 / |observed|^2` over all layers, as in DLG (Zhu et al. 2019), made relative.
+    """`|simulated - observed|^2 / |observed|^2` over all layers: that of DLG (Zhu et al. 2019), made relative.
 
     Args:
         layer_weights: weight of parameters whose name starts with the key; 1 for those that no key fits.

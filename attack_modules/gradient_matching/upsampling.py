@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 
 def upsampled(latent: Tensor, latent_downscale: int) -> Tensor:
-    """(N, C, h, w) latent -> (N, C, h * latent_downscale, w * latent_downscale) images, bicubically."""
+    """(N, C, h, w) latent -> (N, C, h * latent_downscale, w * latent_downscale) images, by bicubic interpolation."""
     return latent if latent_downscale == 1 else F.interpolate(latent, scale_factor=latent_downscale, mode="bicubic")
 
 
 def nearest_latent(images: Tensor, latent_downscale: int) -> Tensor:
-    """(N, C, H, W) images -> (N, C, h, w) the latents whose upsampled images are nearest in least squares."""
+    """(N, C, H, W) images -> (N, C, h, w) latents whose upsampled images are nearest, in least squares."""
 
     def back(size: int) -> Tensor:  # (h, H) pseudo-inverse of upsampling along one side
         rows = torch.eye(size // latent_downscale)[None, None]

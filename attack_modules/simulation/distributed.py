@@ -1,4 +1,4 @@
-"""The processes that share one attack."""
+"""Dividing the work of one attack among processes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +14,11 @@ from fl_lightning.errors import AuditError, SettingError
 
 
 class Ranks:
-    """The processes that share an attack, through Lightning's strategy. Alone, all of this does nothing.
+    """The processes that share an attack, connected by Lightning's strategy; with one process, nothing is exchanged.
 
-    Every process holds all images, optimizer state and results alike, so that a checkpoint belongs to no number of
-    processes; what is divided is the work. A loss that all of them compute together is one number: each process
-    back-propagates a part of it, `reduce_update` and its backward pass carry cotangents to where the terms came from,
-    and `reduce` joins the gradients.
+    Every process holds all images, optimizer state and results, so a checkpoint does not depend on the number of
+    processes; only the work is divided. Each process back-propagates its part of the common loss: `reduce_update` sums
+    the parts of an update and sends gradients back to the process of each part, `reduce` sums the images' gradients.
 
     Args:
         trainer: whose strategy connects the processes; None for one process alone.
@@ -39,16 +38,16 @@ class Ranks:
             )
 
     def shard(self, count: int) -> Tensor:
-        """(n,) the numbers from 0 to `count` - 1 that are this process's, as many as the others' or one off."""
+        """(n,) this process's shard of the indices 0 to `count` - 1; shard sizes differ by at most one."""
         return torch.arange(count).tensor_split(self.count)[self.rank]
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """The sum of all processes' tensors, without a gradient; `tensor` is no longer to be used."""
+        """The sum of all processes' tensors, without a gradient; `tensor` may be overwritten."""
         return tensor if self.count == 1 else self.strategy.reduce(tensor.contiguous(), reduce_op="sum")
 
     @torch.no_grad()
     def gather(self, whole: Tensor, function: Callable[[Tensor], Tensor], chunk_size: int) -> None:
-        """Fill (N, ...) `whole` with what `function` makes of chunks (n,) of row numbers; each process does its own."""
+        """Fill (N, ...) `whole` with `function` of chunks (n,) of row indices; each process computes its shard."""
         filled = torch.zeros_like(whole)
         for chunk in self.shard(len(whole)).to(whole.device).split(chunk_size):
             if len(chunk):
@@ -56,10 +55,10 @@ class Ranks:
         whole.copy_(self.reduce(filled))
 
     def reduce_update(self, update: dict[str, Tensor | LowRank]) -> dict[str, Tensor | LowRank]:
-        """The sum of all processes' updates, factors staying factors; differentiable.
+        """The sum of all processes' updates, differentiable; low-rank factors stay factors.
 
-        The processes exchange one vector, and one more when they differentiate, so that no two exchanges can overtake
-        each other. Factors of different numbers of rows are filled up with rows of zeros, which add nothing.
+        One vector is exchanged in the forward pass and one in the backward pass, so collective calls cannot be issued
+        in different orders. Factors with fewer rows are padded with zeros.
         """
         if self.count == 1:
             return update
@@ -84,10 +83,10 @@ class Ranks:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """What one process refuses, all refuse: the others would wait for it.
+        """Raise an AuditError of one process in all of them; otherwise the others would wait for it.
 
         Raises:
-            AuditError: the one that this process raised, or else the first of another.
+            AuditError: the one that this process raised, or else the first of another process.
         """
         error = None
         try:

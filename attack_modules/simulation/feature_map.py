@@ -1,4 +1,4 @@
-"""The map that a model's features are before they are flattened: its shape, and how it is computed fast."""
+"""The feature map before it is flattened: its shape, and a memory layout in which it is computed fast."""
 
 from copy import deepcopy
 
@@ -11,9 +11,9 @@ from fl_lightning.models import ImageClassifier, ImageShape
 
 @torch.no_grad()
 def feature_map_shape(model: ImageClassifier, image_shape: ImageShape) -> tuple[int, int, int]:
-    """(c, h, w) of the map that becomes one image's features; (D, 1, 1) where there is none."""
+    """(c, h, w) of the map that is flattened to one image's features; (D, 1, 1) where there is no such map."""
     maps: list[torch.Size] = []
-    trial = deepcopy(model.features).eval()  # in train mode BatchNorm takes no single image, and would remember it
+    trial = deepcopy(model.features).eval()  # in train mode BatchNorm refuses a single image and updates its statistics
     for layer in trial.modules():
         if isinstance(layer, nn.Flatten):
             layer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].shape))
@@ -23,9 +23,9 @@ def feature_map_shape(model: ImageClassifier, image_shape: ImageShape) -> tuple[
 
 
 def for_speed(model: ImageClassifier, device: torch.device) -> ImageClassifier:
-    """The model on a device, it and its map's gradients laid out as pooling and convolutions are fastest.
+    """The model on a device, with itself and the gradient of its feature map in channels_last layout.
 
-    On a CPU, the gradient of its images is that of `ImageConvolution`, if the model is not trained.
+    On a CPU, a first convolution that is not trained is replaced by `ImageConvolution`.
     """
     for name, layer in list(model.features.named_modules()):
         if isinstance(layer, nn.Flatten):
@@ -36,6 +36,6 @@ def for_speed(model: ImageClassifier, device: torch.device) -> ImageClassifier:
 
 
 def _keep_layout(layer: nn.Flatten, inputs: tuple[Tensor]) -> None:
-    """A flattened tensor's gradient is laid out otherwise than its layers."""
+    """Lay the gradient of a flattened map out like the map: autograd would make it contiguous."""
     if inputs[0].requires_grad:
         inputs[0].register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))

@@ -1,9 +1,10 @@
-"""The model half way through the peers' training."""
+"""The global model half way through the peers' training."""
 
 from collections.abc import Sequence
 
 import torch
 
+from attack_modules.threat_model.assumptions import half_way
 from fl_lightning.client import Tensors
 from fl_lightning.models import ImageClassifier
 from fl_lightning.observation import Observation
@@ -11,16 +12,17 @@ from fl_lightning.observation import Observation
 
 @torch.no_grad()
 def model_half_way(observations: Sequence[Observation], updates: Sequence[Tensors], steps: int) -> ImageClassifier:
-    """The global model half way through the peers' training; of several rounds, the mean of these. It is not trained.
-
-    Before step s of T the peers' mean model has gone (s - 1)/T of the way, on average (T - 1)/2T.
+    """The global model after `half_way(steps)` of the peers' update; of several rounds, the mean of these models.
 
     Args:
         observations: the rounds.
-        updates: of the peers in each, parameters before minus after by name.
-        steps: that each peer takes in a round.
+        updates: the peers' update of each round, parameters before minus after by name.
+        steps: local steps that each peer takes in a round.
+
+    Returns:
+        A model whose parameters do not require gradients.
     """
-    model, elapsed = observations[0].build_model(), (steps - 1) / (2 * steps)
+    model, elapsed = observations[0].build_model(), half_way(steps)
     for name, tensor in model.named_parameters():
         halves = [o.before[name] - elapsed * u[name] for o, u in zip(observations, updates, strict=True)]
         tensor.copy_(sum(halves) / len(halves))

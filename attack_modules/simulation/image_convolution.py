@@ -1,4 +1,4 @@
-"""The convolution that a model begins with, where it is not trained and its input's gradient is wanted fast."""
+"""A fast gradient of images through a model's first convolution, for models that are not trained."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FEW_CHANNELS = 4
-"""At most so many channels are an image; with more, the plain gradient is the faster one."""
+"""With more input channels than this, PyTorch's own gradient is faster."""
 
 
 class ImageConvolution(nn.Module):
-    """A layer's output, and the gradient of its images in half the time of torch's on a CPU.
+    """A convolution whose input gradient takes half the time of PyTorch's on a CPU.
 
-    An image has too few channels to fill a vector register. Four pixels in a square have four times as many: their
-    gradient is one convolution of stride 2, whose kernels are the layer's, turned round and shifted by a pixel.
+    An image has too few channels to fill a vector register. The gradient of each 2x2 block of pixels is computed at
+    once instead: one convolution of stride 2 with the layer's flipped kernels, shifted by one pixel for each place.
 
     Args:
-        layer: what `fits`; its parameters get no gradient.
+        layer: a convolution that `fits`; its parameters get no gradient.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -26,7 +26,7 @@ class ImageConvolution(nn.Module):
 
     @staticmethod
     def fits(layer: nn.Module) -> bool:
-        """Whether this is a convolution of images at full resolution that is not trained."""
+        """Whether a layer is a convolution of images at full resolution that is not trained."""
         return (
             isinstance(layer, nn.Conv2d)
             and layer.in_channels <= FEW_CHANNELS
@@ -39,7 +39,7 @@ class ImageConvolution(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.shape[2] % 2 or images.shape[3] % 2 or not self.fits(self.layer):  # it may be trained by now
+        if images.shape[2] % 2 or images.shape[3] % 2 or not self.fits(self.layer):  # it may have been unfrozen since
             return self.layer(images)
         return _Convolution.apply(images, self.layer)
 

@@ -1,8 +1,8 @@
-"""Weights and updates of linear layers that are never formed: sums of outer products.
+"""Weights and updates of linear layers as low-rank factors, so that the dense matrices are never formed.
 
-The gradient of a linear layer over a batch is `Delta^T X`: `Delta (B, H)` the errors at its outputs, `X (B, D)` its
-inputs. So a weight after some SGD steps is `scale * base + left^T right` with few rows in `left` and `right`. For
-LeNet5 at 128x128 this takes 33.5 million weights out of every step of a simulated local training.
+The gradient of a linear layer over a batch is `Delta^T X`, where `Delta (B, H)` are the errors at its outputs and
+`X (B, D)` its inputs. So a weight after some SGD steps is `scale * base + left^T right` with few rows in `left` and
+`right`. For LeNet5 at 128x128 pixels, this removes 33.5 million weights from every simulated local step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRank:
-    """The (H, D) matrix `scale * base + sum_s left_s^T right_s`; adds, subtracts and scales like a tensor.
+    """The (H, D) matrix `scale * base + sum_s left_s^T right_s`, which can be added, subtracted and scaled.
 
     Attributes:
         base: (H, D), constant.
@@ -37,7 +37,7 @@ class LowRank:
         left, right = list(self.left), list(self.right)
         for other_left, other_right in zip(other.left, other.right, strict=True):
             same = next((i for i, own in enumerate(right) if own is other_right), None)
-            if same is None:  # momentum adds the same factors again and again
+            if same is None:  # momentum adds the same factors repeatedly
                 left.append(other_left)
                 right.append(other_right)
             else:
@@ -73,16 +73,16 @@ class LowRank:
         return squares + 2 * ((left @ base) * right).sum() + base.square().sum()
 
     def joined(self) -> LowRank:
-        """The same in one pair of factors."""
+        """The same matrix in one pair of factors."""
         return LowRank(self.base, self.scale, (torch.cat(self.left),), (torch.cat(self.right),))
 
     def dense(self) -> Tensor:
-        """The matrix itself, (H, D)."""
+        """The (H, D) matrix as a tensor."""
         return self.scale * self.base + sum(left.T @ right for left, right in zip(self.left, self.right, strict=True))
 
 
 SimulatedUpdate = dict[str, Tensor | LowRank]
-"""An update by parameter name; those of linear layers are kept in factors."""
+"""An update by parameter name; linear layers of the head as low-rank factors."""
 
 
 def inner(a: Tensor | LowRank, b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gradients that one can differentiate, without the activations that this takes."""
+"""Differentiable gradients whose activations are recomputed instead of stored."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,14 +14,14 @@ GradientOf = Callable[[SimulatedUpdate, Tensor], SimulatedUpdate]
 
 
 def recomputed(gradient_of: GradientOf, weights: SimulatedUpdate, images: Tensor) -> SimulatedUpdate:
-    """`gradient_of(weights, images)`, which is computed a second time when it is differentiated.
+    """`gradient_of(weights, images)`, recomputed in the backward pass.
 
-    `torch.utils.checkpoint` would compute the forward pass twice more, since the gradient is itself a backward pass
-    that asks for the activations.
+    `torch.utils.checkpoint` would run the forward pass two more times, because the gradient is itself the result of a
+    backward pass.
 
     Args:
-        gradient_of: gives a gradient for each of the weights, those of factored ones in one pair of factors. It is
-            called without gradients and with them, and must not depend on other tensors that are differentiated.
+        gradient_of: returns a gradient for each of the weights, for low-rank ones as one pair of factors. It is called
+            with gradients disabled and enabled, and must not depend on other differentiable tensors.
         weights: by parameter name.
         images: (N, C, H, W).
     """
@@ -30,7 +30,7 @@ def recomputed(gradient_of: GradientOf, weights: SimulatedUpdate, images: Tensor
         gradient = gradient_of(_packed(weights, tensors), images)
         return _tensors({name: gradient[name] for name in weights})
 
-    one_pair = {  # the gradient's form: `_packed` puts its tensors in the place of these
+    one_pair = {  # a template of the gradient, into which `_packed` puts the tensors
         name: LowRank(w.base, 0.0, (w.base,), (w.base,)) if isinstance(w, LowRank) else w for name, w in weights.items()
     }
     return _packed(one_pair, _Recomputed.apply(flat, images, *_tensors(weights)))
@@ -58,12 +58,12 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _tensors(update: SimulatedUpdate) -> list[Tensor]:
-    """All that an update is made of, but the constant bases."""
+    """The tensors of an update, without the constant bases of low-rank ones."""
     return [t for u in update.values() for t in ((*u.left, *u.right) if isinstance(u, LowRank) else (u,))]
 
 
 def _packed(template: SimulatedUpdate, tensors: Sequence[Tensor]) -> SimulatedUpdate:
-    """The update that `_tensors` took apart, in the form of `template`."""
+    """The inverse of `_tensors`: an update of the form of `template`."""
     rest = iter(tensors)
     return {
         name: replace(u, left=tuple(islice(rest, len(u.left))), right=tuple(islice(rest, len(u.right))))

@@ -1,4 +1,4 @@
-"""Datasets, and how their images are divided among clients."""
+"""Datasets and their partition among the clients."""
 
 from fl_lightning.data.catalogue import Catalogue
 from fl_lightning.data.cifar10 import CIFAR10, CIFAR10Test

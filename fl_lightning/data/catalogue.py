@@ -1,4 +1,4 @@
-"""What a dataset offers before any image is read."""
+"""Index of a dataset whose images are read on demand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,25 +13,27 @@ from fl_lightning.models.classifier import ImageShape
 
 @dataclass
 class Catalogue:
-    """Labels of all images, and the means to read those that somebody gets."""
+    """Labels of all images of a dataset, and a function that reads a single image."""
 
     labels: Tensor
     """Class index of each image, long (M,)."""
     class_names: list[str]
-    """Name of each class, in the order of the labels."""
+    """Name of each class, in the order of the class indices."""
     read: Callable[[int], Tensor]
-    """Number of an image -> its pixels, uint8 (C, H, W)."""
+    """Index of an image -> its pixels, uint8 (C, H, W)."""
+    source: Callable[[int], str] = "image {}".format
+    """Index of an image -> where it comes from: a path, or a name."""
 
     def read_all(self, indices: Tensor, image_shape: ImageShape) -> ImageSet:
-        """The images of these numbers, in this order; a progress bar shows when they are more than 1000."""
+        """Read the images at `indices`, in this order; more than 1000 images are read with a progress bar."""
         numbers = track(indices.tolist(), "Reading images", transient=True, disable=len(indices) <= 1000)
         pixels = torch.empty((len(indices), *image_shape), dtype=torch.uint8)
         for row, number in enumerate(numbers):
             pixels[row] = self.read(number)
-        return ImageSet(pixels, self.labels[indices])
+        return ImageSet(pixels, self.labels[indices], [self.source(number) for number in indices.tolist()])
 
 
 def label_indices(names: list[str], class_names: list[str]) -> Tensor:
-    """Each name's place among `class_names`, long (M,)."""
+    """Convert the class name of each image to its class index in `class_names`, long (M,)."""
     place = {name: index for index, name in enumerate(class_names)}
     return torch.tensor([place[name] for name in names])

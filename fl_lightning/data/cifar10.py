@@ -1,4 +1,4 @@
-"""CIFAR-10, in any of three layouts."""
+"""CIFAR-10, read from any of three file layouts."""
 
 import tarfile
 import zlib
@@ -18,12 +18,12 @@ from fl_lightning.models.classifier import ImageShape
 
 
 class CIFAR10(DownloadableData):
-    """50,000 training and 10,000 test images of 32x32 pixels in 10 classes.
+    """CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels in 10 classes.
 
     Args:
-        root: a folder that holds `train/<class>/*.jpg` and `test/<class>/*.jpg`, or a `.tar.gz` of these, or the
-            folder of torchvision's own layout.
-        download: whether torchvision fetches the dataset into `root` if it is not there.
+        root: a folder with `train/<class>/*.jpg` and `test/<class>/*.jpg`, or a `.tar.gz` of these, or a folder in
+            torchvision's own layout.
+        download: whether torchvision downloads the dataset to `root` if it is missing.
     """
 
     def catalogue(self) -> Catalogue:
@@ -42,11 +42,12 @@ class CIFAR10(DownloadableData):
             labels=torch.tensor(batches.targets),
             class_names=batches.classes,
             read=lambda index: to_pixels(Image.fromarray(batches.data[index]), self.image_size, self.channels),
+            source=f"CIFAR-10, {split} image {{}}".format,
         )
 
 
 class CIFAR10Test(CIFAR10):
-    """The test images of `CIFAR10`, dealt to the clients: what no model that was trained on CIFAR-10 has seen."""
+    """The test images of `CIFAR10` as the clients' data, unseen by models trained on CIFAR-10's training images."""
 
     def catalogue(self) -> Catalogue:
         return self._split("test")
@@ -56,10 +57,12 @@ class CIFAR10Test(CIFAR10):
 
 
 def tar_catalogue(tar_path: Path, split: str, image_shape: ImageShape) -> Catalogue:
-    """The images at `<split>/<class>/<name>` in a tar file; their bytes stay in memory, nothing is extracted.
+    """Index the images at `<split>/<class>/<name>` in a tar file.
+
+    The encoded images are kept in memory; nothing is extracted to disk.
 
     Raises:
-        SettingError: the file is not a whole tar file, or holds no such images.
+        SettingError: the tar file is unreadable or truncated, or contains no such images.
     """
     content: dict[tuple[str, str], bytes] = {}
     try:
@@ -70,19 +73,22 @@ def tar_catalogue(tar_path: Path, split: str, image_shape: ImageShape) -> Catalo
                     content[parts[-2], parts[-1]] = tar.extractfile(member).read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise SettingError(
-            f"'{tar_path}' cannot be read as a tar file ({error}). Fetch it again, or set `data.root` to a folder."
+            f"'{tar_path}' cannot be read as a tar file ({error}). Download it again, or set `data.root` to a folder."
         ) from error
     if not content:
         raise SettingError(
-            f"'{tar_path}' has no images at {split}/<class>/<name>.jpg. Set `data.root` to one that has."
+            f"'{tar_path}' has no images at {split}/<class>/<name>.jpg. Set `data.root` to a tar file that has."
         )
     channels, image_size, _ = image_shape
     names = sorted(content)
     class_names = sorted({class_name for class_name, _ in names})
+
+    def source(index: int) -> str:
+        return f"{tar_path}:{split}/{'/'.join(names[index])}"
+
     return Catalogue(
         labels=label_indices([class_name for class_name, _ in names], class_names),
         class_names=class_names,
-        read=lambda index: read_image(
-            BytesIO(content[names[index]]), image_size, channels, name=f"{tar_path}:{split}/{'/'.join(names[index])}"
-        ),
+        read=lambda index: read_image(BytesIO(content[names[index]]), image_size, channels, name=source(index)),
+        source=source,
     )

@@ -1,4 +1,4 @@
-"""What datasets have in common that torchvision can download."""
+"""Base class of the datasets that torchvision can download."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from fl_lightning.errors import MissingFile
 
 
 class DownloadableData(FederatedData):
-    """A dataset of 32x32 images that lies on disk or is fetched by torchvision.
+    """A dataset of 32x32 images that is read from disk, or downloaded by torchvision.
 
     Args:
-        root: folder that holds the dataset, or receives it.
-        download: whether to fetch the dataset if it is not there.
+        root: folder that contains the dataset, or to which it is downloaded.
+        download: whether to download the dataset if it is missing.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class DownloadableData(FederatedData):
         self.download = download
 
     def from_torchvision(self, dataset: type[VisionDataset], train: bool) -> VisionDataset:
-        """One split in torchvision's own layout under `root`.
+        """Load the training or the test split from torchvision's own layout under `root`.
 
         Raises:
-            MissingFile: it is neither there nor can be fetched.
+            MissingFile: the split is missing, and `download` is off or the download failed.
         """
         try:
             return dataset(self.root, train=train, download=self.download)
         except (RuntimeError, OSError) as error:
-            remedy = "Check the connection" if self.download else "Set `data.download: true` to fetch it"
+            remedy = "Check the connection" if self.download else "Set `data.download: true` to download it"
             raise MissingFile(
-                f"{dataset.__name__} is not in '{self.root}' ({error}). {remedy}, or set `data.root` to where it lies."
+                f"{dataset.__name__} is not in '{self.root}' ({error}). {remedy}, or set `data.root` to its folder."
             ) from error
 
     def describe(self) -> dict[str, Any]:

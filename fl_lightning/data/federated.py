@@ -1,8 +1,9 @@
-"""Who the clients are and what images they hold."""
+"""Base class of the federated datasets."""
 
 import re
 from abc import ABC, abstractmethod
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,31 +20,32 @@ from fl_lightning.models.classifier import ImageShape
 
 
 class FederatedData(LightningDataModule, ABC):
-    """A dataset divided among the clients of a federation, the last of which is the attacker.
+    """A dataset partitioned among the clients of a federation, the last of which is the attacker.
 
-    A subclass says what images there are (`catalogue`); only those that a client gets are read. With `csv`, a user's
-    own images take the dataset's place. If that file has a column `client`, it alone decides who holds what, and
-    `num_clients`, `images_per_client`, `attacker_images` and `partition` have no effect.
+    A subclass lists the available images in `catalogue`; only images that are assigned to a client are read. With
+    `csv`, the images listed there replace the dataset's. If that file has a column `client`, this column determines
+    the partition, and `num_clients`, `images_per_client`, `attacker_images` and `partition` have no effect.
 
     Args:
-        num_clients: all clients, the attacker included; the attacker is the last.
-        images_per_client: one number for all clients or a list of one each; null: all images are divided.
-        attacker_images: the attacker's number of images where it differs; 0: an attacker without data.
-        image_size: height and width to which images are cut and resized, in pixels, >= 8.
-        partition: how the images are dealt.
-        csv: a file `path,label[,client]` that lists the images to take instead of the dataset's. Labels are class
-            indices or names; a client is a victim's number, from 0, or `attacker`.
-        num_classes: number of classes, at least as many as are present; null: as many as the dataset has.
-        seed: decides every chance in dealing the images.
-        pooled_batch_size: images a batch when all clients' images are pooled or the test set is scored; the clients'
-            own batches are the federation's affair.
+        num_clients: number of clients, the attacker included; the attacker is the last client.
+        images_per_client: one number for all clients, or a list with one number per client; null: all images are
+            distributed.
+        attacker_images: the attacker's number of images, if it differs; 0: an attacker without data.
+        image_size: height and width in pixels to which images are cropped and resized, >= 8.
+        partition: how the images are assigned to the clients.
+        csv: a file with the columns `path,label[,client]` that lists images to use instead of the dataset's. Labels
+            are class indices or class names; `client` is a victim's number, from 0, or `attacker`.
+        num_classes: number of classes, greater than every label; null: as many as the dataset has.
+        seed: seeds every random choice of the partition.
+        pooled_batch_size: batch size for training on the pooled images of all clients and for evaluating on the test
+            set; the clients' own batch size is a setting of the federation.
 
     Raises:
-        SettingError: a setting or a row of `csv` that cannot be; the message says which.
+        SettingError: a setting or a row of `csv` is invalid; the message names it.
     """
 
     channels: int = 3
-    """3 for colour, 1 for grey images."""
+    """Channels of an image: 3 for RGB, 1 for greyscale."""
 
     def __init__(
         self,
@@ -71,20 +73,20 @@ class FederatedData(LightningDataModule, ABC):
         self._least_classes = num_classes
 
         self.clients: list[ImageSet] = []
-        """Each client's images, the attacker's last; empty before `setup`."""
+        """Images of each client, the attacker's last; empty before `setup`."""
         self.class_names: list[str] = []
-        """One name a class; classes beyond the dataset's are named by their index. Empty before `setup`."""
+        """Name of each class; classes beyond the dataset's are named by their index. Empty before `setup`."""
 
     @abstractmethod
     def catalogue(self) -> Catalogue:
-        """The images that clients may hold."""
+        """List the images that can be assigned to clients."""
 
     def test_catalogue(self) -> Catalogue | None:
-        """The images on which the global model is scored, if there are any."""
+        """List the images on which the global model is evaluated; None if there are none."""
         return None
 
     def setup(self, stage: str | None = None) -> None:
-        """Deals and reads the clients' images; a second call changes nothing."""
+        """Partition the images and read those of the clients; repeated calls have no effect."""
         if self.clients:
             return
         catalogue = self.catalogue() if self._manifest is None else self._manifest.catalogue(self.image_shape)
@@ -97,13 +99,13 @@ class FederatedData(LightningDataModule, ABC):
             )
         shares = self._shares(catalogue.labels)
         everybody = catalogue.read_all(torch.cat(shares), self.image_shape)
-        places = torch.arange(len(everybody)).split([len(share) for share in shares])
-        self.clients = [ImageSet(everybody.pixels[place], everybody.labels[place]) for place in places]
+        starts = accumulate((len(share) for share in shares), initial=0)
+        self.clients = [everybody.part(start, len(share)) for start, share in zip(starts, shares, strict=False)]
         num_classes = self._least_classes or present
         self.class_names = (catalogue.class_names + [str(i) for i in range(present, num_classes)])[:num_classes]
 
     def _shares(self, labels: Tensor) -> list[Tensor]:
-        """Each client's images as indices into `labels`."""
+        """Compute the partition: each client's images as indices into `labels`."""
         if self._manifest is not None and self._manifest.shares is not None:
             return self._manifest.shares
         sizes = self.images_per_client
@@ -113,8 +115,8 @@ class FederatedData(LightningDataModule, ABC):
             left = len(labels) - self.attacker_images
             if sizes is None and left < self.attacker:
                 raise SettingError(
-                    f"Of {len(labels)} images the attacker takes {self.attacker_images}, which leaves too few for "
-                    f"{self.attacker} victims. Lower `data.attacker_images` or give more images."
+                    f"The attacker takes {self.attacker_images} of {len(labels)} images, which leaves too few for "
+                    f"{self.attacker} victims. Lower `data.attacker_images` or provide more images."
                 )
             victims = even_sizes(left, self.attacker) if sizes is None else sizes[:-1]
             sizes = [*victims, self.attacker_images]
@@ -122,12 +124,12 @@ class FederatedData(LightningDataModule, ABC):
 
     @property
     def attacker(self) -> int:
-        """Which client is the attacker."""
+        """Index of the attacker among the clients."""
         return self.num_clients - 1
 
     @property
     def num_classes(self) -> int:
-        """Number of logits that a model of these images needs; 0 before `setup`."""
+        """Number of classes, and thus of a model's logits; 0 before `setup`."""
         return len(self.class_names)
 
     @property
@@ -137,7 +139,7 @@ class FederatedData(LightningDataModule, ABC):
 
     @property
     def imagenet_labels(self) -> bool:
-        """Whether labels are ImageNet's: the classes are its 1000 synsets, in sorted order."""
+        """Whether class indices are those of ImageNet: 1000 classes named by synset, in sorted order."""
         names = self.class_names
         return (
             len(names) == 1000 and names == sorted(set(names)) and all(re.fullmatch(r"n\d{8}", name) for name in names)
@@ -145,22 +147,25 @@ class FederatedData(LightningDataModule, ABC):
 
     @cached_property
     def test_set(self) -> ImageSet | None:
-        """Images on which the global model is scored, read on first use; None if there are none."""
+        """Images on which the global model is evaluated, read on first access; None if there are none."""
         catalogue = self.test_catalogue() if self._manifest is None else None
         if catalogue is None:
             return None
         return catalogue.read_all(torch.arange(len(catalogue.labels)), self.image_shape)
 
     def train_dataloader(self) -> DataLoader:
-        """All clients' images in one, shuffled: what training without a federation would see."""
+        """Provide the pooled images of all clients, shuffled, as for centralised training."""
         return pool(self.clients).dataloader(self.pooled_batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """The test set, or an empty list."""
+        """Provide the test set, or an empty list if there is none."""
         return self.test_set.dataloader(self.pooled_batch_size) if self.test_set else []
 
     def describe(self) -> dict[str, Any]:
-        """All that decides the clients' images, in JSON's types: equal descriptions give equal clients."""
+        """Describe, in JSON types, all settings that determine the clients' images.
+
+        Equal descriptions imply equal client datasets.
+        """
         manifest = self._manifest
         return {
             "class": type(self).__name__,
@@ -183,17 +188,17 @@ def _refuse_unfit(
     num_classes: int | None,
     pooled_batch_size: int,
 ) -> None:
-    """Raises SettingError for numbers that no dataset can make right."""
+    """Raise SettingError for numbers that are invalid for every dataset."""
     least = 2 if attacker_images == 0 else 1
     if num_clients < least:
         raise SettingError(
-            f"`data.num_clients` is {num_clients}, but somebody must hold images: give at least {least} (the attacker "
-            "is one of them)."
+            f"`data.num_clients` is {num_clients}, but at least one client must hold images. Set it to at least "
+            f"{least}, the attacker included."
         )
     if isinstance(images_per_client, list) and len(images_per_client) != num_clients:
         raise SettingError(
             f"`data.images_per_client` has {len(images_per_client)} numbers for {num_clients} clients. Give one number "
-            "each, the attacker's last, or a single number for all."
+            "per client, the attacker's last, or a single number for all clients."
         )
     victims = images_per_client[:-1] if isinstance(images_per_client, list) else [images_per_client]
     if any(size is not None and size < 1 for size in victims):
@@ -205,8 +210,8 @@ def _refuse_unfit(
     if own is not None and own < 0:
         raise SettingError(f"The attacker cannot have {own} images. Set `data.attacker_images` to 0 or more.")
     if image_size < 8:
-        raise SettingError(f"`data.image_size` is {image_size}, but images need at least 8 pixels a side.")
+        raise SettingError(f"`data.image_size` is {image_size}, but images need at least 8 pixels per side.")
     if num_classes is not None and num_classes < 1:
-        raise SettingError(f"`data.num_classes` is {num_classes}. Give at least 1, or null for the dataset's own.")
+        raise SettingError(f"`data.num_classes` is {num_classes}. Set it to at least 1, or null for the dataset's own.")
     if pooled_batch_size < 1:
-        raise SettingError(f"`data.pooled_batch_size` is {pooled_batch_size}. Give at least 1.")
+        raise SettingError(f"`data.pooled_batch_size` is {pooled_batch_size}. Set it to at least 1.")

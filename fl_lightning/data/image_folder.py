@@ -1,4 +1,4 @@
-"""Images in one folder per class."""
+"""Image datasets with one folder per class."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from fl_lightning.models.classifier import ImageShape
 
 
 class ImageFolder(FederatedData):
-    """Images at `root/<class>/<name>.jpg` (or .png, .tif, ...); classes and files in sorted order.
+    """Images at `root/<class>/<name>.jpg` (or .png, .tif, ...), with classes and files in sorted order.
 
     Args:
-        root: folder of the class folders.
+        root: folder that contains one folder per class.
     """
 
     def __init__(
@@ -52,18 +52,18 @@ class ImageFolder(FederatedData):
 
 
 def folder_catalogue(root: Path, image_shape: ImageShape) -> Catalogue:
-    """The images at `root/<class>/<name>`.
+    """Index the images at `root/<class>/<name>`; hidden folders are ignored.
 
     Raises:
-        MissingFile: there is no such folder, or no image in it.
+        MissingFile: the folder does not exist, or contains no images in class folders.
     """
     if not root.is_dir():
-        raise MissingFile(f"There is no folder '{root}'. Set `data.root` to a folder of class folders.")
+        raise MissingFile(f"There is no folder '{root}'. Set `data.root` to a folder with one folder per class.")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     paths = [path for folder in folders for path in sorted(folder.iterdir()) if is_image_name(path.name)]
     if not paths:
         raise MissingFile(
-            f"The folder '{root}' has no images in class folders. Lay them out as {root}/<class>/<name>.jpg."
+            f"The folder '{root}' has no images in class folders. Arrange them as {root}/<class>/<name>.jpg."
         )
     channels, image_size, _ = image_shape
     class_names = [folder.name for folder in folders]
@@ -71,4 +71,5 @@ def folder_catalogue(root: Path, image_shape: ImageShape) -> Catalogue:
         labels=label_indices([path.parent.name for path in paths], class_names),
         class_names=class_names,
         read=lambda index: read_image(paths[index], image_size, channels),
+        source=lambda index: str(paths[index]),
     )

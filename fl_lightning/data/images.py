@@ -1,4 +1,4 @@
-"""Image files as tensors, and a client's images as a dataset."""
+"""Conversion of image files to tensors, and in-memory image datasets."""
 
 import os
 from io import BytesIO
@@ -13,41 +13,41 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from fl_lightning.errors import SettingError
 
 PathLike = str | os.PathLike
-"""What a user may give as a path."""
+"""Types accepted as a path."""
 
 
 class UnreadableImage(SettingError):
-    """A file that was to be an image and cannot be read as one."""
+    """A file cannot be read as an image."""
 
 
 def read_image(file: PathLike | BytesIO, image_size: int, channels: int, name: str | None = None) -> Tensor:
-    """The image in a file, upright, cut to its centre square and resized.
+    """Read an image file, rotated upright by its EXIF orientation, centre-cropped to a square and resized.
 
     Args:
         file: a path, or the file's content.
         image_size: height and width of the result, in pixels.
-        channels: 3 for RGB, 1 for grey.
-        name: what to call the file in an error; a path names itself.
+        channels: 3 for RGB, 1 for greyscale.
+        name: name of the file in error messages; None: its path.
 
     Returns:
         uint8 (channels, image_size, image_size), see `to_pixels`.
 
     Raises:
-        UnreadableImage: the file is missing, truncated, not an image, or has pixels of an unknown range.
+        UnreadableImage: the file is missing, truncated, not an image, or has pixels of unknown value range.
     """
     try:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image)
         return to_pixels(upright, image_size, channels)
-    except Exception as error:  # foreign bytes make Pillow's decoders raise nearly anything
+    except Exception as error:  # for malformed files Pillow's decoders raise many exception types
         raise UnreadableImage(
             f"The image '{name or file}' cannot be read ({error}). "
-            "Replace it with a whole JPEG, PNG, TIFF, BMP, GIF or WebP file, or take it out."
+            "Replace it with an intact JPEG, PNG, TIFF, BMP, GIF or WebP file, or remove it."
         ) from error
 
 
 def read_size(file: PathLike) -> tuple[int, int]:
-    """The shorter side, in pixels, and the channels, 1 or 3, of the image in a file.
+    """Read the shorter side in pixels, and the number of channels (1 or 3), of an image file.
 
     Raises:
         UnreadableImage: the file is missing or not an image.
@@ -60,20 +60,21 @@ def read_size(file: PathLike) -> tuple[int, int]:
 
 
 def to_pixels(image: Image.Image, image_size: int, channels: int) -> Tensor:
-    """uint8 (channels, image_size, image_size) of an image of any size and mode.
+    """Convert an image of any size and mode to uint8 (channels, image_size, image_size).
 
-    Alpha is composited on white, 16 bits are scaled to 8, RGB becomes grey by ITU-R 601. The largest centred square
-    is resized by an antialiased Lanczos filter; an image that already has the size keeps its pixels.
+    Transparent images are composited on white, 16-bit values are scaled to 8 bits, and RGB is converted to greyscale
+    by ITU-R 601. The largest centred square is resized by an antialiased Lanczos filter; an image that already has
+    the target size keeps its pixels.
 
     Raises:
-        SettingError: the pixels are floats or integers above 65535, so nobody can say what white is.
+        ValueError: the pixels are floats, or integers outside [0, 65535], so their value range is unknown.
     """
     if image.mode == "F":
-        raise ValueError("its pixels are floats, whose range is unknown; save it with 8 or 16 bits")
+        raise ValueError("its pixels are floats, whose value range is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         wide = np.array(image, dtype=np.int64)
         if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError("its pixels have 32 bits, whose range is unknown; save it with 8 or 16 bits")
+            raise ValueError("its pixels are 32-bit integers, whose value range is unknown; save it with 8 or 16 bits")
         image = Image.fromarray((wide / 257).round().astype(np.uint8))  # 65535 = 255 * 257
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -88,25 +89,32 @@ def to_pixels(image: Image.Image, image_size: int, channels: int) -> Tensor:
 
 
 class ImageSet(Dataset):
-    """Images and labels in memory; an index of any kind gives a whole batch by one tensor operation.
+    """In-memory images and labels; a list, slice or tensor as index selects a whole batch in one tensor operation.
 
     Args:
         pixels: uint8 (N, C, H, W).
         labels: long (N,).
+        sources: where each image comes from, a path or a name; None: unknown.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+    def __init__(self, pixels: Tensor, labels: Tensor, sources: list[str] | None = None) -> None:
         if len(pixels) != len(labels):
-            raise SettingError(f"{len(pixels)} images came with {len(labels)} labels. Give one label an image.")
+            raise SettingError(f"{len(pixels)} images came with {len(labels)} labels. Give one label per image.")
         self.pixels = pixels
         self.labels = labels
+        self.sources = [""] * len(labels) if sources is None else sources
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int | list[int] | slice | Tensor) -> tuple[Tensor, Tensor]:
-        """(images float32 in [0, 1], labels), without the first dimension if `index` is a number."""
+        """Return images (float32 in [0, 1]) and labels, without the first dimension if `index` is an integer."""
         return self.pixels[index].float() / 255, self.labels[index]
+
+    def part(self, start: int, count: int) -> "ImageSet":
+        """`count` consecutive images from index `start`."""
+        place = slice(start, start + count)
+        return ImageSet(self.pixels[place], self.labels[place], self.sources[place])
 
     @property
     def images(self) -> Tensor:
@@ -116,24 +124,31 @@ class ImageSet(Dataset):
     def dataloader(
         self, batch_size: int | None = None, shuffle: bool = False, generator: torch.Generator | None = None
     ) -> DataLoader:
-        """Batches of `batch_size` images, the last one maybe smaller; None: one batch of all. No images, no batches."""
+        """Create a dataloader of mini-batches; without images it is empty.
+
+        Args:
+            batch_size: images per batch, fewer in the last batch if necessary; None: one full batch.
+            shuffle: whether the order of the images is random.
+            generator: source of that randomness; None: torch's global generator.
+        """
         size = max(len(self), 1) if batch_size is None else batch_size
         # RandomSampler refuses an empty dataset.
         order = RandomSampler(self, generator=generator) if shuffle and len(self) else SequentialSampler(self)
-        # Without `generator` of its own, every pass of a DataLoader would draw from the global one.
+        # Without a `generator`, every iteration over a DataLoader draws from torch's global generator.
         return DataLoader(
             self, batch_size=None, sampler=BatchSampler(order, size, drop_last=False), generator=generator
         )
 
 
 def pool(sets: list[ImageSet]) -> ImageSet:
-    """All images of several sets, in their order."""
-    return ImageSet(torch.cat([s.pixels for s in sets]), torch.cat([s.labels for s in sets]))
+    """Concatenate several image sets, in order."""
+    sources = [source for s in sets for source in s.sources]
+    return ImageSet(torch.cat([s.pixels for s in sets]), torch.cat([s.labels for s in sets]), sources)
 
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image; hidden files are not."""
+    """Whether a file name has an image suffix and is not hidden."""
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES

@@ -1,4 +1,4 @@
-"""A user's own images, listed in a CSV file."""
+"""CSV files that list images, their labels and optionally their clients."""
 
 import csv
 import hashlib
@@ -20,23 +20,24 @@ ATTACKER = "attacker"
 
 @dataclass
 class Manifest:
-    """The rows of a CSV file `path,label[,client]`, all checked but for the images themselves.
+    """The validated rows of a CSV file `path,label[,client]`; the image files exist but have not been read.
 
-    Relative paths start at the CSV's folder. Labels are class indices if all are integers, otherwise names, which are
-    sorted. Clients are victims, numbered from 0, or `attacker`, who becomes the last client and may have no row.
+    Relative paths are relative to the CSV's folder. Labels are class indices if all of them are integers, otherwise
+    class names, which are indexed in sorted order. Clients are victims, numbered from 0, or `attacker`, which becomes
+    the last client and may have no rows.
     """
 
     csv: Path
     sha256: str
-    """Hash of the CSV's text."""
+    """SHA-256 of the CSV file."""
     lines: list[int]
-    """Where each row stands in the file, from 1."""
+    """Line number of each row in the file, from 1."""
     paths: list[Path]
     labels: Tensor
     """Class indices, long (M,)."""
     class_names: list[str]
     shares: list[Tensor] | None
-    """Rows of each client, the attacker last; None without a column `client`."""
+    """Row indices of each client, the attacker's last; None without a column `client`."""
 
     def catalogue(self, image_shape: ImageShape) -> Catalogue:
         channels, image_size, _ = image_shape
@@ -47,26 +48,26 @@ class Manifest:
             except UnreadableImage as error:
                 raise UnreadableImage(f"{self.csv}, line {self.lines[row]}: {error}") from error
 
-        return Catalogue(self.labels, self.class_names, read)
+        return Catalogue(self.labels, self.class_names, read, lambda row: str(self.paths[row]))
 
 
 def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifest:
-    """Reads and checks a manifest; opens no image.
+    """Read and validate a manifest without opening the images.
 
     Args:
-        csv_path: the CSV file, UTF-8, its first line naming the columns.
-        num_classes: labels must be below it; None: any number of classes.
+        csv_path: the CSV file in UTF-8, with the column names in its first line.
+        num_classes: upper bound that all class indices must be below; None: no bound.
 
     Raises:
-        MissingFile: the CSV, or an image that it names, does not exist.
-        SettingError: the text is not such a table; the message names the line.
+        MissingFile: the CSV file, or an image that it lists, does not exist.
+        SettingError: the content is invalid; the message names the line.
     """
     path = Path(csv_path)
     if not path.is_file():
         raise MissingFile(f"There is no file '{path}'. Set `data.csv` to a CSV file with columns path,label.")
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")  # spreadsheets like to put a mark at the start
+        text = content.decode("utf-8-sig")  # spreadsheet programs often write a byte order mark
     except UnicodeDecodeError as error:
         raise SettingError(f"{path} is not UTF-8 text ({error}). Save it as CSV in UTF-8.") from error
 
@@ -75,7 +76,7 @@ def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifes
     if sorted(columns) not in (["label", "path"], ["client", "label", "path"]):
         raise SettingError(
             f"{path}, line 1: the columns are '{','.join(columns)}', but a manifest has path,label or "
-            "path,label,client. Name them so in the first line."
+            "path,label,client. Write these names in the first line."
         )
     table.fieldnames = columns
     rows: list[dict[str, str]] = []
@@ -84,21 +85,21 @@ def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifes
         if None in row:
             raise SettingError(
                 f"{path}, line {table.line_num}: there are more values than the {len(columns)} columns. "
-                "Put a value that contains a comma in double quotes."
+                "Enclose values that contain a comma in double quotes."
             )
         rows.append({name: (value or "").strip() for name, value in row.items()})
         lines.append(table.line_num)
     if not rows:
-        raise SettingError(f"{path} has no rows. List one image a line, under a first line path,label.")
+        raise SettingError(f"{path} has no rows. List one image per line, below a first line path,label.")
 
     paths = [path.parent / row["path"] for row in rows]
     for row, image, line in zip(rows, paths, lines, strict=True):
         if not row["label"]:
-            raise SettingError(f"{path}, line {line}: '{row['path']}' has no label. Give a class index or a name.")
+            raise SettingError(f"{path}, line {line}: '{row['path']}' has no label. Give a class index or name.")
         if not image.is_file():
             raise MissingFile(
-                f"{path}, line {line}: there is no image '{image}'. Correct the path; a relative one starts at the "
-                "CSV's folder."
+                f"{path}, line {line}: there is no image '{image}'. Correct the path; relative paths are relative to "
+                "the CSV's folder."
             )
     labels, class_names = _labels([row["label"] for row in rows])
     for row, label, line in zip(rows, labels.tolist(), lines, strict=True):
@@ -113,7 +114,7 @@ def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifes
 
 
 def _labels(values: list[str]) -> tuple[Tensor, list[str]]:
-    """Class index of each value, and the names of the classes."""
+    """Convert the label column to class indices and class names."""
     if all(re.fullmatch(r"-?\d+", value) for value in values):
         labels = torch.tensor([int(value) for value in values])
         return labels, [str(index) for index in range(int(labels.max()) + 1)]
@@ -122,12 +123,12 @@ def _labels(values: list[str]) -> tuple[Tensor, list[str]]:
 
 
 def _shares(path: Path, values: list[str], lines: list[int]) -> list[Tensor]:
-    """Rows of each client, the attacker last."""
+    """Convert the column `client` to the row indices of each client, the attacker's last."""
     for value, line in zip(values, lines, strict=True):
         if value != ATTACKER and not re.fullmatch(r"\d+", value):
             raise SettingError(
-                f"{path}, line {line}: the client is '{value}', but it is a victim's number, from 0, or "
-                f"'{ATTACKER}'. Correct it, or leave the whole column out to let `data.partition` deal the images."
+                f"{path}, line {line}: the client is '{value}', but must be a victim's number, from 0, or "
+                f"'{ATTACKER}'. Correct it, or remove the column to have `data.partition` assign the images."
             )
     clients = [-1 if value == ATTACKER else int(value) for value in values]
     for victim in range(max(*clients, 0) + 1):
@@ -135,7 +136,7 @@ def _shares(path: Path, values: list[str], lines: list[int]) -> list[Tensor]:
             raise SettingError(
                 f"{path}, line {lines[clients.index(max(clients))]}: client {victim} has no images, although "
                 f"{'only the attacker is' if max(clients) < 0 else f'client {max(clients)} is'} named. "
-                "Number the victims from 0 without a gap."
+                "Number the victims consecutively from 0."
             )
     owner = torch.tensor(clients)
     return [(owner == client).nonzero().flatten() for client in (*range(max(clients) + 1), -1)]

@@ -9,7 +9,7 @@ from fl_lightning.data.images import to_pixels
 
 
 class MNIST(DownloadableData):
-    """Handwritten digits, grey, padded from 28x28 to 32x32 pixels (`image_size` resizes them after that)."""
+    """MNIST: greyscale handwritten digits, padded from 28x28 to 32x32 pixels before resizing to `image_size`."""
 
     channels = 1
     source = datasets.MNIST
@@ -28,10 +28,11 @@ class MNIST(DownloadableData):
             read=lambda index: to_pixels(
                 ImageOps.expand(Image.fromarray(split.data[index].numpy()), border=2), self.image_size, self.channels
             ),
+            source=f"{self.source.__name__}, {'training' if train else 'test'} image {{}}".format,
         )
 
 
 class FashionMNIST(MNIST):
-    """Articles of clothing, grey, padded from 28x28 to 32x32 pixels (`image_size` resizes them after that)."""
+    """Fashion-MNIST: greyscale clothing items, padded from 28x28 to 32x32 pixels before resizing to `image_size`."""
 
     source = datasets.FashionMNIST

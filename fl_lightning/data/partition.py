@@ -1,4 +1,4 @@
-"""Who holds which images: clients that are alike, and clients that are not."""
+"""IID and non-IID partitions of images among clients."""
 
 from abc import ABC, abstractmethod
 
@@ -10,32 +10,35 @@ from fl_lightning.errors import SettingError
 
 
 class Partition(ABC):
-    """Deals images to clients by their labels; nobody gets an image that somebody else has."""
+    """Assigns images to clients by their labels; the clients' image sets are disjoint."""
 
     def __call__(
         self, labels: Tensor, sizes: list[int] | None, num_clients: int, generator: torch.Generator
     ) -> list[Tensor]:
-        """Each client's images as indices into `labels`, long (its number of images,).
+        """Compute the partition after checking that there are enough images.
 
         Args:
-            labels: class index of every image there is, long (M,).
-            sizes: how many images each client gets, met exactly; None: all images are divided.
-            num_clients: how many clients there are.
-            generator: the only source of chance.
+            labels: class index of every available image, long (M,).
+            sizes: exact number of images of each client; None: all images are distributed.
+            num_clients: number of clients.
+            generator: source of all random choices.
+
+        Returns:
+            For each client the indices of its images in `labels`, long (number of its images,).
 
         Raises:
-            ValueError: there are too few images, or a client would be left without.
+            SettingError: there are too few images, or without `sizes` a client would have none.
         """
         if sizes is None and len(labels) < num_clients:
             raise SettingError(
                 f"There are {len(labels)} images for {num_clients} clients, so some would have none. "
-                "Lower `data.num_clients` or give more images."
+                "Lower `data.num_clients` or provide more images."
             )
         if sizes is not None and sum(sizes) > len(labels):
             raise SettingError(
-                f"There are {len(labels)} images, but {num_clients} clients ask for {sum(sizes)} "
+                f"There are {len(labels)} images, but {num_clients} clients need {sum(sizes)} "
                 f"({', '.join(map(str, sizes))}). Lower `data.images_per_client` or `data.num_clients`, set "
-                "`data.images_per_client` to null to divide what there is, or give more images."
+                "`data.images_per_client` to null to distribute all images, or provide more images."
             )
         return self.divide(labels, sizes, num_clients, generator)
 
@@ -43,11 +46,11 @@ class Partition(ABC):
     def divide(
         self, labels: Tensor, sizes: list[int] | None, num_clients: int, generator: torch.Generator
     ) -> list[Tensor]:
-        """As `__call__`, which has checked that there are enough images."""
+        """Compute the partition as specified by `__call__`, which has checked the number of images."""
 
 
 class InOrder(Partition):
-    """The first client gets the first images, and so on; without sizes, equally many each."""
+    """Assigns consecutive images to each client in dataset order; without sizes, equally many to each."""
 
     def divide(
         self, labels: Tensor, sizes: list[int] | None, num_clients: int, generator: torch.Generator
@@ -56,7 +59,7 @@ class InOrder(Partition):
 
 
 class IID(Partition):
-    """Each client draws from all images alike; without sizes, equally many each."""
+    """Assigns images to clients uniformly at random; without sizes, equally many to each."""
 
     def divide(
         self, labels: Tensor, sizes: list[int] | None, num_clients: int, generator: torch.Generator
@@ -65,19 +68,20 @@ class IID(Partition):
 
 
 class Dirichlet(Partition):
-    """Each client has its own mixture of classes, q ~ Dir(alpha p), p being the mixture of the whole dataset.
+    """Draws each client's class distribution q ~ Dir(alpha p), where p is the class distribution of the dataset.
 
-    Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification"
-    (arXiv 1909.06335, section 3); as there, without sizes, equally many images each. Clients take turns by chance,
-    image by image, so that a class that runs out is missed by all alike.
+    Follows Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+    Classification" (arXiv 1909.06335, section 3); as there, clients have equally many images unless sizes are given.
+    Images are assigned one at a time, in random order of the clients, so that the exhaustion of a class affects all
+    clients alike.
 
     Args:
-        alpha: concentration, > 0; small values give each client few classes, large ones approach `IID`.
+        alpha: concentration, > 0; small values give each client few classes, large values approach `IID`.
     """
 
     def __init__(self, alpha: float) -> None:
         if alpha <= 0:
-            raise SettingError(f"`data.partition.alpha` is {alpha}, but a Dirichlet concentration is positive.")
+            raise SettingError(f"`data.partition.alpha` is {alpha}, but a Dirichlet concentration must be positive.")
         self.alpha = alpha
 
     def divide(
@@ -85,7 +89,7 @@ class Dirichlet(Partition):
     ) -> list[Tensor]:
         sizes = sizes or even_sizes(len(labels), num_clients)
         classes, left = labels.unique(return_counts=True)
-        # torch's own Dirichlet takes no generator.
+        # NumPy, because torch.distributions.Dirichlet accepts no generator.
         chance = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
         mixtures = torch.from_numpy(chance.dirichlet(self.alpha * left.numpy() / len(labels), num_clients))
         piles = [shuffled((labels == label).nonzero().flatten(), generator).tolist() for label in classes]
@@ -94,7 +98,7 @@ class Dirichlet(Partition):
         shares: list[list[int]] = [[] for _ in range(num_clients)]
         for client in shuffled(turns, generator).tolist():
             weights = mixtures[client] * (left > 0)
-            if not weights.any():  # all classes of its mixture have run out
+            if not weights.any():  # all classes with positive probability are exhausted
                 weights = left.double()
             choice = torch.multinomial(weights, 1, generator=generator).item()
             shares[client].append(piles[choice].pop())
@@ -103,13 +107,14 @@ class Dirichlet(Partition):
 
 
 class ByClass(Partition):
-    """Each client holds a few classes, dealt like cards: a class is shared only when the pack has gone round.
+    """Assigns a fixed number of classes to each client, cyclically from a shuffled list of the classes.
 
-    Without sizes, the holders of a class share all its images equally, and classes that nobody holds are left out.
-    With sizes, a client takes equally many images of each of its classes.
+    A class is thus held by several clients only after every class is held by one. Without sizes, the images of a class
+    are divided equally among its clients, and classes without a client are not used. With sizes, a client gets equally
+    many images of each of its classes.
 
     Args:
-        classes_per_client: number of classes of one client, >= 1.
+        classes_per_client: number of classes per client, from 1 to the number of classes.
     """
 
     def __init__(self, classes_per_client: int) -> None:
@@ -126,7 +131,7 @@ class ByClass(Partition):
         if self.classes_per_client > len(classes):
             raise SettingError(
                 f"`data.partition.classes_per_client` is {self.classes_per_client}, but the images have only "
-                f"{len(classes)} classes. Lower it."
+                f"{len(classes)} classes. Set it to at most this number."
             )
         pack = shuffled(classes, generator)
         cards = torch.arange(num_clients * self.classes_per_client) % len(pack)
@@ -135,33 +140,33 @@ class ByClass(Partition):
         shares: list[list[Tensor]] = [[] for _ in range(num_clients)]
         for label in hands.unique().tolist():
             pile = shuffled((labels == label).nonzero().flatten(), generator)
-            holders = (hands == label).nonzero().tolist()  # (client, place in its hand)
+            holders = (hands == label).nonzero().tolist()  # (client, position among its classes)
             if sizes is None:
                 wanted = even_sizes(len(pile), len(holders))
             else:
                 wanted = [even_sizes(sizes[client], self.classes_per_client)[place] for client, place in holders]
             if sum(wanted) > len(pile):
                 raise SettingError(
-                    f"Class {label} has {len(pile)} images, but its {len(holders)} holders ask for {sum(wanted)}. "
+                    f"Class {label} has {len(pile)} images, but its {len(holders)} client(s) need {sum(wanted)}. "
                     "Raise `data.partition.classes_per_client`, or lower `data.images_per_client` or set it to null."
                 )
             for (client, _), piece in zip(holders, cut(pile, wanted, len(wanted)), strict=True):
                 shares[client].append(piece)
         if sizes is None and (empty := [client for client, share in enumerate(shares) if not sum(map(len, share))]):
             raise SettingError(
-                f"Client {empty[0]} would have no images: its classes have fewer images than holders. "
+                f"Client {empty[0]} would have no images, because its classes have fewer images than clients. "
                 "Raise `data.partition.classes_per_client` or lower `data.num_clients`."
             )
         return [torch.cat(share) for share in shares]
 
 
 def even_sizes(total: int, parts: int) -> list[int]:
-    """`total` in `parts` numbers that differ by at most one, the larger ones first."""
+    """Split `total` into `parts` integers that differ by at most one, the larger ones first."""
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def cut(indices: Tensor, sizes: list[int] | None, num_clients: int) -> list[Tensor]:
-    """Consecutive pieces of these sizes, or of even sizes if None; what is left over is nobody's."""
+    """Split `indices` into consecutive pieces of `sizes`, None: of even sizes; the remainder is not used."""
     sizes = sizes or even_sizes(len(indices), num_clients)
     return list(indices[: sum(sizes)].split(sizes))
 

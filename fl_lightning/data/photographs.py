@@ -1,4 +1,4 @@
-"""The photographs that come with scikit-image and scikit-learn: a dataset that needs no download."""
+"""The photographs included in scikit-image and scikit-learn, a dataset that needs no download."""
 
 from importlib.resources import files
 
@@ -8,7 +8,7 @@ from fl_lightning.data.catalogue import Catalogue
 from fl_lightning.data.federated import FederatedData
 from fl_lightning.data.images import read_image
 
-# Colourful and easily recognised ones first, because small runs take the first.
+# Colourful, easily recognised photographs come first, because small runs use the first ones.
 PHOTOGRAPHS = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "chelsea": ("skimage", "data/chelsea.png"),
@@ -30,7 +30,7 @@ PHOTOGRAPHS = {
 
 
 class Photographs(FederatedData):
-    """16 photographs, each a class of its own, read from the installed packages."""
+    """16 photographs, each in a class of its own, read from the installed packages."""
 
     def catalogue(self) -> Catalogue:
         paths = [files(package) / path for package, path in PHOTOGRAPHS.values()]
@@ -38,4 +38,5 @@ class Photographs(FederatedData):
             labels=torch.arange(len(paths)),
             class_names=list(PHOTOGRAPHS),
             read=lambda index: read_image(paths[index], self.image_size, self.channels),
+            source=["/".join(place) for place in PHOTOGRAPHS.values()].__getitem__,
         )

@@ -1,4 +1,4 @@
-"""Where clients run."""
+"""Engines that execute the clients' local training."""
 
 from fl_lightning.engines.in_process import Engine, InProcess
 

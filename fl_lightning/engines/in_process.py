@@ -1,4 +1,4 @@
-"""Clients run one after the other in this process."""
+"""Engine interface, and an engine that trains clients sequentially in the current process."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -7,15 +7,15 @@ from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, local_u
 
 
 class Engine(ABC):
-    """Runs the local training of a round's clients."""
+    """Executes the local training of a round's clients."""
 
     @abstractmethod
     def train(self, tasks: Iterable[ClientTask], training: LocalTraining, accelerator: str) -> Iterator[ClientUpdate]:
-        """Yield `local_update` of each task, in order."""
+        """Yield the result of `local_update` for each task, in the order of the tasks."""
 
 
 class InProcess(Engine):
-    """Clients train one after the other in this process, so that only one of them is in memory."""
+    """Trains clients sequentially in the current process, so that only one of them is in memory at a time."""
 
     def train(self, tasks: Iterable[ClientTask], training: LocalTraining, accelerator: str) -> Iterator[ClientUpdate]:
         for task in tasks:

@@ -1,4 +1,4 @@
-"""Global models: the paper's four, and any torchvision classifier."""
+"""Global models: the four models of the paper (arXiv 2410.04661), and torchvision's classifiers."""
 
 from fl_lightning.models.classifier import FIRST_LAYER, ClassifierFactory, ImageClassifier, ImageShape
 from fl_lightning.models.lenet5 import LeNet5

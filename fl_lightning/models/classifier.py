@@ -1,4 +1,4 @@
-"""What a global model must be: convolutional features, then a linear head."""
+"""Interface of the global models: a convolutional feature extractor followed by a head of linear layers."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,30 +12,33 @@ ImageShape = tuple[int, int, int]
 """(C, H, W) of one image."""
 
 FIRST_LAYER = "head.0.weight"
-"""Name of the first weight of every head, which belongs to the features."""
+"""Parameter name of the weight of the head's first linear layer, whose inputs are the features."""
 
 
 class ImageClassifier(nn.Module, HyperparametersMixin):
-    """Logits `head(features((x - mean) / std))` of images `x` in [0, 1].
+    """Classifier that maps images `x` in [0, 1] to the logits `head(features((x - mean) / std))`.
 
-    Normalisation is part of the model, so everything outside it, the attack included, speaks of pixels in [0, 1].
-    A subclass builds `features` and `head` and calls `save_hyperparameters()`, by which an Observation can name the
-    model and build it again.
+    Normalisation is part of the model, so all code outside it, including the attack, handles pixels in [0, 1]. A
+    subclass builds `features` and `head` and calls `save_hyperparameters()`, so that an Observation can record the
+    model's class and arguments and rebuild it.
 
     Args:
-        mean: per-channel mean (or one for all channels) that the model subtracts from its input.
-        std: per-channel (or one) standard deviation that it divides by.
+        mean: mean subtracted from the input, one value per channel or one for all channels.
+        std: positive standard deviation by which the input is divided, one value per channel or one for all channels.
+
+    Raises:
+        SettingError: a value of `std` is not positive.
     """
 
     features: nn.Module
-    """(N, C, H, W) normalised images -> features, flattened by `embed`."""
+    """Feature extractor: (N, C, H, W) normalised images -> feature maps or vectors, flattened to (N, D) by `embed`."""
     head: nn.Sequential
-    """(N, D) features -> (N, num_classes) logits, through linear layers and ReLUs only."""
+    """(N, D) features -> (N, num_classes) logits, by linear layers and ReLUs only."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if min(std) <= 0:
-            raise SettingError(f"A model's `std` must be positive, but it is {list(std)}. Give one value a channel.")
+            raise SettingError(f"A model's `std` must be positive, but it is {list(std)}. Give one value per channel.")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -43,25 +46,29 @@ class ImageClassifier(nn.Module, HyperparametersMixin):
         return self.head(self.embed(images))
 
     def embed(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) images in [0, 1] -> (N, D) inputs of the head."""
+        """Compute the features: (N, C, H, W) images in [0, 1] -> (N, D) inputs of the head."""
         return self.features(self.normalise(images)).flatten(1)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) images in [0, 1] -> (N, C, H, W) inputs of `features`."""
+        """Normalise (N, C, H, W) images in [0, 1] to inputs of `features` of the same shape."""
         return (images - self.mean) / self.std
 
 
 ClassifierFactory = Callable[[int, ImageShape], ImageClassifier]
-"""`(num_classes, image_shape) -> model`; in YAML a `class_path` with the remaining `init_args`."""
+"""Callable `(num_classes, image_shape) -> model`; in YAML, a `class_path` with the remaining `init_args`."""
 
 
 @torch.no_grad()
 def feature_width(features: nn.Module, image_shape: ImageShape) -> int:
-    """D, the number of features that `features` makes of one image; refuses images too small for it."""
+    """Determine D, the number of features per image, by a forward pass of one zero image.
+
+    Raises:
+        SettingError: images of this shape, e.g. too small ones, do not fit `features`.
+    """
     try:
         return features(torch.zeros(1, *image_shape)).shape[1]
     except RuntimeError as error:
         raise SettingError(
             f"Images of shape {tuple(image_shape)} do not fit this model ({error}). "
-            "Give larger images (`data.image_size`) or another `federation.model`."
+            "Use larger images (`data.image_size`) or another `federation.model`."
         ) from error

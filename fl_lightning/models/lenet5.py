@@ -1,4 +1,4 @@
-"""LeNet5 as used by the paper (arXiv 2410.04661): two convolutions, two linear layers without bias."""
+"""LeNet5 of the paper (arXiv 2410.04661): two convolutions, two linear layers without bias."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,9 @@ from fl_lightning.models.classifier import ImageClassifier, ImageShape, feature_
 
 
 class LeNet5(ImageClassifier):
-    """Two 5x5 convolutions (32, 64) with 2x2 max pooling and ReLU; linear to 512, ReLU, linear, both without bias.
+    """Two 5x5 convolutions (32, 64 channels) with 2x2 max pooling and ReLU, then two linear layers without bias.
+
+    The first linear layer has 512 outputs and is followed by a ReLU.
 
     Args:
         num_classes: number of logits.
@@ -21,7 +23,7 @@ class LeNet5(ImageClassifier):
     ) -> None:
         super().__init__(mean, std)
         self.save_hyperparameters()
-        self.features = nn.Sequential(  # ReLU of the largest is the largest ReLU, for a quarter of the work
+        self.features = nn.Sequential(  # pooling before the ReLU gives the same result at a quarter of its cost
             nn.Conv2d(image_shape[0], 32, 5, padding=2),
             nn.MaxPool2d(2),
             nn.ReLU(),

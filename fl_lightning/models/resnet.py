@@ -1,4 +1,4 @@
-"""ResNets without BatchNorm as used by the paper (arXiv 2410.04661)."""
+"""ResNets without BatchNorm, as in the paper (arXiv 2410.04661)."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from fl_lightning.models.classifier import ImageClassifier, ImageShape, feature_
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, without biases and without normalisation."""
+    """Residual block: two 3x3 convolutions and a shortcut, without biases and without normalisation."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -23,10 +23,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(ImageClassifier):
-    """7x7 stride-2 stem of 64, stages of 64, 128, 256, 512 channels, average pool to 8x8, one linear layer."""
+    """7x7 stride-2 convolution to 64 channels, stages of 64, 128, 256 and 512, average pooling to 8x8, linear head."""
 
     blocks_per_stage: int
-    """Basic blocks in each of the four stages."""
+    """Number of basic blocks in each of the four stages."""
 
     def __init__(
         self, num_classes: int, image_shape: ImageShape, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
@@ -44,7 +44,7 @@ class ResNet(ImageClassifier):
 
 
 class ResNet9(ResNet):
-    """`ResNet` with one basic block a stage.
+    """`ResNet` with one basic block per stage.
 
     Args:
         num_classes: number of logits.
@@ -56,7 +56,7 @@ class ResNet9(ResNet):
 
 
 class ResNet18(ResNet):
-    """`ResNet` with two basic blocks a stage.
+    """`ResNet` with two basic blocks per stage.
 
     Args:
         num_classes: number of logits.

@@ -1,4 +1,4 @@
-"""Any torchvision classifier as the global model."""
+"""torchvision's classifiers as global models."""
 
 import copy
 from collections.abc import Sequence
@@ -12,22 +12,23 @@ from fl_lightning.models.classifier import ImageClassifier, ImageShape
 
 
 class TorchvisionClassifier(ImageClassifier):
-    """A classifier of `torchvision.models` by name, untrained; its last linear layer is our head.
+    """A classifier from `torchvision.models` without pretrained weights; its last linear layer is the head.
 
-    BatchNorm runs in train mode while clients train; whether its running statistics travel with the model is
-    `federation.share_buffers`.
+    BatchNorm is in train mode during local training; `federation.share_buffers` sets whether its running statistics
+    are aggregated with the model.
 
     Args:
         num_classes: number of logits.
-        image_shape: (C, H, W) of an image; torchvision's classifiers take 3 channels.
-        name: as in `torchvision.models.list_models()`, e.g. `resnet18`, `mobilenet_v3_small`.
-        dropout: rate set on every dropout layer. 0, unlike torchvision's default, because the attack cannot
-            simulate random units.
-        mean, std: normalisation of the input, see `ImageClassifier`; torchvision's usual one is
+        image_shape: (C, H, W) of an image; torchvision's classifiers require 3 channels.
+        name: as in `torchvision.models.list_models()`, e.g. `resnet18` or `mobilenet_v3_small`.
+        dropout: rate of every dropout layer. The default is 0, unlike torchvision's, because the attack cannot
+            simulate units that are dropped at random.
+        mean, std: normalisation of the input, see `ImageClassifier`; torchvision usually uses
             [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225].
 
     Raises:
-        SettingError: the name is not a torchvision classifier, or its head is not linear.
+        SettingError: `name` is not a torchvision classifier, its last layer is not linear, or `image_shape` does not
+            fit it.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class TorchvisionClassifier(ImageClassifier):
         if not isinstance(layer, nn.Linear):
             raise SettingError(
                 f"torchvision's '{name}' ends in {type(layer).__name__}, not in a linear layer, so it cannot be "
-                "split into features and head. Name another model, e.g. resnet18."
+                "split into feature extractor and head. Choose another model, e.g. resnet18."
             )
         self.features.set_submodule(layer_name, nn.Identity())
         self.head = nn.Sequential(layer)
@@ -63,12 +64,12 @@ class TorchvisionClassifier(ImageClassifier):
 
     @torch.no_grad()
     def _refuse_unfit(self, image_shape: ImageShape) -> None:
-        trial = copy.deepcopy(self)  # train mode changes BatchNorm's statistics
+        trial = copy.deepcopy(self)  # the trial would change BatchNorm's running statistics
         try:
             logits = trial(torch.zeros(2, *image_shape))
         except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
             raise SettingError(
                 f"Images of shape {tuple(image_shape)} do not fit torchvision's '{self.hparams['name']}' in train mode "
-                f"({error}). Give 3 channels and larger images (`data.image_size`), or name another model."
+                f"({error}). Give 3 channels and larger images (`data.image_size`), or choose another model."
             ) from error
         assert logits.shape == (2, self.hparams["num_classes"])

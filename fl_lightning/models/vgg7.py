@@ -1,4 +1,4 @@
-"""VGG7 as used by the paper (arXiv 2410.04661): three pairs of convolutions, two linear layers without bias."""
+"""VGG7 of the paper (arXiv 2410.04661): three pairs of convolutions, two linear layers without bias."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,10 @@ from fl_lightning.models.classifier import ImageClassifier, ImageShape, feature_
 
 
 class VGG7(ImageClassifier):
-    """3x3 convolutions (128, 128, 256, 256, 512, 512) with ReLU, 2x2 max pooling after each pair; linear to 1024.
+    """Three pairs of 3x3 convolutions with ReLU and 2x2 max pooling per pair, then two linear layers without bias.
+
+    The convolutions have 128, 128, 256, 256, 512 and 512 channels. The first linear layer has 1024 outputs and is
+    followed by a ReLU.
 
     Args:
         num_classes: number of logits.
@@ -25,7 +28,7 @@ class VGG7(ImageClassifier):
         channels = image_shape[0]
         for width in (128, 256, 512):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-            # ReLU of the largest is the largest ReLU, for a quarter of the work.
+            # Pooling before the ReLU gives the same result at a quarter of its cost.
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
             channels = width
         self.features = nn.Sequential(*layers, nn.Flatten())

@@ -36,7 +36,7 @@ NAMES = {
     "loop": "step, client by client, a loop",
     "vmap": "the same by torch.func.vmap",
     "chunks": "one merged client, chunks of 16 images",
-    "head": "the head alone, convolutions held half way",
+    "head": "the head alone, convolutions frozen half way",
     "head-bf16": "the same in bf16-mixed",
 }
 
@@ -59,9 +59,9 @@ def measurable(names: dict[str, str]) -> dict[str, str]:
 
 def test_step(benchmark: BenchmarkFixture, setting: Setting, table: Table) -> None:
     """All ways take turns; pytest-benchmark keeps the statistics of one merged client."""
-    observation = setting.rounds.observations[0]
+    seen = setting.rounds.rounds[0]
     names = measurable(NAMES)
-    ways = {way: step_of(way, observation) for way in ("yardstick", *names)}
+    ways = {way: step_of(way, seen) for way in ("yardstick", *names)}
     exact = ways["yardstick"]()
     wrong = {way: float((ways[way]() - exact).norm() / exact.norm()) for way in ("merged", "bf16") if way in names}
     taken: dict[str, list[float]] = {way: [] for way in ways if way != "merged"}
@@ -121,9 +121,9 @@ class Flops(TorchDispatchMode):
 
 def test_throughput(setting: Setting, table: Table) -> None:
     """Convolutions in the step against the same convolutions alone, forward and backward."""
-    observation = setting.rounds.observations[0]
-    step = step_of("merged", observation)
-    alone = convolutions_alone(observation.build_model(), setting)
+    seen = setting.rounds.rounds[0]
+    step = step_of("merged", seen)
+    alone = convolutions_alone(seen.observation.build_model(), setting)
     with Flops() as counter:
         step()
     convolutions, total = counter.convolutions, counter.total
@@ -148,7 +148,7 @@ def convolutions_alone(model: nn.Module, setting: Setting) -> Callable[[], None]
     layers = [module for module in model.features.modules() if isinstance(module, nn.Conv2d)]
     for layer in layers:
         layer.register_forward_hook(lambda layer, inputs, outputs: shapes.append(inputs[0].shape[1:]))
-    model(torch.rand(1, *setting.rounds.observations[0].image_shape))
+    model(torch.rand(1, *setting.rounds.rounds[0].observation.image_shape))
     for layer, shape in zip(layers, shapes[:], strict=True):
         x = torch.rand(setting.images, *shape).contiguous(memory_format=torch.channels_last).requires_grad_()
         layer.to(memory_format=torch.channels_last)
@@ -164,11 +164,11 @@ def convolutions_alone(model: nn.Module, setting: Setting) -> Callable[[], None]
 @pytest.mark.parametrize("kind", ["images", "local_epochs"])
 def test_scaling(setting: Setting, table: Table, kind: str) -> None:
     """Images in chunks, so that 512 of them fit into memory."""
-    observation = setting.rounds.observations[0]
+    seen = setting.rounds.rounds[0]
     sizes = {"images": (16, 64, 256, 512), "local_epochs": (1, 3, 10)}[kind]
     names = {"images": "images, chunks of 16", "local_epochs": "local steps"}
     for size in sizes:
-        step = step_of("chunks" if kind == "images" else "merged", observation, **{kind: size})
+        step = step_of("chunks" if kind == "images" else "merged", seen, **{kind: size})
         taken = interleaved({"step": step}, 1)["step"]
         table.add(f"{size} {names[kind]}", f"{taken:.2f} s", f"{taken / size * 1000:.0f} ms each")
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from setting import PEERS, Setting, Table
 
+from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.observed import ObservedRounds
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import ImageFolder
 from fl_lightning.federation import Federation
-from fl_lightning.knowledge import Knowledge
-from fl_lightning.observed import ObservedRounds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,7 +34,7 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         root=option("--data-root"), num_clients=PEERS + 1, images_per_client=images // PEERS, image_size=size, seed=0
     )
     federation = Federation(client=LocalTraining(lr=0.003, local_epochs=3), seed=0)
-    rounds = ObservedRounds(federation, data, Knowledge(), tmp_path_factory.mktemp("record"))
+    rounds = ObservedRounds(Knowledge(), federation, data, tmp_path_factory.mktemp("record"))
     rounds.prepare_data()
     rounds.setup()
     return Setting(rounds, images, size, option("--rounds"), option("--attack-steps"))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fl_lightning.observed import ObservedRounds
+from attack_modules.threat_model.observed import ObservedRounds
 from fl_lightning.record import Record
 
 PEERS = 4

@@ -23,49 +23,53 @@ from attack_modules.gradient_matching.objectives import SquaredL2
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
+from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.observation import Observation
+from fl_lightning.truth import Truth
 
 LATENT_DOWNSCALE = 4
 Step = Callable[[], Tensor]
 """Computes the gradient of the latent, which it returns."""
 
 
-def step_of(way: str, observation: Observation, images: int | None = None, local_epochs: int | None = None) -> Step:
+def step_of(way: str, seen: ObservedRound, images: int | None = None, local_epochs: int | None = None) -> Step:
     """A step of some way, on other numbers of images or local epochs if they are given.
 
     Args:
         way: `yardstick`, `merged`, `bf16`, `chunks`, `loop`, `vmap`, `head` or `head-bf16`.
-        observation: the observed round.
-        images: N, of classes 0 to N - 1 modulo the classes; None for those believed.
-        local_epochs: None for those believed.
+        seen: the observed round.
+        images: N, of classes 0 to N - 1 modulo the classes; None for the assumed ones.
+        local_epochs: None for the assumed number.
     """
-    labels = torch.tensor(observation.beliefs.labels)
+    observation = seen.observation
+    labels = torch.tensor(seen.assumptions.labels)
     if images is not None:
         labels = torch.arange(images) % observation.num_classes
     if local_epochs is not None:
-        observation = replace(observation, beliefs=replace(observation.beliefs, local_epochs=local_epochs))
+        seen = replace(seen, assumptions=replace(seen.assumptions, local_epochs=local_epochs))
     channels, height, width = observation.image_shape
     generator = torch.Generator().manual_seed(0)
     shape = (len(labels), channels, height // LATENT_DOWNSCALE, width // LATENT_DOWNSCALE)
     latent = (0.5 + 0.05 * torch.randn(shape, generator=generator)).requires_grad_()
-    target, objective = observation.peers_update(), SquaredL2()
+    target, objective = seen.peers_update(), SquaredL2()
     cpu, merged = torch.device("cpu"), way in ("merged", "bf16", "chunks")
-    peers = held = None
+    peers = frozen = None
     if way.startswith("head"):
-        held = for_speed(model_half_way([observation], [target], observation.beliefs.local_steps), cpu)
+        frozen = for_speed(model_half_way([observation], [target], seen.assumptions.local_steps), cpu)
         target = {name: update for name, update in target.items() if name.startswith("head.")}
     model = observation.build_model().to(memory_format=torch.channels_last) if way == "vmap" else None
     if way != "yardstick":
-        peers = SimulatedPeers(observation, merged, cpu, chunk_size=16 if way == "chunks" else None, held=held)
+        peers = SimulatedPeers(seen, merged, cpu, chunk_size=16 if way == "chunks" else None, frozen=frozen)
 
     def loss() -> Tensor:
         pixels = F.interpolate(latent, scale_factor=LATENT_DOWNSCALE, mode="bicubic")
         if way == "yardstick":
-            return dense_loss(observation, pixels, labels, target)
+            return dense_loss(seen, pixels, labels, target)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         if way == "vmap":
-            clients = len(observation.beliefs.client_sizes)
+            clients = len(seen.assumptions.client_sizes)
             return objective(vmapped_update(peers, model, pixels, labels, clients), target)
         return objective(peers.mean_update(pixels, labels), target)
 
@@ -76,6 +80,12 @@ def step_of(way: str, observation: Observation, images: int | None = None, local
         return latent.grad
 
     return step
+
+
+def recorded_round(stem: Path) -> ObservedRound:
+    """An observed round of a federation's record, whose attacker is told everything but the images."""
+    truth = Truth.load(stem.parents[1] / "truth" / stem.name)
+    return ObservedRound(Observation.load(stem), Knowledge().assumptions(truth))
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -107,7 +117,7 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
     if not way.endswith("-default"):  # glibc's own way with large blocks
         keep_freed_memory()
-    step = step_of(way.removesuffix("-default"), Observation.load(Path(stem)))
+    step = step_of(way.removesuffix("-default"), recorded_round(Path(stem)))
     idle = peak_mib()
     step()
     before = resource.getrusage(resource.RUSAGE_SELF)

@@ -15,13 +15,13 @@ def vmapped_update(
     """The mean update of clients with equally many images, as `SimulatedPeers.mean_update` gives it.
 
     Args:
-        peers: gives the weights and the believed training.
-        model: as theirs (a head of linear layers without bias), but without hooks, which vmap does not pass through.
-        images: (N, C, H, W) in [0, 1], client by client.
+        peers: gives the weights and the assumed training.
+        model: as theirs (a head of linear layers without bias), but without hooks, which vmap does not support.
+        images: (N, C, H, W) in [0, 1], ordered by client.
         labels: (N,) long.
-        clients: how many.
+        clients: their number.
     """
-    lr = peers.beliefs.client_lr
+    lr = peers.assumptions.client_lr
     base = {name: peers.parameters[name] for name in peers.linear_weights}
     names = list(base)
 
@@ -42,7 +42,7 @@ def vmapped_update(
     def client(x: Tensor, y: Tensor) -> tuple[dict, dict]:
         start = {n.removeprefix("features."): w for n, w in peers.parameters.items() if n not in base}
         dense, factors = start, {name: [] for name in names}
-        for _ in range(peers.beliefs.local_epochs):
+        for _ in range(peers.assumptions.local_epochs):
             shifts = {name: x.new_zeros(len(x), len(base[name])) for name in names}
             (slopes, errors), inputs = grad(loss, argnums=(0, 1), has_aux=True)(dense, shifts, factors, x, y)
             dense = {name: weight - lr * slopes[name] for name, weight in dense.items()}

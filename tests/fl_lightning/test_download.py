@@ -85,7 +85,7 @@ def test_a_whole_part_only_needs_its_name(released: ReleasedFile, tmp_path: Path
 def test_a_part_of_another_file_is_thrown_away(server: Server, released: ReleasedFile, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     (tmp_path / "weights.pt.part").write_bytes(b"something else")
-    with pytest.raises(DownloadError, match=f"but {SHA256} is published. It was deleted"):
+    with pytest.raises(DownloadError, match=f"expected {SHA256}. It was deleted"):
         released.at(path, download=True)
     assert not path.exists()
     assert released.at(path, download=True).read_bytes() == CONTENT
@@ -94,7 +94,7 @@ def test_a_part_of_another_file_is_thrown_away(server: Server, released: Release
 def test_a_foreign_file_is_refused(released: ReleasedFile, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     path.write_bytes(b"not the released weights")
-    with pytest.raises(DownloadError, match="is not the released file"):
+    with pytest.raises(DownloadError, match="is not the published file"):
         released.at(path, download=False)
     assert path.exists()
 
@@ -102,8 +102,8 @@ def test_a_foreign_file_is_refused(released: ReleasedFile, tmp_path: Path) -> No
 def test_offline_it_says_where_to_put_the_file(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     released = ReleasedFile("http://127.0.0.1:9/weights.pt", SHA256)  # nobody listens at port 9
-    by_hand = rf"ownload http://127.0.0.1:9/weights.pt by hand and put it at '{path}'"
-    with pytest.raises(DownloadError, match=rf"could not be fetched: .*Connection refused.*{by_hand}"):
+    by_hand = rf"download http://127.0.0.1:9/weights.pt by hand and save it as '{path}'"
+    with pytest.raises(DownloadError, match=rf"could not be downloaded: .*Connection refused.*{by_hand}"):
         released.at(path, download=True)
-    with pytest.raises(DownloadError, match=rf"Set `download: true` to fetch it. Or: D{by_hand}"):
+    with pytest.raises(DownloadError, match=rf"Set `download: true` to fetch it, or {by_hand}"):
         released.at(path, download=False)

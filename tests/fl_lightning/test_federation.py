@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_lightning import federation as federation_module
+from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import FederatedData, Photographs
 from fl_lightning.federation import Federation
-from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import ImageClassifier
 from fl_lightning.observation import Observation
-from fl_lightning.record import Record, RecordError
+from fl_lightning.record import Record, RecordError, fingerprint
 from fl_lightning.storage import StorageError, load_checkpoint
 from fl_lightning.truth import Truth
 
-Observe = Callable[..., Observation]
+Observe = Callable[..., ObservedRound]
 STEEP = LocalTraining(lr=0.1, local_epochs=2)
 
 
@@ -27,8 +26,8 @@ def test_subtracting_the_own_update_leaves_the_victims_alone(observe: Observe, r
     """Issue: five clients less the attacker's own update give the same target as four victims alone."""
     five = observe(Federation(client=STEEP), num_clients=5)
     four = observe(Federation(client=STEEP), num_clients=5, attacker_images=0)
-    assert five.own_weight == pytest.approx(1 / 5)
-    assert four.own_weight == 0
+    assert five.observation.own_weight == pytest.approx(1 / 5)
+    assert four.observation.own_weight == 0
     assert relative_error(five.peers_update(), four.peers_update()) < 1e-4
     assert relative_error(five.aggregated_update(), four.peers_update()) > 0.05
 
@@ -50,7 +49,7 @@ def _run(directory: Path) -> None:
     data.setup()
     training = LocalTraining(lr=0.1, local_epochs=2, batch_size=1)
     federation = Federation(client=training, rounds=4, clients_per_round=2, observed_rounds=[1, 3])
-    federation.run(data, Knowledge(), directory)
+    federation.run(data, directory)
 
 
 KILLED_RUN = """
@@ -59,7 +58,6 @@ from pathlib import Path
 from fl_lightning import federation as module
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import Photographs
-from fl_lightning.knowledge import Knowledge
 
 save = module.save_checkpoint
 def save_and_die(path, content):
@@ -72,7 +70,7 @@ data = Photographs(num_clients=4, images_per_client=2, image_size=16)
 data.setup()
 training = LocalTraining(lr=0.1, local_epochs=2, batch_size=1)
 federation = module.Federation(client=training, rounds=4, clients_per_round=2, observed_rounds=[1, 3])
-federation.run(data, Knowledge(), Path(sys.argv[1]))
+federation.run(data, Path(sys.argv[1]))
 """
 
 
@@ -103,26 +101,26 @@ def test_rounds_sample_clients_and_truth_names_them(tmp_path: Path) -> None:
 def test_another_federation_in_the_same_directory_is_refused(tmp_path: Path, noise_images: type[FederatedData]) -> None:
     data = noise_images(num_clients=2, images_per_client=1, image_size=16)
     data.setup()
-    Federation().run(data, Knowledge(), tmp_path)
+    Federation().run(data, tmp_path)
     with pytest.raises(RecordError, match=r"client\.lr was 0\.003 and is now 0\.5.*--observation"):
-        Federation(client=LocalTraining(lr=0.5)).run(data, Knowledge(), tmp_path)
+        Federation(client=LocalTraining(lr=0.5)).run(data, tmp_path)
 
 
 def test_damaged_checkpoint_is_refused_in_a_sentence(tmp_path: Path, noise_images: type[FederatedData]) -> None:
     data = noise_images(num_clients=2, images_per_client=1, image_size=16)
     data.setup()
-    Federation(rounds=2).run(data, Knowledge(), tmp_path)
+    Federation(rounds=2).run(data, tmp_path)
     checkpoint = Record(tmp_path).checkpoint
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(StorageError, match="cannot be read as a checkpoint"):
-        Federation(rounds=2).run(data, Knowledge(), tmp_path)
+        Federation(rounds=2).run(data, tmp_path)
 
 
 @pytest.mark.parametrize("share_buffers", [True, False])
 def test_batch_norm_statistics_are_shared_or_stay(
     observe: Observe, batch_norm_classifier: type[ImageClassifier], share_buffers: bool
 ) -> None:
-    seen = observe(Federation(model=batch_norm_classifier, share_buffers=share_buffers))
+    seen = observe(Federation(model=batch_norm_classifier, share_buffers=share_buffers)).observation
     same = torch.equal(seen.before["features.1.running_mean"], seen.after["features.1.running_mean"])
     assert same is not share_buffers
     assert not torch.equal(seen.before["features.1.weight"], seen.after["features.1.weight"])
@@ -133,7 +131,7 @@ def test_accuracy_reaches_tensorboard(tmp_path: Path) -> None:
 
     data = Photographs(num_clients=2, images_per_client=4, image_size=16)
     data.setup()
-    Federation(client=LocalTraining(lr=0.05), rounds=4).run(data, Knowledge(), tmp_path)
+    Federation(client=LocalTraining(lr=0.05), rounds=4).run(data, tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     losses = [event.value for event in events.Scalars("train_loss")]
@@ -146,7 +144,7 @@ def test_settings_are_json_and_decide_the_fingerprint(noise_images: type[Federat
     data.setup()
     settings = Federation().settings(data)
     assert json.loads(json.dumps(settings)).keys() == settings.keys()
-    assert federation_module.fingerprint(settings) != federation_module.fingerprint(Federation(seed=1).settings(data))
+    assert fingerprint(settings) != fingerprint(Federation(seed=1).settings(data))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning import storage
 from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation
@@ -13,24 +14,23 @@ from fl_lightning.models import LeNet5
 from fl_lightning.observation import Observation, describe_model
 from fl_lightning.storage import StorageError, write_json, write_text
 
-Observe = Callable[..., Observation]
+Observe = Callable[..., ObservedRound]
 
 
 @pytest.fixture
 def stem(observe: Observe, tmp_path: Path) -> Path:
-    observe(Federation()).save(tmp_path / "seen")
+    observe(Federation()).observation.save(tmp_path / "seen")
     return tmp_path / "seen"
 
 
 def test_saved_and_loaded_is_the_same(observe: Observe, tmp_path: Path) -> None:
-    observation = observe(Federation())
+    observation = observe(Federation()).observation
     observation.save(tmp_path / "copy")
     again = Observation.load(tmp_path / "copy")
     for group in ("before", "after", "own_update"):
         saved, loaded = getattr(observation, group), getattr(again, group)
         assert saved.keys() == loaded.keys()
         assert all(torch.equal(saved[name], loaded[name]) for name in saved)
-    assert again.beliefs == observation.beliefs
     assert again.model == describe_model(LeNet5(10, (3, 16, 16)))
     assert (again.own_weight, again.image_shape, again.num_classes) == (observation.own_weight, (3, 16, 16), 10)
 
@@ -38,7 +38,7 @@ def test_saved_and_loaded_is_the_same(observe: Observe, tmp_path: Path) -> None:
 def test_truncated_tensors_are_refused(stem: Path) -> None:
     path = stem.with_suffix(".safetensors")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(StorageError, match=r"SHA-256 differs.*cut short"):
+    with pytest.raises(StorageError, match=r"SHA-256 differs.*truncated"):
         Observation.load(stem)
 
 
@@ -49,7 +49,7 @@ def test_foreign_and_missing_files_are_refused(stem: Path, tmp_path: Path) -> No
         ({"model": {"class_path": "os.system", "init_args": {}}}, "not an `ImageClassifier`"),
         ({"model": {"class_path": "no_such_package.Model", "init_args": {}}}, "cannot be imported"),
         ({"model": describe_model(LeNet5(11, (3, 16, 16)))}, "do not fit LeNet5"),
-        ({"beliefs": {"weather": "fine"}}, "not an Observation"),
+        ({"model": "LeNet5"}, "not an Observation"),
     ]:
         write_json(stem.with_suffix(".json"), {**facts, **damage})
         with pytest.raises(StorageError, match=sentence):
@@ -96,7 +96,7 @@ def test_weight_decay_is_taken_out(observe: Observe, relative_error: Callable[..
 
 
 def test_a_model_takes_over_tensors_only_when_asked_and_in_the_precision_that_is_set(observe: Observe) -> None:
-    observation = observe(Federation())
+    observation = observe(Federation()).observation
     weight = observation.before["head.0.weight"]
     assert observation.build_model(shared=True).head[0].weight.data_ptr() == weight.data_ptr()
     assert observation.build_model().head[0].weight.data_ptr() != weight.data_ptr()

@@ -1,1 +1,1 @@
-"""Diffusion models that others released: their architectures, and readers of their weights."""
+"""Published diffusion models: architectures and loading of the released weights."""

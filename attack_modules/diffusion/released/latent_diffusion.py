@@ -1,4 +1,4 @@
-"""Latent diffusion of ImageNet's classes: a transformer that predicts noise, guidance, Stable Diffusion's VAE."""
+"""Class-conditional latent diffusion on ImageNet: a diffusion transformer, guidance and Stable Diffusion's VAE."""
 
 import math
 from pathlib import Path
@@ -18,33 +18,35 @@ MDT_XL2 = "https://huggingface.co/shgao/MDT-XL2/resolve/main/mdt_xl2_v2_ckpt.pt"
 SD_VAE = "https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.safetensors"
 
 GUIDED = 3
-"""Channels of the latent that guidance changes. There are four; DiT and MDT were evaluated so, and it was kept."""
+"""Number of latent channels, out of four, that are guided; kept because DiT and MDT were evaluated this way."""
 
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Names of the VAE's attention, in its file as released -> in diffusers since 0.15."""
+"""Name parts of the VAE's attention parameters: in the released file -> in diffusers since 0.15."""
 
 
 class LatentDiffusion(ConditionalModel):
-    """A diffusion transformer over the latents of Stable Diffusion's VAE, by default MDTv2-XL/2 as the paper uses it.
+    """Diffusion transformer on the latents of Stable Diffusion's VAE, by default MDTv2-XL/2 as in the paper.
 
-    Classifier-free guidance, with a scale that rises from 1 at the noisiest timestep to `guidance` at the cleanest:
-    `1 + (guidance - 1) (1 - cos(pi (1 - t / 1000)^power)) / 2`, so that a small power means nearly full guidance
-    throughout (Gao et al. 2023). Only three of the four channels are guided, see `GUIDED`.
+    The scale of classifier-free guidance rises as the noise falls, from 1 at t = 1000 to `guidance` at t = 0:
+    `1 + (guidance - 1) (1 - cos(pi (1 - t / 1000)^power)) / 2` (Gao et al. 2023). A small power gives nearly full
+    guidance at all timesteps. Only three of the four latent channels are guided, see `GUIDED`.
 
     Args:
-        backbone: called with (N, 4, H, W) latents, (N,) timesteps and (N,) labels, where label 1000 is no class; gives
-            the noise in the first four channels. `MDTv2`, or diffusers' `DiTTransformer2DModel`; null for MDTv2-XL/2.
-        weights: the backbone's; null for random ones. No hash of the released file is known to us, so names and shapes
-            are what is checked.
-        vae: null for the architecture of sd-vae-ft-mse.
-        vae_weights: the VAE's; null for random ones.
-        guidance: scale of the guidance; 1 for none.
-        power: of the schedule; null for the full scale at all timesteps, as DiT has it.
+        backbone: noise predictor, called with (N, 4, H, W) latents, (N,) timesteps and (N,) labels, where label 1000 is
+            the null class; the first four output channels are the noise. `MDTv2`, or diffusers'
+            `DiTTransformer2DModel`; null for MDTv2-XL/2.
+        weights: checkpoint of the backbone; null for random weights. Only names and shapes are checked, because no hash
+            of the released file is known.
+        vae: autoencoder; null for the architecture of sd-vae-ft-mse.
+        vae_weights: checkpoint of the VAE; null for random weights.
+        guidance: guidance scale, >= 1; 1 for none.
+        power: exponent of the guidance schedule, > 0; null for the full scale at all timesteps, as in DiT.
         latent_size: height and width of the latents.
 
     Raises:
-        MissingFile: weights are not there; the message says where to get them.
-        StorageError: they do not fit the architecture.
+        SettingError: `guidance` or `power` is out of range.
+        MissingFile: a checkpoint is missing; the message says where to get it.
+        StorageError: a checkpoint does not fit the architecture.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class LatentDiffusion(ConditionalModel):
         super().__init__()
         if guidance < 1 or (power is not None and power <= 0):
             raise SettingError(f"Guidance needs a scale >= 1 and a power > 0 or null, but got {guidance} and {power}.")
-        # Read first: a missing file shows at once. Whoever has weights to come needs no random ones.
+        # The files are read first, so that a missing one fails before the networks are built. Networks whose weights
+        # are loaded are built on the meta device, which avoids a random initialisation.
         state = weights and read_weights(weights, MDT_XL2, parts=("ema",))
         vae_state = vae_weights and _renamed(read_weights(vae_weights, SD_VAE))
         with torch.device("meta" if state else "cpu"):
@@ -80,7 +83,7 @@ class LatentDiffusion(ConditionalModel):
         self.register_buffer("alphas", linear_alphas(), persistent=False)
 
     def scale(self, timestep: int) -> float:
-        """The guidance's scale at a timestep from 0 to 999."""
+        """Return the guidance scale at a timestep from 0 to 999."""
         if self.power is None:
             return self.guidance
         share = (1 - math.cos(math.pi * (1 - timestep / len(self.alphas)) ** self.power)) / 2
@@ -102,13 +105,13 @@ class LatentDiffusion(ConditionalModel):
 def sd_vae(
     channels: tuple[int, ...] = (128, 256, 512, 512), layers: int = 2, groups: int = 32, image_size: int = 256
 ) -> AutoencoderKL:
-    """The autoencoder of Stable Diffusion, by default sd-vae-ft-mse: 8 pixels a latent pixel, four channels.
+    """Build Stable Diffusion's autoencoder, by default sd-vae-ft-mse: downsampling factor 8, four latent channels.
 
     Args:
-        channels: at each resolution, finest first.
+        channels: channels at each resolution, finest first.
         layers: residual blocks at each resolution of the encoder; the decoder has one more.
-        groups: of every group normalisation.
-        image_size: height and width of an image.
+        groups: number of groups of every group normalisation.
+        image_size: height and width of an image, in pixels.
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -123,7 +126,7 @@ def sd_vae(
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE's tensors under the names of today's diffusers, whichever names they came with."""
+    """Return the VAE's state dict with the names of diffusers since 0.15; the input has these or the old names."""
     renamed = {}
     for name, tensor in state.items():
         for old, new in RENAMED.items():

@@ -1,7 +1,7 @@
-"""MDTv2 (Gao et al. 2023, arXiv 2303.14389): the diffusion transformer that the paper's semantic enhancement samples.
+"""MDTv2 (Gao et al. 2023, arXiv 2303.14389): the diffusion transformer of the paper's semantic enhancement.
 
-Names and shapes are those of the released checkpoint, `mdt_xl2_v2_ckpt.pt`; its side block and mask token serve
-training alone and are only carried along.
+Parameter names and shapes are those of the released checkpoint, `mdt_xl2_v2_ckpt.pt`. Its side block and mask token are
+used in training only; they are kept so that the checkpoint loads.
 """
 
 import math
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from fl_lightning.errors import SettingError
 
 FREQUENCIES = 256
-"""Numbers that stand for a timestep."""
+"""Dimension of the sinusoidal timestep embedding."""
 
 
 class Attention(nn.Module):
-    """Self-attention with a learned bias for every relative position of two patches, one a head."""
+    """Multi-head self-attention with a learned relative position bias per head."""
 
     def __init__(self, width: int, heads: int, side: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """The biases of a square of `side` x `side` patches, as in BEiT, whose last three rows are of no use here."""
+    """Relative position bias of a grid of `side` x `side` patches, as in BEiT; the last three table rows are unused."""
 
     def __init__(self, side: int, heads: int) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class RelativePositionBias(nn.Module):
         self.register_buffer("relative_position_index", down * (2 * side - 1) + across)
 
     def forward(self) -> Tensor:
-        """(heads, P, P)."""
+        """Return the (heads, P, P) biases of all pairs of the P = side^2 patches."""
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 
 class Mlp(nn.Module):
-    """Two layers, four times as wide between."""
+    """Two-layer perceptron with a hidden width of 4 * width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block whose normalisations are shifted, scaled and gated by the condition (adaLN).
+    """Transformer block with adaptive layer normalisation (adaLN): the condition sets shifts, scales and gates.
 
     Args:
-        width: numbers a patch.
-        heads: of the attention.
-        side: patches in a row.
-        skip: whether a second input is merged in first.
+        width: embedding dimension of a patch.
+        heads: number of attention heads.
+        side: patches per row of the square grid.
+        skip: whether the block has a skip input, which is concatenated and projected first.
     """
 
     def __init__(self, width: int, heads: int, side: int, skip: bool = False) -> None:
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Squares of 2x2 latent pixels, row by row."""
+    """Embedding of 2x2 patches of the latent, in row-major order."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Cosines, then sines, of the timestep at 128 frequencies each, and two layers."""
+    """Sinusoidal timestep embedding (128 cosines, then 128 sines), followed by a two-layer perceptron."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """One row a class, and a last one for no class."""
+    """Class embedding with one row per class and a last row for the null class."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class ClassEmbedding(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """From patches to 2x2 latent pixels of predicted noise and variance."""
+    """Projection of each patch to 2x2 latent pixels of predicted noise and variance."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -138,10 +138,11 @@ class FinalLayer(nn.Module):
 
 
 class MDTv2(nn.Module):
-    """The masked diffusion transformer, version 2, at patch 2: its path of inference.
+    """Masked diffusion transformer, version 2, with patch size 2; only the inference path.
 
-    The encoder is a U of blocks with long skips, the first half's last block going to the second half's first; every
-    block of the decoder is given the embedded input once more. The defaults are XL/2, as released; the others are
+    The encoder is U-shaped, with long skip connections from the blocks of its first half to those of its second half in
+    reverse order. Every decoder block receives the embedded input as its skip input. The defaults are XL/2, as
+    released. The sizes are:
 
     | size | width | depth | heads |
     |---|---|---|---|
@@ -151,13 +152,16 @@ class MDTv2(nn.Module):
     | XL | 1152 | 28 | 16 |
 
     Args:
-        width: numbers a patch.
-        depth: blocks, those of the decoder included.
-        heads: of every attention.
-        decoder_depth: blocks of the decoder.
+        width: embedding dimension of a patch, a multiple of `heads`.
+        depth: number of blocks, including the decoder's; `depth - decoder_depth` must be even.
+        heads: attention heads of every block.
+        decoder_depth: number of decoder blocks, at least 1.
         latent_size: height and width of the latents, even.
-        channels: of the latents; the output has twice as many, predicted noise and then variance.
-        num_classes: the label after the last is no class.
+        channels: latent channels; the output has twice as many, first the predicted noise, then the variance.
+        num_classes: number of classes; label `num_classes` is the null class.
+
+    Raises:
+        SettingError: the sizes do not fit together.
     """
 
     def __init__(
@@ -174,9 +178,9 @@ class MDTv2(nn.Module):
         half, odd = divmod(depth - decoder_depth, 2)
         if odd or half < 1 or decoder_depth < 1 or width % heads or latent_size % 2:
             raise SettingError(
-                "MDTv2 needs decoder_depth >= 1, an even number of other blocks, a width that its heads divide and an "
-                f"even latent_size, but got width={width}, depth={depth}, heads={heads}, "
-                f"decoder_depth={decoder_depth}, latent_size={latent_size}."
+                "MDTv2 needs decoder_depth >= 1, a positive even number of encoder blocks (depth - decoder_depth), a "
+                f"width divisible by heads and an even latent_size, but got width={width}, depth={depth}, "
+                f"heads={heads}, decoder_depth={decoder_depth}, latent_size={latent_size}."
             )
         side = latent_size // 2
         self.x_embedder = PatchEmbedding(channels, width)
@@ -192,7 +196,16 @@ class MDTv2(nn.Module):
         self.final_layer = FinalLayer(width, 2 * channels)
 
     def forward(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        """(N, C, H, W) noisy latents, (N,) timesteps from 0 to 999, (N,) labels -> (N, 2C, H, W) noise and variance."""
+        """Predict noise and variance of noisy latents.
+
+        Args:
+            latents: (N, C, H, W) noisy latents.
+            timestep: (N,) timesteps from 0 to 999.
+            labels: (N,) class labels.
+
+        Returns:
+            (N, 2C, H, W): predicted noise in the first C channels, variance in the others.
+        """
         condition = self.t_embedder(timestep) + self.y_embedder(labels)
         x = embedded = self.x_embedder(latents) + self.pos_embed  # (N, P, width)
         skipped = []

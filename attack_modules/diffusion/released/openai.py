@@ -1,4 +1,4 @@
-"""OpenAI's guided diffusion (Dhariwal and Nichol 2021, arXiv 2105.05233): the released 256x256 model of ImageNet."""
+"""OpenAI's guided diffusion (Dhariwal and Nichol 2021, arXiv 2105.05233): the released 256x256 ImageNet model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from fl_lightning.storage import load_checkpoint
 
 UNCONDITIONAL_256 = ReleasedFile(
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/256x256_diffusion_uncond.pt",
-    # OpenAI publishes none; this is what public tools that check the file agree on (2,211,383,297 bytes).
+    # OpenAI publishes no hash; public tools that verify the file agree on this one (2,211,383,297 bytes).
     "a37c32fffd316cd494cf3f35b339936debdc1576dad13fe57c42399a5dbc78b1",
 )
 
@@ -28,20 +28,21 @@ RESNET = {
     "conv_shortcut": "skip_connection",
 }
 ATTENTION = {"group_norm": "norm", "to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "to_out.0": "proj_out"}
-"""Of a block: diffusers' name -> OpenAI's."""
+"""Module names within a residual (`RESNET`) or attention (`ATTENTION`) block: diffusers -> OpenAI."""
 
 Weights = dict[str, Tensor]
 
 
 class NoisePredictor(Denoiser):
-    """A network that predicts the noise of a variance-preserving diffusion with 1000 discrete times, as a `Denoiser`.
+    """Adapter of a noise-predicting network to `Denoiser`, for variance-preserving diffusion with 1000 timesteps.
 
-    Betas rise linearly from 1e-4 to 0.02 (Ho et al. 2020, arXiv 2006.11239). Between two times of training, the time
-    is interpolated in log sigma: the network takes it through sinusoids, which know no integers.
+    Betas rise linearly from 1e-4 to 0.02 (Ho et al. 2020, arXiv 2006.11239). A noise level between two training
+    timesteps is mapped to a fractional timestep by linear interpolation in log sigma; the sinusoidal timestep embedding
+    of the network accepts it.
 
     Args:
-        network: takes (N, 3, H, W) in [-1, 1] scaled by sqrt(alpha_bar), and times (N,); the first 3 channels of its
-            output are the noise, further ones a learned variance, which is not used.
+        network: takes (N, 3, H, W) noisy images in [-1, 1] scaled by sqrt(alpha_bar), and (N,) timesteps. The first 3
+            output channels are the noise; further ones are a learned variance, which is not used.
     """
 
     log_sigmas: Tensor
@@ -62,7 +63,7 @@ class NoisePredictor(Denoiser):
         return (noisy - column * prediction[:, :3] + 1) / 2
 
     def time(self, sigma: Tensor) -> Tensor:
-        """(N,) noise of images in [-1, 1] -> (N,) times from 0 to 999, fractional between those of training."""
+        """Return the (N,) possibly fractional timesteps, 0 to 999, of (N,) noise levels of images in [-1, 1]."""
         log_sigma = sigma.log().contiguous()
         later = torch.searchsorted(self.log_sigmas, log_sigma).clamp(1, len(self.log_sigmas) - 1)
         low, high = self.log_sigmas[later - 1], self.log_sigmas[later]
@@ -70,19 +71,19 @@ class NoisePredictor(Denoiser):
 
 
 class OpenAIDenoiser(NoisePredictor):
-    """OpenAI's unconditional 256x256 model of ImageNet: 552,814,086 parameters, 2.2 GB.
+    """OpenAI's unconditional 256x256 ImageNet model: 552,814,086 parameters, 2.2 GB.
 
     Args:
-        path: the released `256x256_diffusion_uncond.pt`; null for `checkpoints/`.
-        download: whether to fetch it if it is not there.
+        path: the released `256x256_diffusion_uncond.pt`; null for this file in `checkpoints/`.
+        download: whether to download the file if it is missing.
 
     Raises:
-        DownloadError: the file is not there, cannot be fetched, or is not the released one.
+        DownloadError: the file is missing, cannot be downloaded, or does not have the released file's hash.
     """
 
     def __init__(self, path: Path | None = None, download: bool = False) -> None:
         path = UNCONDITIONAL_256.at(path or CHECKPOINTS / UNCONDITIONAL_256.name, download)
-        with torch.device("meta"):  # random weights that are overwritten at once would cost seconds and 2.2 GB
+        with torch.device("meta"):  # avoids seconds and 2.2 GB for random weights that are replaced
             network = unet()
         super().__init__(load_released(network, load_checkpoint(path)))
 
@@ -93,13 +94,13 @@ def unet(
     attention_from: int = 3,
     head_width: int = 64,
 ) -> UNet2DModel:
-    """The network as diffusers' `UNet2DModel`, by default that of the 256x256 models.
+    """Build OpenAI's network as diffusers' `UNet2DModel`, by default that of the 256x256 models.
 
     Args:
-        widths: channels at each resolution, multiples of 32.
+        widths: channels at each resolution, finest first, multiples of 32.
         depth: residual blocks at each resolution.
-        attention_from: the first level with self-attention.
-        head_width: channels of an attention head.
+        attention_from: index of the first level with self-attention.
+        head_width: channels per attention head.
     """
     plain, attending = attention_from, len(widths) - attention_from
     return UNet2DModel(
@@ -120,11 +121,14 @@ def unet(
 
 
 def load_released(network: UNet2DModel, released: Weights) -> UNet2DModel:
-    """Put OpenAI's weights into the network; nothing is computed, they are renamed, split and squeezed.
+    """Load OpenAI's weights into the network; the tensors are only renamed, split and squeezed.
 
     Args:
-        network: from `unet`; on the meta device, it takes the tensors themselves.
-        released: a state of OpenAI's `UNetModel` (attention in its legacy order).
+        network: from `unet`, possibly on the meta device: the loaded tensors replace its parameters without a copy.
+        released: state dict of OpenAI's `UNetModel`, with attention in its legacy order (head, qkv, channel).
+
+    Returns:
+        The network.
 
     Raises:
         SettingError: names or shapes differ.
@@ -137,11 +141,11 @@ def load_released(network: UNet2DModel, released: Weights) -> UNet2DModel:
     missing, foreign = set(origins.values()) - set(released), set(released) - set(origins.values())
     if missing or foreign:
         raise SettingError(
-            "The checkpoint is not of this network. "
+            "The checkpoint does not match this network ("
             + "; ".join(
-                f"{what}: {_some(names)}" for what, names in (("Missing", missing), ("foreign", foreign)) if names
+                f"{what}: {_some(names)}" for what, names in (("missing", missing), ("unexpected", foreign)) if names
             )
-            + f". Give the released '{UNCONDITIONAL_256.name}'."
+            + f"). Use the released '{UNCONDITIONAL_256.name}'."
         )
     weights, misfits = {}, []
     for name, place in network.state_dict().items():
@@ -150,15 +154,15 @@ def load_released(network: UNet2DModel, released: Weights) -> UNet2DModel:
             misfits.append(f"{origins[name]} {tuple(released[origins[name]].shape)}")
     if misfits:
         raise SettingError(
-            f"The checkpoint has other shapes than this network: {_some(misfits)}. "
-            f"Give the released '{UNCONDITIONAL_256.name}'."
+            f"The checkpoint's tensor shapes do not match this network: {_some(misfits)}. "
+            f"Use the released '{UNCONDITIONAL_256.name}'."
         )
     network.load_state_dict(weights, assign=True)
     return network
 
 
 def _modules(network: UNet2DModel) -> Iterator[tuple[str, str]]:
-    """Module of diffusers' network -> OpenAI's that holds its weights; some that a level does not have among them."""
+    """Yield (diffusers' module, OpenAI's module) names, including modules that some levels do not have."""
     yield from {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
@@ -171,7 +175,7 @@ def _modules(network: UNet2DModel) -> Iterator[tuple[str, str]]:
         ("mid_block.attentions.0", "middle_block.1", ATTENTION),
         ("mid_block.resnets.1", "middle_block.2", RESNET),
     ]
-    index = 1  # one running number for blocks of all levels, downsamplers among them
+    index = 1  # OpenAI numbers the blocks of all levels consecutively, including downsamplers
     for level, block in enumerate(network.down_blocks):
         for j in range(len(block.resnets)):
             pairs.append((f"down_blocks.{level}.resnets.{j}", f"input_blocks.{index}.0", RESNET))
@@ -186,7 +190,7 @@ def _modules(network: UNet2DModel) -> Iterator[tuple[str, str]]:
             pairs.append((f"up_blocks.{level}.resnets.{j}", f"output_blocks.{index}.0", RESNET))
             pairs.append((f"up_blocks.{level}.attentions.{j}", f"output_blocks.{index}.1", ATTENTION))
             index += 1
-        if block.upsamplers:  # the last part of a level's last block
+        if block.upsamplers:  # OpenAI's upsampler is the last part of a level's last block
             part = 2 if hasattr(block, "attentions") else 1
             pairs.append((f"up_blocks.{level}.upsamplers.0", f"output_blocks.{index - 1}.{part}", RESNET))
     for ours, theirs, names in pairs:
@@ -194,15 +198,15 @@ def _modules(network: UNet2DModel) -> Iterator[tuple[str, str]]:
 
 
 def _reshaped(name: str, weight: Tensor, head_width: int) -> Tensor:
-    """One tensor of OpenAI's as the parameter `name` of diffusers' network."""
+    """Return a tensor of OpenAI's state dict in the form of the parameter `name` of diffusers' network."""
     module = name.split(".")[-2]
-    if module in ("to_q", "to_k", "to_v"):  # (3C, C, 1) or (3C,), whose rows are ordered (head, qkv, channel)
+    if module in ("to_q", "to_k", "to_v"):  # (3C, C, 1) or (3C,), with rows in the order (head, qkv, channel)
         rows = weight.reshape(-1, 3, head_width, *weight.shape[1:2])
         return rows[:, ("to_q", "to_k", "to_v").index(module)].flatten(0, 1)
-    return weight.squeeze(-1) if ".to_out." in name else weight  # a 1x1 convolution is a linear layer
+    return weight.squeeze(-1) if ".to_out." in name else weight  # a 1x1 convolution equals a linear layer
 
 
 def _some(names: set[str] | list[str]) -> str:
-    """The first names, and how many more there are."""
+    """List the first six names and the number of further ones."""
     shown = sorted(names)[:6]
     return (", ".join(shown) or "none") + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

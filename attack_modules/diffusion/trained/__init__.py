@@ -1,1 +1,1 @@
-"""Diffusion models that this project trains: networks, training, and their files."""
+"""Diffusion models trained in this project: networks, training modules, data and model files."""

@@ -1,4 +1,4 @@
-"""Training that can be stopped at any time."""
+"""Base training module with an exponential moving average (EMA) of the weights."""
 
 import math
 from pathlib import Path
@@ -12,21 +12,21 @@ from fl_lightning.seeds import seed_of
 
 
 class AveragedModule(LightningModule):
-    """Adam at a constant rate, with an exponential moving average of the weights; at the end the rate may cool down.
+    """Trains with Adam at a constant learning rate, an EMA of the weights and an optional final cooldown.
 
-    So training can be stopped at any time, and one that is resumed for a cooldown ends as well as if it had been meant
-    to end there (Hägele et al. 2024, arXiv 2405.18392). The average is what is validated, and exported after every
-    epoch by its own `save(path)`.
+    Training can be stopped at any time. A stopped run that is resumed for a cooldown reaches the same quality as a run
+    planned for that length (Hägele et al. 2024, arXiv 2405.18392). The EMA network is validated, and exported after
+    every epoch with its `save(path)` method.
 
     Args:
-        network: what is trained.
+        network: the network to train.
         lr: learning rate of Adam.
-        warmup: steps in which the rate rises from zero.
-        decay: of the moving average a step; the average is shorter at first, (1 + steps) / (10 + steps).
-        export: where the averaged weights go; null for `exported` in the run directory.
-        exported: that file's name.
-        seed: of all that is drawn.
-        cooldown: steps before the last in which the rate falls to zero.
+        warmup: steps over which the learning rate rises from zero.
+        decay: EMA decay per step; early in training, the smaller (1 + steps) / (10 + steps) applies.
+        export: file for the EMA weights; null for `exported` in the run directory.
+        exported: file name in the run directory.
+        seed: seed of all random draws.
+        cooldown: final steps over which the learning rate falls to zero.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class AveragedModule(LightningModule):
         self.average = AveragedModel(network, multi_avg_fn=average).requires_grad_(False)
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr)  # fused, it refuses clipping in bf16-mixed
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr)  # fused Adam refuses clipping in bf16-mixed
         end = self.trainer.estimated_stepping_batches if self.cooldown else math.inf
 
         def factor(step: int) -> float:
@@ -65,7 +65,7 @@ class AveragedModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def step_generator(self) -> torch.Generator:
-        """The step's own: a resumed run draws what the uninterrupted one does."""
+        """Return a generator seeded by seed, rank and step, so that a resumed run equals an uninterrupted one."""
         return torch.Generator().manual_seed(seed_of(self.seed, self.global_rank, self.global_step))
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""A small diffusion model of images given their class, in pixels, that a CPU trains in the time of a lunch."""
+"""Small class-conditional diffusion model in pixel space, trainable on one CPU core in about two hours."""
 
 import json
 from pathlib import Path
@@ -19,27 +19,30 @@ from fl_lightning.errors import SettingError
 SHIPPED = CHECKPOINTS / "cifar10_diffusion.safetensors"
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 40.0, 0.5
-"""Standard deviations of noise and of pixels, of images in [-1, 1]."""
+"""Lowest and highest noise level, and standard deviation of the pixels, for images in [-1, 1]."""
 GUIDANCE = 8.0
-"""Scale of classifier-free guidance, 1 for none."""
+"""Default scale of classifier-free guidance; 1 for none."""
 
 
 class SmallConditional(ConditionalModel):
-    """A convolutional U-Net under the preconditioning of EDM (arXiv 2206.00364, table 1), on 2x2 pixels at a time.
+    """Convolutional U-Net on 2x2 pixel blocks with the preconditioning of EDM (arXiv 2206.00364, table 1).
 
-    Its latents are the images themselves, in [-1, 1].
+    The latents are the images themselves, in [-1, 1].
 
     Args:
-        channels: of the U-Net's levels, finest first, multiples of 8; each level halves height and width.
-        layers: residual blocks a level.
-        image_size: height and width of the images, a multiple of 2 to the number of levels.
-        class_names: one a class, in the order of the labels.
-        guidance: scale of classifier-free guidance; 1 for none.
+        channels: channels of each U-Net level, finest first, multiples of 8; each level halves height and width.
+        layers: residual blocks per level.
+        image_size: height and width of the images, a multiple of 2^len(channels).
+        class_names: class names in label order.
+        guidance: scale of classifier-free guidance, >= 1; 1 for none.
+
+    Raises:
+        SettingError: an argument is out of range.
     """
 
     def __init__(
         self,
-        channels: list[int] = [32, 64, 128],  # noqa: B006 - never changed
+        channels: list[int] = [32, 64, 128],  # noqa: B006 - never mutated
         layers: int = 1,
         image_size: int = 32,
         class_names: list[str] = list(CIFAR10),  # noqa: B006
@@ -48,11 +51,11 @@ class SmallConditional(ConditionalModel):
         super().__init__()
         if layers < 1 or not channels or any(c < 8 or c % 8 for c in channels) or image_size % 2 ** len(channels):
             raise SettingError(
-                "The model needs layers >= 1, channels in multiples of 8 and an image_size that halves once a level, "
-                f"but got layers={layers}, channels={channels}, image_size={image_size}."
+                "The model needs layers >= 1, channels that are multiples of 8 and an image_size divisible by "
+                f"2^len(channels), but got layers={layers}, channels={channels}, image_size={image_size}."
             )
         if guidance < 1:
-            raise SettingError(f"Guidance needs a scale >= 1, but got {guidance}.")
+            raise SettingError(f"Guidance needs a scale >= 1, but got guidance={guidance}.")
         self.settings = {"channels": list(channels), "layers": layers, "image_size": image_size}
         self.settings["class_names"] = list(class_names)
         self.classes = [ImageClass(name) for name in class_names]
@@ -60,16 +63,19 @@ class SmallConditional(ConditionalModel):
         self.image_size = image_size
         self.latent_shape = (3, image_size, image_size)
         self.register_buffer("alphas", edm_alphas(1000, SIGMA_MIN, SIGMA_MAX), persistent=False)
-        self.unet = unet_of_squares(channels, layers, len(class_names) + 1)  # the last is no class
+        self.unet = unet_of_squares(channels, layers, len(class_names) + 1)  # the last is the null class
         self.to(memory_format=torch.channels_last)
 
     def denoise(self, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        """The expected clean images.
+        """Return the posterior mean of the clean images, without guidance.
 
         Args:
             noisy: (N, 3, H, W) images in [-1, 1] plus Gaussian noise.
             sigma: (N,) standard deviation of that noise.
-            labels: (N,) long; the one after the last class is no class.
+            labels: (N,) class labels, long; label len(classes) is the null class.
+
+        Returns:
+            (N, 3, H, W) images in [-1, 1], not clamped.
         """
         return denoised(self.unet, noisy, sigma, sigma, SIGMA_DATA, labels)
 
@@ -88,32 +94,32 @@ class SmallConditional(ConditionalModel):
         return (latents + 1) / 2
 
     def save(self, path: Path) -> None:
-        """Write weights, in half precision, and settings to one safetensors file, which is whole or not there.
+        """Write half-precision weights and the settings to one safetensors file, atomically.
 
         Raises:
-            StorageError: the disk is full or the folder cannot be written.
+            StorageError: the disk is full or the folder is not writable.
         """
         save_model(self, self.settings, path)
 
 
 class TrainedConditional(SmallConditional):
-    """The `SmallConditional` in a file that training wrote, by default the shipped one of CIFAR-10.
+    """`SmallConditional` loaded from a model file, by default the shipped CIFAR-10 model.
 
     Args:
-        weights: the file.
-        guidance: scale of classifier-free guidance; 1 for none.
+        weights: model file written by `SmallConditional.save`.
+        guidance: scale of classifier-free guidance, >= 1; 1 for none.
 
     Raises:
-        MissingFile: there is no such file.
-        StorageError: it is cut short, or no such model.
+        MissingFile: the file does not exist.
+        StorageError: the file is truncated or does not hold such a model.
     """
 
     def __init__(self, weights: Path = SHIPPED, guidance: float = GUIDANCE) -> None:
         missing = (
             f"There is no diffusion model at '{weights}'. Train one with `python cli.py fit --config "
-            "configs/cifar10_diffusion.yaml`, or name another file."
+            "configs/cifar10_diffusion.yaml`, or give another file."
         )
-        advice = "Name a file that training exported, `diffusion.safetensors` in its run directory."
+        advice = "Give a file exported by training: `diffusion.safetensors` in the run directory."
         with opened_model(weights, missing, "a class-conditional diffusion model", advice) as (facts, state):
             super().__init__(**json.loads(facts["settings"]), guidance=guidance)
             self.load_state_dict(state)
@@ -121,22 +127,26 @@ class TrainedConditional(SmallConditional):
 
 
 class ClassConditionalDiffusion(AveragedModule):
-    """Trains a `SmallConditional`; its data is a dataset with one client, such as `CIFAR10`.
+    """Trains a `SmallConditional` on a dataset with one client, such as `CIFAR10`.
 
-    Adam at a constant rate, and an exponential moving average of the weights in place of annealing: training can be
-    stopped at any time. The average is what is validated and exported. Validation is the weighted error of denoising at
-    the same noise every time.
+    Adam runs at a constant learning rate, with an exponential moving average (EMA) of the weights instead of annealing,
+    so training can be stopped at any time. The EMA network is validated and exported. The validation loss is the
+    weighted denoising error with the same noise in every validation.
 
     Args:
-        model: the model.
+        model: the model to train.
         lr: learning rate of Adam.
-        warmup: steps in which the rate rises from zero.
-        decay: of the moving average a step; the average is shorter at first, (1 + steps) / (10 + steps).
-        typical_sigma: median noise level of training, of images in [-1, 1].
-        spread: standard deviation of the noise level's logarithm.
-        dropout: share of images whose class is withheld, so that guidance has something to guide away from.
-        export: where the averaged weights go after every epoch; null for `diffusion.safetensors` in the run directory.
-        seed: of noise levels, noise, reflections and withheld classes.
+        warmup: steps over which the learning rate rises from zero.
+        decay: EMA decay per step; early in training, the smaller (1 + steps) / (10 + steps) applies.
+        typical_sigma: median noise level of training, for images in [-1, 1].
+        spread: standard deviation of log sigma.
+        dropout: fraction of training images whose label is replaced by the null class, which guidance requires.
+        export: file for the EMA weights, written after every epoch; null for `diffusion.safetensors` in the run
+            directory.
+        seed: seed of noise levels, noise, horizontal flips and label dropout.
+
+    Raises:
+        SettingError: an argument is out of range.
     """
 
     def __init__(
@@ -153,7 +163,7 @@ class ClassConditionalDiffusion(AveragedModule):
     ) -> None:
         if lr <= 0 or warmup < 0 or not 0 <= decay < 1 or min(typical_sigma, spread) <= 0 or not 0 <= dropout < 1:
             raise SettingError(
-                "`model` needs lr, typical_sigma, spread > 0, warmup >= 0, and decay and dropout in [0, 1), but got "
+                "`model` needs lr, typical_sigma and spread > 0, warmup >= 0, decay and dropout in [0, 1), but got "
                 f"lr={lr}, typical_sigma={typical_sigma}, spread={spread}, warmup={warmup}, decay={decay}, "
                 f"dropout={dropout}."
             )
@@ -166,9 +176,9 @@ class ClassConditionalDiffusion(AveragedModule):
         return [ModelCheckpoint(filename="{step}", save_last=True, auto_insert_metric_name=False)]
 
     def error(self, network: SmallConditional, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """(N,) errors of denoising images in [0, 1], weighted so that all noise levels count alike."""
+        """Return the (N,) denoising errors of images in [0, 1], weighted so that all noise levels count equally."""
         uniform = (torch.arange(len(images)) + torch.rand(len(images), generator=generator)) / len(images)
-        normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))  # stratified: every batch has small and large ones
+        normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))  # stratified: every batch has low and high noise
         sigma = self.typical_sigma * (self.spread * normal).exp().clamp(SIGMA_MIN / self.typical_sigma)
         sigma = sigma.clamp(max=SIGMA_MAX).to(images)
         noise = torch.randn(images.shape, generator=generator).to(images)

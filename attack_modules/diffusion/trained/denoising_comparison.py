@@ -1,4 +1,4 @@
-"""Looking at a denoiser: PSNR at fixed noise beside total variation, pictures, and samples."""
+"""Callback that compares a denoiser with total variation (TV) by PSNR, and logs example images and samples."""
 
 from itertools import pairwise
 from typing import Any
@@ -14,21 +14,23 @@ from attack_modules.diffusion.denoiser import Denoiser
 from attack_modules.panels import draw_panel
 
 LEVELS = (0.05, 0.1, 0.2, 0.4)
-"""Noise at which denoisers are compared, in units of [0, 1]."""
+"""Noise levels at which denoisers are compared, in units of [0, 1]."""
 TV_WEIGHTS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.4)
-"""Candidates for the weight of total variation, as multiples of sigma."""
+"""Candidate TV weights, as multiples of sigma."""
 
 
 class DenoisingComparison(Callback):
-    """At every validation, logs `psnr/SIGMA` of the module's denoiser and `psnr_tv/SIGMA` of total variation.
+    """Logs `psnr/SIGMA` of the module's denoiser and `psnr_tv/SIGMA` of TV denoising in validation and test.
 
-    The weight of total variation is the best for some training images, at each noise level; its scores never change,
-    so they are measured once. Pictures of denoising and samples from noise go to TensorBoard.
+    At each noise level, the TV weight is the best one on the datamodule's `tuning_images`. TV results are computed once
+    and cached, because images and noise are the same in every validation. Denoised images and samples are logged to
+    TensorBoard.
 
-    The module's `validation_step` gives a `Denoiser`; its datamodule has `tuning_images`, (N, 3, H, W) in [0, 1].
+    The module's `validation_step` and `test_step` must return a `Denoiser`; the datamodule must provide
+    `tuning_images`, (N, 3, H, W) in [0, 1].
 
     Args:
-        shown: images in the pictures.
+        shown: number of images in the logged panels.
     """
 
     def __init__(self, shown: int = 8) -> None:
@@ -70,7 +72,7 @@ class DenoisingComparison(Callback):
             trainer.logger.experiment.add_image("samples", picture, trainer.global_step)
 
     def _smooth(self, stage: str, trainer: Trainer, noisy: Tensor, sigma: float, batch_idx: int) -> Tensor:
-        """The batch after total variation, remembered: batch and noise are the same in every validation."""
+        """Return the batch denoised by TV, cached because batch and noise are the same in every validation."""
         if sigma not in self._weights:
             clean = trainer.datamodule.tuning_images
             grainy = add_noise(clean, sigma, seed=-1)
@@ -85,18 +87,18 @@ class DenoisingComparison(Callback):
 
 
 def add_noise(images: Tensor, sigma: float, seed: int) -> Tensor:
-    """Images plus Gaussian noise of standard deviation `sigma`, always the same."""
+    """Add Gaussian noise of standard deviation `sigma` to images; the same seed gives the same noise."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     return images + sigma * noise.to(images)
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
-    """(N,) peak signal-to-noise ratio in dB of (N, C, H, W) images in [0, 1]."""
+    """Return the (N,) peak signal-to-noise ratios in dB of (N, C, H, W) images in [0, 1]."""
     return -10 * (images - originals).square().mean((1, 2, 3)).log10()
 
 
 def total_variation_denoised(noisy: Tensor, weight: float) -> Tensor:
-    """(N, C, H, W) after total variation (Chambolle 2004; `skimage.restoration`), in [0, 1]."""
+    """Denoise (N, C, H, W) images by TV (Chambolle 2004; `skimage.restoration`) and clamp them to [0, 1]."""
     smooth = [denoise_tv_chambolle(image.cpu().numpy(), weight, channel_axis=0) for image in noisy]
     return torch.stack([torch.from_numpy(image) for image in smooth]).to(noisy).clamp(0, 1)
 
@@ -105,7 +107,11 @@ def total_variation_denoised(noisy: Tensor, weight: float) -> Tensor:
 def sample(
     denoiser: Denoiser, shape: tuple[int, int, int, int], device: torch.device, steps: int = 24, seed: int = 0
 ) -> Tensor:
-    """Images from noise by Euler steps of the probability flow (EDM, arXiv 2206.00364, equation 5, rho 7)."""
+    """Sample images by Euler steps of the probability flow ODE, clamped to [0, 1].
+
+    The noise levels fall from the denoiser's `sigma_max` to its `sigma_min` (EDM, arXiv 2206.00364, equation 5 with
+    rho = 7), then to zero.
+    """
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     high, low = denoiser.sigma_max ** (1 / 7), denoiser.sigma_min ** (1 / 7)
     sigmas = [*((high + ramp * (low - high)) ** 7).tolist(), 0.0]

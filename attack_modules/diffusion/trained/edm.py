@@ -1,6 +1,6 @@
-"""A U-Net on 2x2 pixels at a time under the preconditioning of EDM (arXiv 2206.00364, table 1).
+"""U-Net on 2x2 pixel blocks with the preconditioning of EDM (arXiv 2206.00364, table 1).
 
-The pixels of each 2x2 square become channels (as in FFDNet, arXiv 1710.04026), which quarters the cost.
+The pixels of each 2x2 block become channels (as in FFDNet, arXiv 1710.04026), which reduces the cost to a quarter.
 """
 
 import torch
@@ -10,12 +10,12 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 def unet_of_squares(channels: list[int], layers: int, num_classes: int | None = None) -> UNet2DModel:
-    """A convolutional U-Net without attention on (N, 12, H/2, W/2), which predicts nothing before it is trained.
+    """Build a convolutional U-Net without attention on (N, 12, H/2, W/2), initialised to output zero.
 
     Args:
-        channels: of the levels, finest first, multiples of 8; each level halves height and width.
-        layers: residual blocks a level.
-        num_classes: labels that it is told, null for none.
+        channels: channels of each level, finest first, multiples of 8; each level halves height and width.
+        layers: residual blocks per level.
+        num_classes: number of class labels, including any null class; null for an unconditional network.
     """
     unet = UNet2DModel(
         in_channels=12,
@@ -42,17 +42,20 @@ def denoised(
     sigma_data: float,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The expected clean images; before training, of the best pixelwise linear denoiser.
+    """Return the posterior mean of the clean images; before training, the best pixelwise linear estimate.
 
     Args:
-        unet: of `unet_of_squares`.
-        noisy: (N, 3, H, W) images about 0, plus Gaussian noise.
+        unet: from `unet_of_squares`.
+        noisy: (N, 3, H, W) zero-centred images plus Gaussian noise.
         sigma: (N,) standard deviation of that noise.
-        told: (N,) the one that the network is told.
+        told: (N,) noise level that the U-Net is conditioned on; it differs from `sigma` outside the trained range.
         sigma_data: standard deviation of the images' pixels.
-        labels: (N,) long, if the network takes any.
+        labels: (N,) class labels, long, if the network is class-conditional.
+
+    Returns:
+        (N, 3, H, W) zero-centred images.
     """
-    timestep = 8 * told.log()  # 8: a period of the embedding is 0.8 in log sigma
+    timestep = 8 * told.log()  # 8: the embedding's shortest period is 0.8 in log sigma
     sigma = sigma[:, None, None, None]
     variance = sigma.square() + sigma_data**2
     squares = pixel_unshuffle(noisy * variance.rsqrt(), 2).contiguous(memory_format=torch.channels_last)
@@ -61,5 +64,5 @@ def denoised(
 
 
 def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    """(N,) weight of the squared error, which makes the U-Net's own error count alike at every noise level."""
+    """Return the (N,) loss weights under which the U-Net's output error counts equally at every noise level."""
     return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()

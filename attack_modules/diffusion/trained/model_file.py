@@ -1,4 +1,4 @@
-"""Models that we train, each in one safetensors file: weights in half precision, settings in its metadata."""
+"""Model files: one safetensors file with half-precision weights and the settings in its metadata."""
 
 import json
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ from fl_lightning.storage import StorageError, atomic_path
 
 
 def save_model(model: nn.Module, settings: dict[str, Any], path: Path, **facts: str) -> None:
-    """Write a model's state and settings to one file, which is whole or not there.
+    """Write a model's state dict and settings to one file, atomically.
 
     Args:
-        model: its state is stored in half precision.
-        settings: of plain JSON types, from which the model is built again.
-        path: the file.
+        model: the model, whose state dict is stored in half precision.
+        settings: constructor arguments that rebuild the model, of JSON types.
+        path: the file to write.
         facts: further metadata.
 
     Raises:
-        StorageError: the disk is full or the folder cannot be written.
+        StorageError: the disk is full or the folder is not writable.
     """
     weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(path) as temporary:
@@ -35,19 +35,19 @@ def save_model(model: nn.Module, settings: dict[str, Any], path: Path, **facts: 
 def opened_model(
     path: Path, missing: str, kind: str, advice: str
 ) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
-    """What `save_model` wrote: metadata, with the settings as JSON, and the state in single precision on the CPU.
+    """Yield the metadata (with the settings as JSON) and the float32 state dict, on the CPU, of a `save_model` file.
 
-    What fails inside the `with`, where the model is built from them, is the file's fault and said so.
+    The caller rebuilds the model inside the `with` block; errors raised there are reported as errors of the file.
 
     Args:
-        path: the file.
-        missing: the sentences for a file that is not there.
-        kind: what the file should hold, with its article.
-        advice: what to do about a file that holds something else.
+        path: the file to read.
+        missing: error message if the file does not exist.
+        kind: what the file should hold, with its article, for the error message.
+        advice: what to do if the file holds something else, for the error message.
 
     Raises:
-        MissingFile: there is no such file.
-        StorageError: it is cut short, or no such model.
+        MissingFile: the file does not exist.
+        StorageError: the file is truncated or does not hold such a model.
     """
     if not Path(path).is_file():
         raise MissingFile(missing)

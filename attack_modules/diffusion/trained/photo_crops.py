@@ -1,4 +1,4 @@
-"""Crops of photographs, to train a diffusion prior on."""
+"""Random crops of photographs, the training data of diffusion priors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,33 +15,37 @@ from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.seeds import seed_of
 
 LONGEST_SHORT_SIDE = 512
-"""Larger photographs are reduced to this short side when they are read, to bound memory."""
+"""Short side, in pixels, to which larger photographs are downscaled when they are read, to bound memory."""
 
 
 class PhotoCrops(LightningDataModule):
-    """Square crops of random place, scale and reflection from all photographs in some folders, held in memory.
+    """Square crops of random position, scale and horizontal flip of all photographs in some folders, held in memory.
 
-    A crop shrinks its part of the photograph by 1 to `reduction` with antialiasing, because the images that a prior
-    will see are themselves reduced photographs.
+    Each crop is downscaled by a factor of 1 to `reduction` with antialiasing, because the prior is applied to images
+    that are themselves downscaled photographs.
 
     Args:
-        roots: folders, searched with all that is in them.
-        validation: text file with one name a line. An image is held out for validation if its own name or its folder's
-            is in it.
-        left_out: more such files; their images are neither trained on nor validated with.
+        roots: folders of photographs, searched recursively.
+        validation: text file with one name per line; an image is held out for validation if its file name or the name
+            of its folder is listed.
+        left_out: further such files; images that they list are not used for training, nor for validation unless
+            `validation` lists them too.
         crop_size: height and width of a crop, in pixels.
-        reduction: the largest factor by which a photograph is shrunk.
-        image_size: height and width of the validation images, cut and resized as an attack's (`read_image`).
-        batch_size: crops in a batch, and images in one of validation.
-        steps_per_epoch: batches in an epoch, after which weights are exported and a checkpoint is written.
-        seed: of the crops.
+        reduction: largest downscaling factor, >= 1.
+        image_size: height and width of the validation images, cropped and resized as in attacks (`read_image`).
+        batch_size: crops per training batch, and images per validation batch.
+        steps_per_epoch: batches per epoch; after each epoch, weights are exported and a checkpoint is written.
+        seed: seed of the crops.
+
+    Raises:
+        SettingError: an argument is below 1.
     """
 
     def __init__(
         self,
         roots: list[Path],
         validation: Path,
-        left_out: list[Path] = [],  # noqa: B006 - never changed
+        left_out: list[Path] = [],  # noqa: B006 - never mutated
         crop_size: int = 48,
         reduction: float = 2.0,
         image_size: int = 128,
@@ -74,12 +78,13 @@ class PhotoCrops(LightningDataModule):
         training = [path for path in paths if not {path.name, path.parent.name} & (validation | left_out)]
         if not training or not held_out:
             raise SettingError(
-                f"Of {len(paths)} images, {len(training)} are left to train on and {len(held_out)} are held out by "
-                f"'{self.validation}', but both need one. Name more folders in `data.roots`, or other names there."
+                f"Of {len(paths)} images, {len(training)} remain for training and {len(held_out)} are held out by "
+                f"'{self.validation}', but each set needs at least one. "
+                "Add folders to `data.roots` or change the names in that file."
             )
         self.crops = Crops([read_photograph(path) for path in training], self.crop_size, self.reduction, self.seed)
         self.held_out = Shown(held_out, self.image_size)
-        # Some training images as validation sees its own, on which a baseline may be tuned.
+        # Up to six training images, preprocessed like the validation images, on which a baseline is tuned.
         self.tuning_images = torch.stack(list(Shown(training[:: max(1, len(training) // 6)][:6], self.image_size)))
 
     def train_dataloader(self) -> DataLoader:
@@ -87,20 +92,20 @@ class PhotoCrops(LightningDataModule):
         return DataLoader(self.crops, self.batch_size, sampler=ahead, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader:
-        # A generator of its own: every pass of a DataLoader would draw from the global one.
+        # Without its own generator, every pass of a DataLoader draws from the global one.
         return DataLoader(self.held_out, self.batch_size, generator=torch.Generator())
 
     test_dataloader = val_dataloader
 
 
 class Crops(Dataset):
-    """Endless crops; the n-th is always the same one.
+    """Unlimited random crops; the same index always gives the same crop.
 
     Args:
-        photographs: RGB.
+        photographs: RGB images.
         size: height and width of a crop, in pixels.
-        reduction: the largest factor by which a photograph is shrunk; photographs too small for it are shrunk less.
-        seed: of all crops.
+        reduction: largest downscaling factor; it is limited by the size of the photograph.
+        seed: seed of all crops.
 
     Raises:
         SettingError: a photograph is smaller than a crop.
@@ -109,8 +114,8 @@ class Crops(Dataset):
     def __init__(self, photographs: list[Image.Image], size: int, reduction: float, seed: int) -> None:
         if (smallest := min(min(photograph.size) for photograph in photographs)) < size:
             raise SettingError(
-                f"A photograph is {smallest} pixels high or wide, but crops of {size} are wanted. "
-                "Lower `data.crop_size`, or take small images out."
+                f"The smallest photograph is {smallest} pixels high or wide, but crops need {size} pixels. "
+                "Lower `data.crop_size` or remove small images."
             )
         self.photographs = photographs
         self.size = size
@@ -118,7 +123,7 @@ class Crops(Dataset):
         self.seed = seed
 
     def __getitem__(self, index: int) -> Tensor:
-        """float32 (3, size, size) in [0, 1]."""
+        """Return the crop as float32 (3, size, size) in [0, 1]."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, index))
         photograph = self.photographs[int(torch.randint(len(self.photographs), (), generator=generator))]
         scale, across, down, flip = torch.rand(4, generator=generator).tolist()
@@ -130,14 +135,14 @@ class Crops(Dataset):
 
 
 class Ahead(Sampler[int]):
-    """The numbers of an epoch's crops: each epoch goes on where the last ended, also in a run that is resumed."""
+    """Crop indices of an epoch: each epoch continues where the previous one ended, also in a resumed run."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before every epoch."""
+        """Set the epoch; Lightning calls this before every epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -148,7 +153,7 @@ class Ahead(Sampler[int]):
 
 
 class Shown(Dataset):
-    """Whole images as an attack sees them: float32 (3, size, size) in [0, 1]."""
+    """Whole images, cropped and resized as in attacks: float32 (3, size, size) in [0, 1]."""
 
     def __init__(self, paths: list[Path], size: int) -> None:
         self.pixels = torch.stack([read_image(path, size, 3) for path in paths])
@@ -161,10 +166,10 @@ class Shown(Dataset):
 
 
 def image_paths(root: Path) -> list[Path]:
-    """All image files in a folder and the folders in it, sorted.
+    """Return all image files in a folder and its subfolders, sorted.
 
     Raises:
-        MissingFile: there is no such folder, or no image in it.
+        MissingFile: the folder does not exist or contains no image.
     """
     paths = sorted(path for path in root.rglob("*") if is_image_name(path.name)) if root.is_dir() else []
     if not paths:
@@ -173,19 +178,19 @@ def image_paths(root: Path) -> list[Path]:
 
 
 def read_names(path: Path) -> set[str]:
-    """The names in a text file, one a line; lines that begin with # are comments.
+    """Return the names in a text file with one name per line; lines that begin with # are comments.
 
     Raises:
-        MissingFile: there is no such file.
+        MissingFile: the file does not exist.
     """
     if not path.is_file():
-        raise MissingFile(f"There is no list of names at '{path}'. Write one folder or file name a line.")
+        raise MissingFile(f"There is no list of names at '{path}'. Write one folder or file name per line.")
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     return {line for line in lines if line and not line.startswith("#")}
 
 
 def read_photograph(path: PathLike) -> Image.Image:
-    """A photograph, upright, in RGB, whole; reduced if it is very large.
+    """Read a whole photograph in RGB, rotated upright; downscaled if its short side exceeds `LONGEST_SHORT_SIDE`.
 
     Raises:
         UnreadableImage: the file is truncated or not an image.
@@ -193,9 +198,9 @@ def read_photograph(path: PathLike) -> Image.Image:
     try:
         with Image.open(path) as image:
             photograph = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # foreign bytes make Pillow's decoders raise nearly anything
+    except Exception as error:  # Pillow's decoders raise nearly any exception on invalid data
         raise UnreadableImage(
-            f"The photograph '{path}' cannot be read ({error}). Replace it or take it out."
+            f"The photograph '{path}' cannot be read ({error}). Replace it or remove it from the folder."
         ) from error
     factor = LONGEST_SHORT_SIDE / min(photograph.size)
     if factor < 1:

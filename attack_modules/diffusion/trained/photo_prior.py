@@ -1,4 +1,4 @@
-"""A small diffusion model of photographs that is trained within hours on one CPU core, and serves as a denoiser."""
+"""Small diffusion prior of photographs, trained within hours on one CPU core and used as a denoiser."""
 
 import json
 from pathlib import Path
@@ -19,18 +19,21 @@ FORMAT = "curious-client diffusion prior 1"
 
 
 class TrainedPrior(Denoiser):
-    """A convolutional U-Net under the preconditioning of EDM (arXiv 2206.00364, table 1), on 2x2 pixels at a time.
+    """Convolutional U-Net on 2x2 pixel blocks with the preconditioning of EDM (arXiv 2206.00364, table 1).
 
-    Preconditioned, it is the best pixelwise linear denoiser before it has learned anything, and the identity as the
-    noise vanishes. The pixels of each 2x2 square become channels (as in FFDNet, arXiv 1710.04026), which quarters the
-    cost. There is no attention, so images of any size go in.
+    Due to the preconditioning, the untrained network is the best pixelwise linear denoiser, and the output tends to the
+    input as the noise vanishes. The pixels of each 2x2 block become channels (as in FFDNet, arXiv 1710.04026), which
+    reduces the cost to a quarter. Without attention, it accepts images of any size divisible by `multiple`.
 
     Args:
-        channels: of the U-Net's levels, finest first, multiples of 8; each level halves height and width.
-        layers: residual blocks a level.
-        sigma_min: the least noise that it is trained on, in units of [0, 1].
-        sigma_max: the most.
-        sigma_data: standard deviation of a photograph's pixels about mid-grey.
+        channels: channels of each U-Net level, finest first, multiples of 8; each level halves height and width.
+        layers: residual blocks per level.
+        sigma_min: lowest noise level of training, in units of [0, 1].
+        sigma_max: highest noise level of training, in units of [0, 1].
+        sigma_data: standard deviation of a photograph's pixels about mid-grey, in units of [0, 1].
+
+    Raises:
+        SettingError: an argument is out of range.
     """
 
     def __init__(
@@ -44,8 +47,8 @@ class TrainedPrior(Denoiser):
         super().__init__()
         if layers < 1 or not channels or any(c < 8 or c % 8 for c in channels):
             raise SettingError(
-                f"A prior needs layers >= 1 and channels in multiples of 8, but got layers={layers}, "
-                f"channels={channels}. Give for instance layers=2, channels=[64, 128, 152]."
+                f"A prior needs layers >= 1 and channels that are multiples of 8, but got layers={layers}, "
+                f"channels={channels}. Use for example layers=2, channels=[64, 128, 152]."
             )
         if not 0 < sigma_min < sigma_max or sigma_data <= 0:
             raise SettingError(
@@ -65,7 +68,7 @@ class TrainedPrior(Denoiser):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """See `Denoiser`; noise outside `sigma_min` to `sigma_max` is told to the network as the nearer of the two.
+        """See `Denoiser`; the U-Net is conditioned on `sigma` clamped to [`sigma_min`, `sigma_max`].
 
         Raises:
             SettingError: the images are not RGB, or their height or width is not a multiple of `multiple`.
@@ -80,30 +83,30 @@ class TrainedPrior(Denoiser):
         return 0.5 + denoised(self.unet, noisy - 0.5, sigma, told, self.sigma_data)
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        """(N,) weight of the squared error, which makes the U-Net's own error count alike at every noise level."""
+        """Return the (N,) loss weights under which the U-Net's output error counts equally at every noise level."""
         return loss_weight(sigma, self.sigma_data)
 
     def save(self, path: Path) -> None:
-        """Write weights, in half precision, and settings to one safetensors file, which is whole or not there.
+        """Write half-precision weights and the settings to one safetensors file, atomically.
 
         Raises:
-            StorageError: the disk is full or the folder cannot be written.
+            StorageError: the disk is full or the folder is not writable.
         """
         save_model(self, self.settings, path, format=FORMAT)
 
     @classmethod
     def load(cls, path: Path) -> "TrainedPrior":
-        """The prior in a file that `save` wrote, in single precision on the CPU, not trainable.
+        """Load a prior from a file written by `save`, in float32 on the CPU, with frozen parameters.
 
         Raises:
-            MissingFile: there is no such file.
-            StorageError: it is cut short, or no such prior.
+            MissingFile: the file does not exist.
+            StorageError: the file is truncated or does not hold such a prior.
         """
         missing = (
             f"There is no prior at '{path}'. Train one with `python cli.py fit --config configs/prior_photos.yaml` "
-            "or name another file."
+            "or give another file."
         )
-        advice = "Name a file that training exported, `prior.safetensors` in its run directory."
+        advice = "Give a file exported by training: `prior.safetensors` in the run directory."
         with opened_model(path, missing, "a diffusion prior", advice) as (facts, state):
             if facts.get("format") != FORMAT:
                 raise ValueError(f"its format is {facts.get('format')!r}, not {FORMAT!r}")
@@ -113,31 +116,33 @@ class TrainedPrior(Denoiser):
 
 
 class DiffusionPrior(AveragedModule):
-    """Trains a `TrainedPrior` to denoise photographs; its data is `PhotoCrops`.
+    """Trains a `TrainedPrior` as a denoiser of photographs, on the data of `PhotoCrops`.
 
-    Adam at a constant rate, and an exponential moving average of the weights: training can be stopped at any time. The
-    average is what is validated and exported.
-
-    Validation is PSNR of denoising at four noise levels, the same noise every time, beside total variation.
+    Adam runs at a constant learning rate, with an exponential moving average (EMA) of the weights, so training can be
+    stopped at any time. The EMA network is validated and exported. Validation measures denoising PSNR at four noise
+    levels, with the same noise every time, in comparison with total variation (`DenoisingComparison`).
 
     Args:
-        channels: of the U-Net's levels, finest first, multiples of 8; each level halves height and width.
-        layers: residual blocks a level.
+        channels: channels of each U-Net level, finest first, multiples of 8; each level halves height and width.
+        layers: residual blocks per level.
         lr: learning rate of Adam.
-        warmup: steps in which the rate rises from zero.
-        cooldown: steps before the last (`trainer.max_epochs`) in which the rate falls to zero; training that was
-            stopped may be resumed for them alone.
-        decay: of the moving average a step; the average is shorter at first, (1 + steps) / (10 + steps).
+        warmup: steps over which the learning rate rises from zero.
+        cooldown: final steps before the end (`trainer.max_epochs`) over which the learning rate falls to zero; a
+            stopped run can be resumed for the cooldown only.
+        decay: EMA decay per step; early in training, the smaller (1 + steps) / (10 + steps) applies.
         typical_sigma: median noise level of training, in units of [0, 1].
-        spread: standard deviation of the noise level's logarithm. The default puts three quarters between 0.02 and 0.5.
-        wide_share: share of noise levels drawn log-uniformly from the prior's whole range instead.
-        export: where the averaged weights go after every epoch; null for `prior.safetensors` in the run directory.
-        seed: of noise levels and noise.
+        spread: standard deviation of log sigma; by default, three quarters of the levels lie between 0.02 and 0.5.
+        wide_share: fraction of noise levels that are drawn log-uniformly from the prior's whole range instead.
+        export: file for the EMA weights, written after every epoch; null for `prior.safetensors` in the run directory.
+        seed: seed of noise levels and noise.
+
+    Raises:
+        SettingError: an argument is out of range.
     """
 
     def __init__(
         self,
-        channels: list[int] = [64, 128, 152],  # noqa: B006 - never changed
+        channels: list[int] = [64, 128, 152],  # noqa: B006 - never mutated
         layers: int = 2,
         lr: float = 5e-4,
         warmup: int = 100,
@@ -152,9 +157,9 @@ class DiffusionPrior(AveragedModule):
         shares = 0 <= decay < 1 and 0 <= wide_share <= 1
         if min(lr, typical_sigma, spread) <= 0 or min(warmup, cooldown) < 0 or not shares:
             raise SettingError(
-                "`model` needs lr, typical_sigma, spread > 0, warmup, cooldown >= 0, decay in [0, 1) and wide_share in "
-                f"[0, 1], but got lr={lr}, typical_sigma={typical_sigma}, spread={spread}, warmup={warmup}, "
-                f"cooldown={cooldown}, decay={decay}, wide_share={wide_share}."
+                "`model` needs lr, typical_sigma and spread > 0, warmup and cooldown >= 0, decay in [0, 1) and "
+                f"wide_share in [0, 1], but got lr={lr}, typical_sigma={typical_sigma}, spread={spread}, "
+                f"warmup={warmup}, cooldown={cooldown}, decay={decay}, wide_share={wide_share}."
             )
         super().__init__(TrainedPrior(channels, layers), lr, warmup, decay, export, "prior.safetensors", seed, cooldown)
         self.typical_sigma = typical_sigma
@@ -163,17 +168,17 @@ class DiffusionPrior(AveragedModule):
 
     @property
     def prior(self) -> TrainedPrior:
-        """The denoiser of the averaged weights."""
+        """The prior with the EMA weights."""
         return self.average.module
 
     def configure_callbacks(self) -> list[Callback]:
         checkpoint = ModelCheckpoint(
             filename="{step}", save_last=True, auto_insert_metric_name=False, save_on_train_epoch_end=True
-        )  # without the last, only where there is a validation
+        )  # the default would save only after epochs with validation
         return [checkpoint, DenoisingComparison()]
 
     def noise_levels(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count,) standard deviations in units of [0, 1]; stratified, so that every batch has small and large ones."""
+        """Draw (count,) noise levels in units of [0, 1], stratified so that every batch has low and high ones."""
         uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         low, high = torch.tensor([self.network.sigma_min, self.network.sigma_max]).log()
         wide = low + (high - low) * uniform / max(self.wide_share, 1e-9)
@@ -194,6 +199,6 @@ class DiffusionPrior(AveragedModule):
         return loss
 
     def validation_step(self, images: Tensor, batch_idx: int) -> TrainedPrior:
-        return self.prior  # `DenoisingComparison` measures and draws
+        return self.prior  # `DenoisingComparison` evaluates it
 
     test_step = validation_step

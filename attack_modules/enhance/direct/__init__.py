@@ -1,1 +1,1 @@
-"""Direct enhancement: posterior sampling with a diffusion model as the prior (DDRM, DiffPIR)."""
+"""Direct enhancement: posterior sampling with a diffusion prior (DDRM, DiffPIR)."""

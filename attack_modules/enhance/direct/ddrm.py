@@ -1,4 +1,4 @@
-"""DDRM (Kawar et al. 2022, arXiv 2201.11793): the paper's equations hold here coefficient by coefficient."""
+"""DDRM (Kawar et al. 2022, arXiv 2201.11793) for block means; the paper's equations apply per coefficient."""
 
 from itertools import pairwise
 
@@ -11,17 +11,18 @@ from fl_lightning.errors import SettingError
 
 
 class DDRM(Sampler):
-    """Denoising diffusion restoration.
+    """Denoising diffusion restoration models (DDRM).
 
-    The authors' program divides its first iterate by sigma_T instead of scaling it as all later ones, which shows for
-    small sigma_T; here it is the paper's.
+    The first iterate is scaled like all later ones, as in the paper. The authors' code divides it by sigma_T instead,
+    which matters for small sigma_T.
 
     Args:
-        eta: share of fresh noise where nothing is observed or the iterate is cleaner than the means, in [0, 1].
-        eta_b: how far the iterate follows the means where it is noisier than they, in [0, 1].
+        eta: fraction of fresh noise in unmeasured components, and where the iterate is less noisy than the
+            measurement, in [0, 1].
+        eta_b: weight of the measurement where the iterate is noisier than it, in [0, 1].
 
     Raises:
-        SettingError: a share outside [0, 1].
+        SettingError: `eta` or `eta_b` is outside [0, 1].
     """
 
     def __init__(self, eta: float = 0.85, eta_b: float = 1.0) -> None:
@@ -33,17 +34,17 @@ class DDRM(Sampler):
     def __call__(
         self, denoise: Denoise, means: Tensor, sigma_y: Tensor, sigmas: Tensor, start: Tensor, noise: Noise
     ) -> Tensor:
-        """See `Sampler`; the last denoised image is the result, and noise is drawn once a level."""
+        """Draw samples, see `Sampler`; the last denoised images are the result, and noise is drawn once per level."""
         factor = start.shape[-1] // means.shape[-1]
-        observed = upsample(means, factor)  # the paper's y-bar, in pixels
-        known = upsample((factor * sigma_y).expand(means.shape), factor)  # its noise, sigma_y over the singular value
+        observed = upsample(means, factor)  # the paper's y-bar, in pixel space
+        known = upsample((factor * sigma_y).expand(means.shape), factor)  # its noise level: sigma_y / singular value
         levels = sigmas.view(len(sigmas), -1, 1, 1, 1)
 
         def combine(seen: Tensor, unseen: Tensor) -> Tensor:
-            """What the block means see of one image, and what they do not see of another."""
+            """Combine the block means of `seen` with the within-block detail of `unseen`."""
             return unseen + upsample(F.avg_pool2d(seen - unseen, factor), factor)
 
-        # Equation 4; where the means are noisier than the first iterate, it ignores them, as the authors' program does.
+        # Equation 4. Measurements noisier than the first iterate are ignored, as in the authors' code.
         first = levels[0]
         informed = known < first
         seen = torch.where(informed, observed, start)
@@ -55,7 +56,7 @@ class DDRM(Sampler):
             clean = denoise(x, sigmas[step])
             fresh = noise()
             kept = (1 - self.eta**2) ** 0.5 * sigma_next
-            unseen = clean + kept * (x - clean) / sigma + self.eta * sigma_next * fresh  # equation 7, unseen
+            unseen = clean + kept * (x - clean) / sigma + self.eta * sigma_next * fresh  # equation 7, unmeasured
             cleaner = clean + kept * (observed - clean) / known.clamp_min(1e-12) + self.eta * sigma_next * fresh
             noisier_spread = (sigma_next**2 - (self.eta_b * known) ** 2).clamp_min(0).sqrt()
             noisier = (1 - self.eta_b) * clean + self.eta_b * observed + noisier_spread * fresh

@@ -1,4 +1,4 @@
-"""DiffPIR (Zhu et al. 2023, arXiv 2305.08995): plug and play with a diffusion model."""
+"""DiffPIR (Zhu et al. 2023, arXiv 2305.08995): plug-and-play image restoration with a diffusion model."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -8,18 +8,19 @@ from fl_lightning.errors import SettingError
 
 
 class DiffPIR(Sampler):
-    """Images that are likely under the denoiser, and near to what was observed as far as that is sure.
+    """Alternates denoising with data consistency, weighted by the noise levels of iterate and measurement.
 
-    Algorithm 1 of the paper, whose proximal step has a closed form: of blocks of one pixel it is a weighted mean.
+    This is Algorithm 1 of the paper. Its proximal step has a closed form for block means; for blocks of one pixel it is
+    a weighted mean of denoised image and measurement.
 
     Args:
-        strength: the paper's lambda, weight of the prior beside the observation.
-        zeta: share of fresh noise in every step, in [0, 1]; with 0 nothing is random but the start. With all of it a
-            wrong guess is soonest forgotten, and where the noise drawn is zero, nothing of an iterate is kept but its
-            denoised image, as in plug and play by half-quadratic splitting.
+        strength: the paper's lambda, the weight of the prior relative to the measurement.
+        zeta: fraction of fresh noise in every step, in [0, 1]. At 0, only the start is random. At 1, errors of earlier
+            iterates are forgotten fastest; if the noise drawn is zero as well, only the denoised image of an iterate is
+            kept, as in plug-and-play half-quadratic splitting.
 
     Raises:
-        SettingError: a strength that is not positive, or a share outside [0, 1].
+        SettingError: `strength` is not positive, or `zeta` is outside [0, 1].
     """
 
     def __init__(self, strength: float = 0.3, zeta: float = 1.0) -> None:
@@ -33,13 +34,13 @@ class DiffPIR(Sampler):
     def __call__(
         self, denoise: Denoise, means: Tensor, sigma_y: Tensor, sigmas: Tensor, start: Tensor, noise: Noise
     ) -> Tensor:
-        """See `Sampler`; with noise of zeros the result comes near to the posterior's mean.
+        """Draw samples, see `Sampler`; with zero noise the result approximates the posterior mean.
 
-        Noise is drawn at the start and, unless zeta is 0, before each further level.
+        Noise is drawn at the start and, unless `zeta` is 0, before each further level.
         """
         factor = start.shape[-1] // means.shape[-1]
         levels = sigmas.view(len(sigmas), -1, 1, 1, 1)
-        # Where the start is noisier than the first level it already is the iterate.
+        # A start that is noisier than the first level already is the first iterate.
         inherent = upsample(sigma_y.expand(means.shape), factor)
         x = start + (levels[0] ** 2 - inherent**2).clamp_min(0).sqrt() * noise()
         for step, level in enumerate(levels):

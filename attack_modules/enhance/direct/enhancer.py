@@ -1,4 +1,4 @@
-"""Direct enhancement: images drawn from a diffusion model, given what was reconstructed. No original, no attack."""
+"""Direct enhancement: posterior sampling with a diffusion prior, given the reconstruction alone."""
 
 import torch
 from torch import Tensor
@@ -16,45 +16,44 @@ from fl_lightning.errors import SettingError
 from fl_lightning.seeds import seed_of
 
 PRIOR = CHECKPOINTS / "prior_photos.safetensors"
-"""The diffusion model that this project trains and ships."""
+"""The diffusion prior that is trained by and shipped with this project."""
 
 CANDIDATES = (0.01, 0.3, 9)
-"""Least and most noise of a reconstruction that is looked for, and how many levels."""
+"""Lowest and highest candidate for a reconstruction's noise level, in units of [0, 1], and number of candidates."""
 
 
 class DirectEnhancement(Enhancer):
-    """Posterior sampling with a diffusion model as prior, as in arXiv 2410.04661, section 4.3, and beyond.
+    """Posterior sampling with a diffusion prior, extending arXiv 2410.04661, section 4.3.
 
-    Of images that were upsampled from a smaller latent, block means are what is observed: they are nearer to those of
-    the original than the latent is (on gradient matching's reconstructions, an rms error of 0.069 and not 0.091),
-    because the latent overshoots to make up for the interpolation's blur. Images at full resolution are observed pixel
-    by pixel.
+    For images upsampled from a smaller latent, the measurement is their block means. These are closer to the block
+    means of the original than the latent is (on gradient matching's reconstructions, an RMS error of 0.069 instead of
+    0.091), because the latent overshoots to compensate for the interpolation's blur. For images at full resolution, the
+    measurement is every pixel.
 
-    How noisy the observation is, is estimated image by image and, within it, place by place: under which noise the
-    observation is likeliest by the very same diffusion model. A fixed level lets the noise of bad reconstructions
-    through, and blurs good ones.
+    The noise level of the measurement is estimated per image and, within an image, per location, by maximum likelihood
+    under the same diffusion model. A fixed level would leave noise in poor reconstructions and blur good ones.
 
     Args:
-        denoiser: the diffusion model; null for the one that this project ships.
-        sampler: how images are drawn; null for `DiffPIR()`. The paper's is `DDRM`.
-        schedule: noise levels of sampling; null for `Karras()`. At full resolution, as many steps lead from each
-            image's own noise to a tenth of it.
-        sigma_0: noise of what is observed, in units of [0, 1]; null to estimate it.
-        window: side of the window in which noise is told apart from place to place, in observed pixels, odd; 0 for one
-            noise level an image. Without effect if `sigma_0` is given.
-        caution: factor on the estimated noise.
-        temperature: factor on all noise that is drawn. At 1 the result is a sample of the posterior, with texture that
-            may be invented; at 0 it is near the posterior's mean, which is smoother and nearer to the original.
-            Under a Gaussian prior with the spectrum of photographs, DDRM in 4 steps is then 0.080 away from the truth,
-            as is the posterior's mean; a sample is 0.092 away.
-        samples: how many are averaged.
-        magnify: the model works on images so many times larger, and the result is averaged down again: for a model of
-            larger images than those of the attack.
-        chunk_size: images that are enhanced at a time, which bounds memory and changes nothing else.
+        denoiser: the diffusion prior; null for the one shipped with this project.
+        sampler: the posterior sampler; null for `DiffPIR()`. The paper uses `DDRM`.
+        schedule: noise levels of the sampler; null for `Karras()`. At full resolution, the same number of levels falls
+            from each image's own noise level to a tenth of it.
+        sigma_0: noise level of the measurement, in units of [0, 1]; null to estimate it.
+        window: side of the window for local noise levels, in measured pixels, odd; 0 for one noise level per image. No
+            effect if `sigma_0` is given.
+        caution: factor on the estimated noise level.
+        temperature: factor on the sampler's noise, in [0, 1]. At 1 the result is a posterior sample, whose texture may
+            be invented; at 0 it approximates the posterior mean, which is smoother and closer to the original. Under a
+            Gaussian prior with the spectrum of photographs, DDRM with 4 steps has an error of 0.080 at temperature 0,
+            equal to that of the posterior mean; a posterior sample has 0.092.
+        samples: number of samples averaged.
+        magnify: factor by which images are enlarged for the model; the result is averaged back down. For models trained
+            on larger images than the attacked ones.
+        chunk_size: number of images enhanced at once, which bounds memory and does not change the result.
 
     Raises:
-        SettingError: a setting that cannot be.
-        MissingFile: no denoiser is given and the one of this project is not there.
+        SettingError: a setting is out of range.
+        MissingFile: no denoiser is given and the shipped one is missing.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class DirectEnhancement(Enhancer):
                 f"temperature={temperature}, sigma_0={sigma_0}."
             )
         if window < 0 or (window and window % 2 == 0):
-            raise SettingError(f"`postprocess.window` is {window}, but it is an odd number of pixels, or 0 for none.")
+            raise SettingError(f"`postprocess.window` is {window}, but must be odd, or 0 for one level per image.")
         self.denoiser = denoiser or _shipped_prior()
         self.sampler = sampler or DiffPIR()
         self.schedule = schedule or Karras()
@@ -99,18 +98,18 @@ class DirectEnhancement(Enhancer):
         if not len(images):
             return images
         self.denoiser.to(images.device)
-        numbers = torch.arange(len(images)) if reconstruction.numbers is None else reconstruction.numbers
+        numbers = torch.arange(len(images)) if reconstruction.indices is None else reconstruction.indices
         enhanced = []
-        with torch.autocast(images.device.type, enabled=False):  # differences of neighbouring noise levels are small
+        with torch.autocast(images.device.type, enabled=False):  # close noise levels need full precision
             for indices in torch.arange(len(images)).split(self.chunk_size):
-                # Each image has its own numbers, so that chunks are only a matter of memory.
+                # One generator per image, so that the result does not depend on the chunk size.
                 generators = [torch.Generator().manual_seed(seed_of(seed, n)) for n in numbers[indices].tolist()]
                 chunk = images[indices.to(images.device)]
                 enhanced.append(self._mean_sample(chunk, reconstruction.latent_downscale, generators))
         return torch.cat(enhanced).clamp(0, 1)
 
     def _mean_sample(self, images: Tensor, latent_downscale: int, generators: list[torch.Generator]) -> Tensor:
-        """The mean of samples of the posterior, given images (n, C, H, W) that were upsampled by a factor."""
+        """The mean of posterior samples, given images (n, C, H, W) that were upsampled by `latent_downscale`."""
         observed = F.avg_pool2d(images, latent_downscale)
         sigma_y = self._noise_of(observed, generators)
         start = F.interpolate(images, scale_factor=self.magnify, mode="bicubic") if self.magnify > 1 else images
@@ -121,13 +120,13 @@ class DirectEnhancement(Enhancer):
         return F.avg_pool2d(torch.stack(samples).mean(0), self.magnify)
 
     def _falling(self, sigma_y: Tensor, count: int) -> Tensor:
-        """(T, n) from the most noise of each image to a tenth of it."""
+        """(T, n) noise levels, geometric from the highest local noise level of each image to a tenth of it."""
         first = sigma_y.expand(count, -1, -1, -1).amax((1, 2, 3))
         falling = torch.logspace(0, -1, self.schedule.steps, device=first.device)
         return (falling[:, None] * first).clamp(self.denoiser.sigma_min, self.denoiser.sigma_max)
 
     def _noise_of(self, observed: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Standard deviation of the noise in observed images (n, C, h, w): (n or 1, 1, 1 or h, 1 or w)."""
+        """Noise level of the measurement (n, C, h, w), of shape (n or 1, 1, 1 or h, 1 or w)."""
         if self.sigma_0 is not None:
             return observed.new_full((1, 1, 1, 1), self.sigma_0)
         low, high, count = CANDIDATES
@@ -139,7 +138,7 @@ class DirectEnhancement(Enhancer):
         return self.caution * noise_map(self._denoise, observed, sigma, self.window, noise)
 
     def _denoise(self, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """The denoiser for images of any size and of 1 or 3 channels; grey ones are shown to it as RGB."""
+        """Denoise images of any size with 1 or 3 channels; grey images are passed to the denoiser as RGB."""
         height, width = noisy.shape[-2:]
         bottom, right = -height % self.denoiser.multiple, -width % self.denoiser.multiple
         mode = "reflect" if bottom < height and right < width else "replicate"
@@ -149,7 +148,7 @@ class DirectEnhancement(Enhancer):
 
 
 def _drawing(generators: list[torch.Generator], like: Tensor, scale: float = 1.0) -> Noise:
-    """Normal numbers in the shape of (N, ...) images, each image's from its own generator, on any device."""
+    """Source of normal noise times `scale`, shaped like (N, ...) images; one generator per image, on any device."""
 
     def draw() -> Tensor:
         drawn = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
@@ -159,6 +158,6 @@ def _drawing(generators: list[torch.Generator], like: Tensor, scale: float = 1.0
 
 
 def _shipped_prior() -> Denoiser:
-    from attack_modules.diffusion.trained.photo_prior import TrainedPrior  # a user of another model does not need it
+    from attack_modules.diffusion.trained.photo_prior import TrainedPrior  # unused with other denoisers
 
     return TrainedPrior.load(PRIOR)

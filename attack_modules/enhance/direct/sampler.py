@@ -1,4 +1,4 @@
-"""What all samplers share: they draw images that are likely under a denoiser, given block means of them."""
+"""Common interface of all samplers: they draw images under a diffusion prior, given measured block means."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -6,34 +6,34 @@ from collections.abc import Callable
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(N, C, H, W) noisy images, () or (N,) noise level -> (N, C, H, W) expected clean images."""
+"""(N, C, H, W) noisy images, () or (N,) noise level -> (N, C, H, W) posterior mean of the clean images."""
 Noise = Callable[[], Tensor]
-"""Fresh standard normal numbers (N, C, H, W)."""
+"""Draws fresh normal noise (N, C, H, W); standard normal unless scaled by a temperature."""
 
 
 class Sampler(ABC):
-    """Goes through falling noise levels, one evaluation of the denoiser each.
+    """Samples over decreasing noise levels, with one denoiser evaluation per level.
 
-    The mean over blocks of r x r pixels needs no decomposition by computer: all its singular values are 1/r, and what
-    it sees of an image is the image with every block replaced by its mean. Blocks share no pixel, so that each may have
-    a noise level of its own. Blocks of one pixel are the image itself.
+    The measurement averages blocks of r x r pixels. It needs no numerical SVD: all its singular values are 1/r, and the
+    projection onto its row space replaces every block by its mean. Blocks are disjoint, so each may have its own noise
+    level. With blocks of one pixel, the measurement is the image itself.
     """
 
     @abstractmethod
     def __call__(
         self, denoise: Denoise, means: Tensor, sigma_y: Tensor, sigmas: Tensor, start: Tensor, noise: Noise
     ) -> Tensor:
-        """One image for every image of block means.
+        """Draw one image for each image of block means.
 
-        Variance exploding throughout: x_t = x + sigma_t n, with no factor on x.
+        The variance-exploding form is used throughout: x_t = x + sigma_t n, with no factor on x.
 
         Args:
-            denoise: the prior.
-            means: (N, C, H/r, W/r) observed block means of images in [0, 1], plus noise.
-            sigma_y: () or any shape that broadcasts to `means`: standard deviation of that noise.
-            sigmas: (T,) or (T, N) noise levels, falling, the same for all images or each one's own.
-            start: (N, C, H, W) expected images before anything is observed.
-            noise: the only source of chance.
+            denoise: denoiser of the diffusion prior.
+            means: (N, C, H/r, W/r) measured block means of images in [0, 1], plus noise.
+            sigma_y: standard deviation of that noise, () or any shape that broadcasts to `means`.
+            sigmas: (T,) noise levels of all images or (T, N) of each image, decreasing.
+            start: (N, C, H, W) expected images before the measurement is used.
+            noise: the only source of randomness.
 
         Returns:
             (N, C, H, W), not clamped.
@@ -41,5 +41,5 @@ class Sampler(ABC):
 
 
 def upsample(means: Tensor, factor: int) -> Tensor:
-    """(N, C, h, w) -> (N, C, h * factor, w * factor), every value repeated."""
+    """Nearest-neighbour upsampling: (N, C, h, w) -> (N, C, h * factor, w * factor)."""
     return means.repeat_interleave(factor, -1).repeat_interleave(factor, -2)

@@ -1,1 +1,1 @@
-"""The enhancement of ROG (USENIX Security 2023): a conditional generator and super-resolution."""
+"""ROG's enhancement (USENIX Security 2023): a class-conditional generator and super-resolution."""

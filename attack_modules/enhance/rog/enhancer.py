@@ -1,4 +1,4 @@
-"""The enhancement of ROG (Yue et al. 2023, USENIX Security), with which the paper compares."""
+"""ROG's enhancement (Yue et al. 2023, USENIX Security), the baseline of the paper (arXiv 2410.04661)."""
 
 from pathlib import Path
 
@@ -17,32 +17,32 @@ from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.storage import StorageError
 
 FACTOR = 4
-"""How much smaller than the image ROG's reconstructions are."""
+"""Ratio of the image's side length to that of ROG's reconstructions."""
 MULTIPLE = 8 * FACTOR
-"""Both sides of an image must be multiples of it: the networks halve the small one three times."""
+"""Height and width of an image must be multiples of this: the denoiser halves the downsampled image three times."""
 NOISE = 0.01
-"""Standard deviation of the noise that USRNet is told, of pixels in [0, 1]."""
+"""Noise level that USRNet is given: standard deviation, for pixels in [0, 1]."""
 MODEL_ZOO = "the model zoo of ROG's authors"
 
 
 class GAN(Enhancer):
-    """ROG's postprocessing: half a class-conditional generator, half denoiser and super-resolution.
+    """ROG's postprocessing: averages a class-conditional generator's output with a denoised, super-resolved image.
 
-    It was made for reconstructions a quarter as large as the image, so images are reduced to that first, whatever finer
-    detail they show.
+    It was designed for reconstructions with a quarter of the image's side length. Images are therefore downsampled by 4
+    first, regardless of any finer detail.
 
     Args:
-        folder: holds `postmodel.pth`, `denoiser.pth`, `usrgan.pth` and `kernels_bicubicx234.mat`.
-        chunk_size: images that are enhanced at once, which bounds memory.
+        folder: folder with `postmodel.pth`, `denoiser.pth`, `usrgan.pth` and `kernels_bicubicx234.mat`.
+        chunk_size: number of images enhanced at once, which bounds memory.
 
     Raises:
-        MissingFile: a file is not there.
-        StorageError: one does not fit.
+        MissingFile: a file is missing.
+        StorageError: a file cannot be read or does not fit its network.
     """
 
     def __init__(self, folder: Path = CHECKPOINTS / "rog", chunk_size: int = 16) -> None:
         folder = Path(folder)
-        with torch.device("meta"):  # no random weights where others are to come
+        with torch.device("meta"):  # no random initialisation: weights are loaded below
             self.generator, self.denoiser, self.usrnet = Generator(), RogDenoiser(), USRNet()
         for network, name, parts in (
             (self.generator, "postmodel.pth", ("gen_state_dict",)),
@@ -59,13 +59,13 @@ class GAN(Enhancer):
         images, labels = reconstruction.images, reconstruction.labels
         if images.shape[2] % MULTIPLE or images.shape[3] % MULTIPLE:
             raise SettingError(
-                f"ROG's networks take images whose sides are multiples of {MULTIPLE} pixels, but these are "
-                f"{images.shape[2]}x{images.shape[3]}. Attack images of 128x128, for which they were made."
+                f"ROG's networks need image sides that are multiples of {MULTIPLE} pixels, but these are "
+                f"{images.shape[2]}x{images.shape[3]}. Attack images of 128x128, for which they were designed."
             )
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < NUM_CLASSES:
             raise SettingError(
-                f"ROG's generator knows ImageNet's labels 0 to {NUM_CLASSES - 1}, but labels run from "
-                f"{int(labels.min())} to {int(labels.max())}. Leave the GAN out for other classes."
+                f"ROG's generator supports ImageNet labels 0 to {NUM_CLASSES - 1}, but labels run from "
+                f"{int(labels.min())} to {int(labels.max())}. Omit this enhancement for other classes."
             )
         for network in (self.generator, self.denoiser, self.usrnet):
             network.to(images.device)
@@ -85,19 +85,19 @@ class GAN(Enhancer):
 
 
 def read_kernel(path: Path, factor: int) -> Tensor:
-    """(k, k) the blur kernel for a factor of 2, 3 or 4 in ROG's MATLAB file.
+    """Read the (k, k) blur kernel for a downsampling factor of 2, 3 or 4 from ROG's MATLAB file.
 
     Raises:
-        MissingFile: it is not there.
-        StorageError: it is another file.
+        MissingFile: the file does not exist.
+        StorageError: the file does not hold ROG's kernels.
     """
     if not path.is_file():
-        raise MissingFile(f"There are no kernels at '{path}'. Get them from {MODEL_ZOO}, and put them there.")
+        raise MissingFile(f"There are no blur kernels at '{path}'. Get them from {MODEL_ZOO} and save them there.")
     try:
         kernel = loadmat(path)["kernels"][0, factor - 2]
         return torch.tensor(kernel.astype("float32"))
-    except Exception as error:  # a foreign file makes scipy raise nearly anything
+    except Exception as error:  # scipy raises many exception types for other files
         raise StorageError(
-            f"'{path}' does not hold blur kernels, a MATLAB variable `kernels` ({type(error).__name__}: {error}). "
-            f"Get it anew from {MODEL_ZOO}."
+            f"'{path}' does not hold blur kernels in a MATLAB variable `kernels` ({type(error).__name__}: {error}). "
+            f"Get the file again from {MODEL_ZOO}."
         ) from error

@@ -1,4 +1,4 @@
-"""ROG's class-conditional generator and its denoiser, under the names of the released files."""
+"""ROG's class-conditional generator and denoiser, with the tensor names of the released state dicts."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ NUM_CLASSES = 1000
 
 
 class ClassBatchNorm(nn.Module):
-    """BatchNorm of stored statistics whose gain and bias are the class's."""
+    """BatchNorm with stored statistics and class-conditional gain and bias."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class ClassBatchNorm(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Convolution, InstanceNorm, ReLU; the input is padded beforehand where the kernel is 5x5."""
+    """Convolution, InstanceNorm, ReLU; for a 5x5 kernel, the caller pads the input."""
 
     def __init__(self, channels: int, out: int, kernel: int = 3, stride: int = 1) -> None:
         super().__init__()
@@ -46,7 +46,10 @@ class ClassConvolution(nn.Module):
 
 
 class ClassTransposed(nn.Module):
-    """Transposed convolution, ReLU; its BatchNorm is in the file, but the original does not use what comes of it."""
+    """Transposed convolution, ReLU.
+
+    The BatchNorm is part of the released state dict, but the original implementation discards its output.
+    """
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class ClassTransposed(nn.Module):
 
 
 class ConvolutionBlock(nn.Module):
-    """`Convolution` under the names of the denoiser's file."""
+    """`Convolution` with the tensor names of the denoiser's state dict."""
 
     def __init__(self, channels: int, out: int, kernel: int = 3, stride: int = 1) -> None:
         super().__init__()
@@ -82,10 +85,18 @@ class TransposedBlock(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """Four convolutions down, three transposed ones up, each step up given the encoder's step of its size."""
+    """U-Net: four encoder convolutions, three transposed convolutions, skip connections at equal resolution."""
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(N, 3, H, W) in [0, 1], H and W multiples of 8, and (N,) long -> (N, 3, H, W) in [0, 1]."""
+        """Map images to images of the same size.
+
+        Args:
+            x: (N, 3, H, W) in [0, 1], H and W multiples of 8.
+            labels: (N,) long; not used by the denoiser.
+
+        Returns:
+            (N, 3, H, W) in [0, 1].
+        """
         x1 = self.Conv1(F.pad(x, (2, 2, 2, 2), mode="reflect"), labels)
         x2 = self.Conv2(x1, labels)
         x3 = self.Conv3(x2, labels)
@@ -97,7 +108,7 @@ class EncoderDecoder(nn.Module):
 
 
 class Generator(EncoderDecoder):
-    """ROG's class-conditional generator; the file's is `width=64` and has 1000 classes."""
+    """ROG's class-conditional generator; the released weights have `width=64` and 1000 classes."""
 
     def __init__(self, width: int = 64, num_classes: int = NUM_CLASSES) -> None:
         super().__init__()
@@ -117,7 +128,7 @@ class Generator(EncoderDecoder):
 
 
 class RogDenoiser(EncoderDecoder):
-    """ROG's denoiser; the file's is `width=64`."""
+    """ROG's denoiser; the released weights have `width=64`."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()

@@ -1,15 +1,15 @@
-"""USRNet: unfolded super-resolution under a known blur (Zhang et al. 2020, arXiv 2003.10428)."""
+"""USRNet: unfolded super-resolution with a known blur kernel (Zhang et al. 2020, arXiv 2003.10428)."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 ITERATIONS = 8
-"""Of USRNet's alternation of data step and prior step."""
+"""Number of unfolded iterations, each a data step and a prior step."""
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions without biases beside the identity."""
+    """Residual block: two convolutions without biases, and a skip connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResUNet(nn.Module):
-    """USRNet's prior step: (N, 4, H, W) estimate and noise map -> (N, 3, H, W)."""
+    """USRNet's prior step, a denoiser: (N, 4, H, W) estimate and noise map -> (N, 3, H, W)."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ResUNet(nn.Module):
 
 
 class HyperParameters(nn.Module):
-    """USRNet's alpha and beta of each iteration: (N, 2) noise and factor -> (N, 16), positive."""
+    """USRNet's alpha and beta for every iteration: (N, 2) noise level and factor -> (N, 16), positive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class HyperParameters(nn.Module):
 
 
 class USRNet(nn.Module):
-    """Unfolded super-resolution under a known blur (Zhang et al. 2020, arXiv 2003.10428)."""
+    """Unfolded super-resolution with a known blur kernel (Zhang et al. 2020, arXiv 2003.10428)."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -81,13 +81,13 @@ class USRNet(nn.Module):
         self.h = HyperParameters()
 
     def forward(self, small: Tensor, kernel: Tensor, factor: int, noise: float) -> Tensor:
-        """Super-resolution of `small = (image * kernel)[every factor-th pixel] + noise`.
+        """Super-resolve `small = (image * kernel)[every factor-th pixel] + noise`.
 
         Args:
             small: (N, 3, h, w) in [0, 1].
-            kernel: (k, k) blur at the resolution of the result, of sum 1.
-            factor: by which both sides grow.
-            noise: standard deviation, of pixels in [0, 1].
+            kernel: (k, k) blur kernel at the resolution of the result, with sum 1.
+            factor: upsampling factor of height and width.
+            noise: noise level of `small`: standard deviation, for pixels in [0, 1].
 
         Returns:
             (N, 3, factor h, factor w), not clamped.
@@ -103,16 +103,19 @@ class USRNet(nn.Module):
 
 
 def data_step(estimate: Tensor, small: Tensor, kernel: Tensor, factor: int, alpha: Tensor) -> Tensor:
-    """The x that minimises `|(x * kernel)[every factor-th pixel] - small|^2 + alpha |x - estimate|^2`.
+    """Minimise `|(x * kernel)[every factor-th pixel] - small|^2 + alpha |x - estimate|^2` over x.
 
-    In closed form by FFT, since blur and sampling are circulant (arXiv 2003.10428, equation 7).
+    The minimiser has a closed form by FFT under circular boundary conditions (arXiv 2003.10428, equation 7).
 
     Args:
         estimate: (N, C, factor h, factor w).
         small: (N, C, h, w).
-        kernel: (k, k).
-        factor: of the sampling.
+        kernel: (k, k) blur kernel.
+        factor: subsampling factor.
         alpha: (N, 1, 1, 1) > 0.
+
+    Returns:
+        (N, C, factor h, factor w).
     """
     shape = estimate.shape[-2:]
     placed = F.pad(kernel, (0, shape[1] - kernel.shape[1], 0, shape[0] - kernel.shape[0]))
@@ -122,7 +125,7 @@ def data_step(estimate: Tensor, small: Tensor, kernel: Tensor, factor: int, alph
     right = blur.conj() * torch.fft.fft2(spread) + torch.fft.fft2(alpha * estimate)
 
     def folded(spectrum: Tensor) -> Tensor:
-        """The mean of what aliases to the same frequency of the small image."""
+        """Average the frequencies that alias to the same frequency of the small image."""
         h, w = small.shape[-2:]
         return spectrum.unflatten(-1, (factor, w)).unflatten(-3, (factor, h)).mean((-4, -2))
 

@@ -1,1 +1,1 @@
-"""Semantic enhancement (MDE): a search for the initial noise of a class-conditional diffusion model."""
+"""Semantic enhancement (MDE): optimisation of a class-conditional diffusion model's initial noise."""

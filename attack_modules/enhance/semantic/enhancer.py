@@ -1,4 +1,4 @@
-"""Semantic enhancement: an image of the inferred class that looks like the reconstruction."""
+"""Semantic enhancement: generates an image of the inferred class that resembles the reconstruction."""
 
 import math
 from collections.abc import Callable
@@ -20,27 +20,30 @@ from fl_lightning.errors import SettingError
 
 
 class SemanticEnhancer(LightningModule, Enhancer):
-    """The paper's semantic enhancement, MDE: the initial noise of a class-conditional diffusion model IS the parameter.
+    """The paper's semantic enhancement, MDE: optimises the initial noise of a class-conditional diffusion model.
 
-    What comes out is an image of its class that agrees with the reconstruction as far as that goes; detail is the
-    model's invention. As a model of `fit` it takes one image from `ReconstructedImage`; after an attack it takes the
-    attack's images, with the labels that the attack was told or inferred.
+    The result is an image of the given class that matches the reconstruction up to the latter's resolution; finer
+    detail is invented by the model. In `fit` the input is one image from `ReconstructedImage`; after an attack, it is
+    the attack's images with their known or inferred labels.
 
-    The defaults are the paper's. Beyond the paper: the best of several starts, noise that keeps its length, a rule that
-    says when to stop, and a comparison at the resolution of the reconstruction, see `NoiseSearch`.
+    The defaults are the paper's. Extensions of the paper are several starts, noise of constant norm, early stopping and
+    a comparison at the resolution of the reconstruction, see `NoiseSearch`.
 
     Args:
-        model: a class-conditional diffusion model; null for that of CIFAR-10 that is shipped.
-        class_label: the class of `fit`'s image: index, synset or name. An attack's images bring their own.
+        model: class-conditional diffusion model; null for the shipped CIFAR-10 model.
+        class_label: class of the image in `fit`: index, synset or name. After an attack, its labels are used.
         lr: learning rate of Adam.
-        timesteps: of each sample.
-        steps: at most, after an attack; in `fit` it is `trainer.max_steps`.
-        starts: draws of initial noise an image, of which the best goes on.
-        patience: steps without improvement of an image, after which its search ends.
-        margin: relative improvement that counts.
-        chunk_size: images that are searched for at once, which bounds memory and changes nothing else.
-        checkpoint_every: steps between checkpoints of `fit`, from which `--ckpt_path` goes on.
-        seed: of the starts in `fit`.
+        timesteps: number of DDIM steps per sample.
+        steps: maximum number of optimisation steps after an attack; `fit` uses `trainer.max_steps`.
+        starts: number of initial noise draws per image, the best of which is optimised.
+        patience: number of steps without improvement of an image, after which its search stops.
+        margin: minimum relative improvement of the score.
+        chunk_size: number of images optimised at once, which bounds memory and does not change the result.
+        checkpoint_every: steps between checkpoints of `fit`, from which `--ckpt_path` resumes.
+        seed: seed of the starts in `fit`.
+
+    Raises:
+        SettingError: a setting is out of range, or the model has no class `class_label`.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
                 f"patience={patience}, chunk_size={chunk_size}, margin={margin}."
             )
         model = model or TrainedConditional()
-        self._model = (model,)  # no submodule: checkpoints are to hold the search alone
+        self._model = (model,)  # not a submodule, so that checkpoints exclude it
         self.class_label = None if class_label is None else class_index(class_label, model.classes)
         self.lr = lr
         self.timesteps = timesteps
@@ -77,7 +80,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
         self.checkpoint_every = checkpoint_every
         self.seed = seed
         self.watch: Callable[[int, Tensor, Step], None] | None = None
-        """Called by `enhance` at every step with its number, the images' indices and what was found."""
+        """Called by `enhance` at every step with the step number, the images' indices and the results."""
 
     @property
     def model(self) -> ConditionalModel:
@@ -86,16 +89,16 @@ class SemanticEnhancer(LightningModule, Enhancer):
 
     @property
     def noise_size(self) -> int:
-        """Numbers in one image's initial noise."""
+        """Number of values in one image's initial noise."""
         return math.prod(self.model.latent_shape)
 
     def search(self, reconstruction: Reconstruction, seed: int) -> NoiseSearch:
-        """The search for some images, at its start, on their device."""
+        """Set up the noise search for a reconstruction, on the device of its images."""
         device = reconstruction.images.device
         settings = (self.timesteps, self.starts, self.patience, self.margin, seed)
         return NoiseSearch(self.model.to(device), reconstruction, *settings).to(device)
 
-    @torch.inference_mode(False)  # `trainer.test` is in it, but the search differentiates
+    @torch.inference_mode(False)  # `trainer.test` enables it, but the search needs gradients
     def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
         images, labels = reconstruction.images.clone(), reconstruction.labels.clone()
         reconstruction = reconstruction._replace(images=images, labels=labels)
@@ -118,14 +121,14 @@ class SemanticEnhancer(LightningModule, Enhancer):
             chunks.append(search.fitted(search.best))
         return torch.cat(chunks)
 
-    # What follows is `fit`.
+    # Lightning hooks for `fit`.
 
     def configure_model(self) -> None:
         if hasattr(self, "found"):
             return
         if self.class_label is None:
             names = ", ".join(repr(known.name) for known in self.model.classes[:3])
-            raise SettingError(f"Which class is the image of? Give `--model.class_label`, for instance {names}.")
+            raise SettingError(f"The class of the image is not set. Give `--model.class_label`, for example {names}.")
         given: ReconstructedImage = self.trainer.datamodule
         images = given.image[None].to(self.trainer.strategy.root_device)
         labels = torch.tensor([self.class_label], device=images.device)
@@ -155,5 +158,6 @@ class SemanticEnhancer(LightningModule, Enhancer):
         ours = self.found.target.cpu(), self.found.labels.cpu()
         if any(their is None or not torch.equal(their.cpu(), our) for their, our in zip(theirs, ours, strict=True)):
             raise SettingError(
-                "This checkpoint is of another image or another class. Name its own, or start without `--ckpt_path`."
+                "This checkpoint is of another image or another class. Give a checkpoint of this search, or omit "
+                "`--ckpt_path` to start from the beginning."
             )

@@ -1,4 +1,4 @@
-"""The search for the initial noise whose sample agrees with a reconstruction."""
+"""Optimisation of a diffusion model's initial noise to match a reconstruction."""
 
 from typing import NamedTuple
 
@@ -14,47 +14,50 @@ from fl_lightning.seeds import seed_of
 
 
 class Step(NamedTuple):
-    """What one step of a search found, an entry an image that is still sought."""
+    """Results of one optimisation step, with one entry per sampled image."""
 
     sought: Tensor
-    """(n,) long: which images of the search these are."""
+    """(n,) long, indices of these images in the search."""
     images: Tensor
-    """(n, 3, M, M) the samples, in [0, 1]."""
+    """(n, 3, M, M) samples in [0, 1]."""
     pixel_loss: Tensor
-    """(n,) mean squared distance to the reconstruction, of pixels in [0, 1], at its resolution."""
+    """(n,) mean squared error to the reconstruction at its resolution, for pixels in [0, 1]."""
     score: Tensor
-    """(n,) what the stopping rule goes by, less is better."""
+    """(n,) score for early stopping, lower is better."""
 
 
 class NoiseSearch(nn.Module):
-    """The search for the initial noise whose sample looks like a reconstruction (MDE, arXiv 2410.04661, section IV).
+    """Optimises initial noise so that its sample matches a reconstruction (MDE, arXiv 2410.04661, section IV).
 
-    Every step samples by deterministic DDIM and takes the predicted noises for constants. The sample is then an affine
-    function of the initial noise, so that the gradient needs the decoder alone and no pass through the network. It is
-    exact for that function, and no more than a direction for the sampler itself.
+    Every step samples by deterministic DDIM and treats the predicted noise as constant. The sample is then an affine
+    function of the initial noise, and its gradient requires backpropagation through the decoder only, not through the
+    diffusion network. The gradient is exact for this affine function, but only a search direction for the sampler.
 
-    After every step the noise is scaled back to the length of normal noise, sqrt(d) in d dimensions, because the model
-    has seen no other: what is free to grow fits the reconstruction no better, and looks less like its class.
+    Before every step the noise is rescaled to norm sqrt(d) in d dimensions, the typical norm of standard normal noise,
+    because the model was trained on such noise. An unconstrained norm does not fit the reconstruction better, and gives
+    images that look less like their class.
 
-    What the attacker cannot know is not compared: finer detail than the reconstruction's resolution, and the colours of
-    a grey one.
+    Only the resolution and channels of the reconstruction are compared: finer detail, and the colours where the
+    reconstruction is grey, are unconstrained.
 
-    Every image has a stopping rule of its own, so that it depends on no other. Its search ends when `patience` steps
-    have not undercut the best score by more than `margin`, and the best is what it keeps. The score is the disagreement
-    with what was observed, where the attack can tell it an image at a time. Otherwise it is the pixel loss, down to the
-    reconstruction's own noise (`wavelet_noise`), where the search ends at once: to fit that noise is no merit.
+    Early stopping is applied per image, so that no image depends on another. A search stops after `patience` steps that
+    do not improve the best score by more than a relative `margin`, and keeps the best sample. If the attack provides a
+    per-image data-consistency error (`Reconstruction.consistency_error`), that is the score. Otherwise the score is the
+    pixel loss, bounded below by the noise variance of the reconstruction (`wavelet_noise`); the search stops as soon as
+    it reaches this bound, since a lower loss would only fit the noise.
 
     Args:
-        model: the diffusion model.
+        model: class-conditional diffusion model.
         reconstruction: images (N, C, H, W) with H = W in [0, 1], C 1 or 3, and labels (N,).
-        timesteps: number of DDIM's steps.
-        starts: draws of initial noise an image, of which the one with the best score goes on.
-        patience: steps without improvement of an image, after which its search ends.
-        margin: relative improvement of the score that counts.
-        seed: of the draws; every image has its own.
+        timesteps: number of DDIM steps.
+        starts: number of initial noise draws per image, of which the one with the best score is optimised.
+        patience: number of steps without improvement of an image, after which its search stops.
+        margin: minimum relative improvement of the score.
+        seed: seed of the draws; every image has its own generator.
 
     Raises:
-        SettingError: an image is not square or neither RGB nor grey, or a label is none of the model's.
+        SettingError: images are not square or neither RGB nor grey, the attacked model has another number of classes
+            than the diffusion model, or a label is not among the diffusion model's classes.
     """
 
     def __init__(
@@ -70,11 +73,11 @@ class NoiseSearch(nn.Module):
         super().__init__()
         images, labels, latent_downscale = reconstruction.images, reconstruction.labels, reconstruction.latent_downscale
         _refuse_unfit(model, reconstruction)
-        self._model = (model,)  # no submodule: checkpoints are to hold the search alone
+        self._model = (model,)  # not a submodule, so that checkpoints exclude it
         self.timesteps = explicit_timesteps(timesteps, len(model.alphas))
         self.patience = patience
         self.margin = margin
-        self.disagreement = reconstruction.disagreement
+        self.consistency_error = reconstruction.consistency_error
         self.shape = images.shape[1:]
         side = max(1, min(images.shape[-1] // latent_downscale, model.image_size))
         self.register_buffer("target", F.adaptive_avg_pool2d(images.float(), side))
@@ -84,31 +87,32 @@ class NoiseSearch(nn.Module):
         self.register_buffer("best_score", torch.full((len(images),), torch.inf))
         self.register_buffer("best_step", torch.zeros(len(images), dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        numbers = range(len(images)) if reconstruction.numbers is None else reconstruction.numbers.tolist()
+        numbers = range(len(images)) if reconstruction.indices is None else reconstruction.indices.tolist()
         generators = [torch.Generator().manual_seed(seed_of(seed, number)) for number in numbers]
         draws = [typical(torch.randn(starts, *model.latent_shape, generator=generator)) for generator in generators]
         self.noise = nn.Parameter(self._best_start(torch.stack(draws, dim=1).to(images.device)))
 
     @property
     def model(self) -> ConditionalModel:
-        """The diffusion model, which is not searched for."""
+        """The diffusion model, which is not optimised."""
         return self._model[0]
 
     @property
     def finished(self) -> Tensor:
-        """(N,) bool: the images whose search has ended."""
+        """(N,) bool, true for images whose search has stopped."""
         finished = self.steps - self.best_step > self.patience
-        if self.disagreement is None:
-            finished |= (1 - self.margin) * self.best_score <= self.tolerance  # no improvement would count any more
+        if self.consistency_error is None:
+            finished |= (1 - self.margin) * self.best_score <= self.tolerance  # no improvement could exceed the margin
         return finished
 
     def step(self) -> tuple[Tensor, Step]:
-        """Sample once for each image that is still sought, and remember what is better than before.
+        """Sample once for each image whose search has not stopped, and keep improved samples.
 
-        Of a search that has ended, all images are looked at once more.
+        If all searches have stopped, all images are sampled.
 
         Returns:
-            The loss to be minimised, the sum of the pixel losses, so that no image feels another; and what was found.
+            The loss to minimise, and the results. The loss is the sum of the pixel losses, so that an image's gradient
+            does not depend on the other images.
         """
         with torch.no_grad():
             self.noise.copy_(typical(self.noise))
@@ -116,7 +120,7 @@ class NoiseSearch(nn.Module):
         sought = (~finished | finished.all()).nonzero()[:, 0]
         noise, labels = self.noise[sought], self.labels[sought]
         sample = ddim(self.model, noise.detach(), labels, self.timesteps)
-        # The affine function at its own foot: its value is the sample, its slope the gain.
+        # An affine function of `noise` whose value is the sample and whose slope is the gain.
         images = self.model.decode(sample.latents + sample.gain * (noise - noise.detach()))
         pixel_loss = self._pixel_loss(images, sought)
         images = images.detach().clamp(0, 1)
@@ -129,12 +133,12 @@ class NoiseSearch(nn.Module):
         return pixel_loss.sum(), found
 
     def seen(self, images: Tensor) -> Tensor:
-        """(N, 3, M, M) images -> what a reconstruction would show of them, of the target's shape."""
+        """Reduce (N, 3, M, M) images to the resolution and channels of the reconstruction."""
         images = F.adaptive_avg_pool2d(images, self.target.shape[-1])
         return images if self.target.shape[1] == 3 else images.mean(1, keepdim=True)
 
     def fitted(self, images: Tensor) -> Tensor:
-        """(N, 3, M, M) images -> (N, C, H, W), as the reconstruction came."""
+        """Resize (N, 3, M, M) images to (N, C, H, W), the size and channels of the input images."""
         if images.shape[-2:] != self.shape[-2:]:
             images = F.interpolate(images, self.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
         return images if self.shape[0] == 3 else images.mean(1, keepdim=True)
@@ -143,49 +147,49 @@ class NoiseSearch(nn.Module):
         return (self.seen(images) - self.target[sought]).square().mean((1, 2, 3))
 
     def _score(self, images: Tensor, pixel_loss: Tensor, sought: Tensor) -> Tensor:
-        if self.disagreement is None:
+        if self.consistency_error is None:
             return torch.maximum(pixel_loss, self.tolerance[sought])
         with torch.no_grad():
-            return self.disagreement(self.fitted(images), sought).to(pixel_loss)
+            return self.consistency_error(self.fitted(images), sought).to(pixel_loss)
 
     @torch.no_grad()
     def _best_start(self, draws: Tensor) -> Tensor:
-        """The best of (starts, N, *latent_shape) draws for each image: (N, *latent_shape)."""
+        """Select the best of (starts, N, *latent_shape) draws for each image: (N, *latent_shape)."""
         if len(draws) == 1:
             return draws[0]
         scores, every = [], torch.arange(draws.shape[1], device=draws.device)
         for noise in draws:
             images = self.model.decode(ddim(self.model, noise, self.labels, self.timesteps).latents)
-            pixel_loss = self._pixel_loss(images, every)  # of starts that are all within the noise, too, the nearest
-            scores.append(self._score(images.clamp(0, 1), pixel_loss, every) if self.disagreement else pixel_loss)
+            pixel_loss = self._pixel_loss(images, every)  # unlike the score, also ranks starts within the noise
+            scores.append(self._score(images.clamp(0, 1), pixel_loss, every) if self.consistency_error else pixel_loss)
         return draws[torch.stack(scores).argmin(0), every]
 
 
 def typical(noise: Tensor) -> Tensor:
-    """(N, ...) -> (N, ...) noise in the same direction, of the length at which normal noise concentrates."""
+    """Rescale (N, ...) noise to the norm at which standard normal noise concentrates, sqrt(d) in d dimensions."""
     lengths = noise.flatten(1).norm(dim=1) / noise[0].numel() ** 0.5
     return noise / lengths.view(-1, *[1] * (noise.ndim - 1))
 
 
 def _refuse_unfit(model: ConditionalModel, reconstruction: Reconstruction) -> None:
-    """Raises SettingError for images or labels that the search cannot take."""
+    """Raise SettingError for images or labels that the search does not support."""
     images, labels = reconstruction.images, reconstruction.labels
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
         raise SettingError(
             f"Semantic enhancement takes square RGB or grey images, (N, 3 or 1, H, H), but got {tuple(images.shape)}. "
-            "Cut them to a square."
+            "Crop them to a square."
         )
     known, attacked = len(model.classes), reconstruction.num_classes
     if attacked not in (None, known):
         raise SettingError(
-            f"The attacked model has {attacked} classes, but the diffusion model {known}, {model.classes[0].name} to "
-            f"{model.classes[-1].name}, so that their labels mean different things. Give `model` one that was trained "
-            "on the attacked classes, or go without semantic enhancement."
+            f"The attacked model has {attacked} classes, but the diffusion model has {known}, {model.classes[0].name} "
+            f"to {model.classes[-1].name}, so their labels differ in meaning. Set `model` to a diffusion model of the "
+            "attacked classes, or omit semantic enhancement."
         )
     unknown = labels[(labels < 0) | (labels >= len(model.classes))].unique().tolist()
     if unknown:
         raise SettingError(
-            f"The diffusion model knows {len(model.classes)} classes, {model.classes[0].name} to "
-            f"{model.classes[-1].name}, but the labels {unknown[:5]} are none of them. Give `model` one that was "
-            "trained on the attacked classes, or go without semantic enhancement."
+            f"The diffusion model has {len(model.classes)} classes, {model.classes[0].name} to "
+            f"{model.classes[-1].name}, but the labels {unknown[:5]} are not among them. Set `model` to a diffusion "
+            "model of the attacked classes, or omit semantic enhancement."
         )

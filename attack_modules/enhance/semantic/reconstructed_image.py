@@ -1,4 +1,4 @@
-"""The data of `fit` with a `SemanticEnhancer`: one reconstructed image in a file."""
+"""Data module for `fit` with a `SemanticEnhancer`: one reconstructed image from a file."""
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -8,12 +8,15 @@ from fl_lightning.errors import SettingError
 
 
 class ReconstructedImage(LightningDataModule):
-    """One image in a file, to be enhanced by `fit`.
+    """Loads one image file to be enhanced by `fit`.
 
     Args:
-        image: the file, of any size; its centre square is taken. A grey file stays grey: the colours are the model's.
-        latent_downscale: the image was reconstructed this much smaller and upsampled, 1 if it was not.
-        seed: is not used; the command line sets it for all data.
+        image: image file of any size, cropped to its central square. A grey image stays grey; the model adds colours.
+        latent_downscale: factor by which the image was upsampled after reconstruction; 1 if it was not.
+        seed: not used; the command line sets it for all data modules.
+
+    Raises:
+        SettingError: the image cannot be read, or `latent_downscale` is not between 1 and the image's side in pixels.
     """
 
     def __init__(self, image: PathLike, latent_downscale: int = 1, seed: int = 0) -> None:
@@ -21,12 +24,12 @@ class ReconstructedImage(LightningDataModule):
         size, channels = read_size(image)
         if latent_downscale < 1 or latent_downscale > size:
             raise SettingError(
-                f"`data.latent_downscale` is {latent_downscale}, but '{image}' has {size} pixels a side. Give a "
-                "number from 1 to that, 1 for an image that was not upsampled."
+                f"`data.latent_downscale` is {latent_downscale}, but '{image}' has {size} pixels per side. Give a "
+                f"number from 1 to {size}; 1 for an image that was not upsampled."
             )
         self.latent_downscale = latent_downscale
         self.image = read_image(image, size, channels).float() / 255
 
     def train_dataloader(self) -> DataLoader:
-        """One item for each step."""
+        """One item per optimisation step."""
         return DataLoader(range(max(self.trainer.max_steps, 1)), batch_size=None)

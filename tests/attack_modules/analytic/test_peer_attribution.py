@@ -6,7 +6,7 @@ from torch import Tensor
 from attack_modules.analytic.peer_attribution import attribute, joined_features, joined_labels
 from attack_modules.analytic.results import Diagnosis, Leakage
 
-SURE = Diagnosis(num_images=4, separated=4, gap=1e3, residual=0.0, conditioning=1.0, drift=0.0, outside=0.0)
+SURE = Diagnosis(num_images=4, disentangled=4, gap=1e3, residual=0.0, conditioning=1.0, drift=0.0, outside=0.0)
 
 
 def features(count: int = 6) -> Tensor:

@@ -15,7 +15,7 @@ from torchmetrics.functional.image import (
 from torchvision.models import alexnet
 from torchvision.transforms.functional import pil_to_tensor
 
-from attack_modules.evaluation import metrics
+from attack_modules.evaluation import metrics, perceptual
 from attack_modules.evaluation.metrics import Scorecard, attribution, score
 from attack_modules.evaluation.perceptual import Lpips
 from attack_modules.evaluation.recognisers import Recogniser
@@ -160,8 +160,8 @@ class TestLpips:
     @pytest.fixture(autouse=True)
     def empty_folders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-        monkeypatch.setattr(metrics, "CHECKPOINTS", tmp_path / "checkpoints")
-        metrics._warn_without_lpips.cache_clear()
+        monkeypatch.setattr(perceptual, "CHECKPOINTS", tmp_path / "checkpoints")
+        perceptual._warn_without_lpips.cache_clear()
 
     @staticmethod
     def put_weights(folder: Path) -> dict[str, Tensor]:

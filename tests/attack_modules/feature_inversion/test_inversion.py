@@ -10,9 +10,9 @@ from attack_modules.attack import Attack
 from attack_modules.evaluation.assignment import match
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.priors import TotalVariation
+from attack_modules.threat_model.knowledge import Knowledge
 from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation
-from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import TorchvisionClassifier
 from fl_lightning.observation import Observation
 
@@ -32,7 +32,7 @@ def test_images_of_an_aggregate_are_read_blindly(observe: Observe, attack: Run, 
     data.setup()
     originals = torch.cat([peer.images for peer in data.clients[:2]])
     order = match(images, originals)
-    features = seen.build_model().embed(originals)
+    features = seen.observation.build_model().embed(originals)
     error = (module.leakage.features[order] - features).norm(dim=1) / features.norm(dim=1)
     assert error.max() < 1e-2
     with torch.no_grad():  # noise has no natural colours, so its features are what can be judged
@@ -42,7 +42,7 @@ def test_images_of_an_aggregate_are_read_blindly(observe: Observe, attack: Run, 
     assert (misfit < 0.05).all()
     assert (module.misfit(1 - images, labels) > 0.3).all()
     assert "holds 4 images" in module.introduction()
-    assert "RefinedInversion" not in module.introduction()  # such small steps need none
+    assert "refined.yaml" not in module.introduction()  # such small steps need none
 
 
 def test_images_do_not_feel_each_other_and_chunks_do_not_matter(observe: Observe, attack: Run) -> None:
@@ -83,7 +83,7 @@ def test_it_begins_with_decoded_images(observe: Observe, attack: Run) -> None:
     seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
     module = attack(FeatureInversion(), seen, steps=1)  # the one step scores what it began with
     torch.testing.assert_close(module.best, FeatureDecoder(module.model, (3, 16, 16))(module.features))
-    assert "images that a regression decodes" in module.introduction()
+    assert "linearly decoded images" in module.introduction()
 
 
 def test_it_begins_with_grey_images_if_the_features_are_no_map(observe: Observe, attack: Run) -> None:
@@ -91,7 +91,7 @@ def test_it_begins_with_grey_images_if_the_features_are_no_map(observe: Observe,
     seen = observe(Federation(model=resnet, client=LocalTraining(local_epochs=1)), **WIDE)
     module = attack(FeatureInversion(), seen, steps=1)
     assert (module.best == 0.5).all()
-    assert "grey ones, since the features are no map" in module.introduction()
+    assert "grey images, since the features are not a map" in module.introduction()
     assert module.images.isfinite().all()  # though a grey image has no variation to compare with
     assert attack(FeatureInversion(balance=0.0), seen, steps=1).images.isfinite().all()
 

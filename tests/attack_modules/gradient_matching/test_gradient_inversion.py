@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from attack_modules import Cosine, GradientInversion, SquaredL2, TotalVariation
-from attack_modules.attack import AttackError
+from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.observed import ObservedRound
+from attack_modules.threat_model.requirements import RequirementError
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import ImageSet
 from fl_lightning.federation import Federation
-from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import ClassifierFactory
-from fl_lightning.observation import Observation
 
-Observe = Callable[..., Observation]
+Observe = Callable[..., ObservedRound]
 Run = Callable[..., GradientInversion]
 ROOT = Path(__file__).parents[3]
 
@@ -64,7 +64,7 @@ def test_loss_falls_and_the_best_iterate_is_kept(observe: Observe, attack: Run, 
 def test_divergence_returns_to_the_best_and_says_so(observe: Observe, attack: Run) -> None:
     seen = observe(Federation(client=LocalTraining(lr=0.01)))
     module = GradientInversion(latent_downscale=1, lr=30.0, divergence_factor=1.01)
-    with pytest.warns(UserWarning, match=r"Start 0 diverged at step \d+.*returns to its best images"):
+    with pytest.warns(UserWarning, match=r"Start 0 diverged at step \d+.*is reset to its best images"):
         attack(module, seen, steps=12)
     assert torch.isfinite(module.best_loss).all()
     assert torch.isfinite(module.reconstruction().images).all()
@@ -104,9 +104,9 @@ def test_the_head_alone_with_detail_as_noise_runs(observe: Observe, attack: Run)
 
 def test_unfit_settings_are_refused(observe: Observe, attack: Run) -> None:
     seen = observe(Federation())
-    with pytest.raises(AttackError, match=r"latent_downscale` is 3, which does not divide the image size 16x16"):
+    with pytest.raises(RequirementError, match=r"multiples of 3 pixels.*3 x 16 x 16.*`model.latent_downscale`"):
         attack(GradientInversion(latent_downscale=3), seen, steps=1)
-    with pytest.raises(AttackError, match="inverts one round, but 2 were observed"):
+    with pytest.raises(RequirementError, match="GradientInversion requires a single observed round, but 2 were"):
         attack(GradientInversion(), seen, seen, steps=1)
     with pytest.raises(ValueError, match="lr > 0"):
         GradientInversion(lr=0.0)

@@ -6,15 +6,15 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from attack_modules import GradientInversion
-from attack_modules.attack import AttackError
 from attack_modules.gradient_matching.latent_detail import Detail, public_photographs
 from attack_modules.gradient_matching.upsampling import nearest_latent, upsampled
 from attack_modules.simulation.low_rank import LowRank
+from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.observed import ObservedRounds
+from attack_modules.threat_model.requirements import RequirementError
 from fl_lightning.data import Photographs
 from fl_lightning.federation import Federation
-from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import FIRST_LAYER, ImageClassifier, LeNet5
-from fl_lightning.observed import ObservedRounds
 
 
 class Pixels(ImageClassifier):
@@ -70,10 +70,10 @@ def test_photographs_in_grey_for_grey_victims() -> None:
 
 def test_photographs_that_are_the_victims_own_are_refused(tmp_path: Path) -> None:
     data = Photographs(num_clients=2, images_per_client=2, image_size=16)
-    rounds = ObservedRounds(Federation(), data, Knowledge(), tmp_path)
+    rounds = ObservedRounds(Knowledge(), Federation(), data, tmp_path)
     module = GradientInversion(latent_downscale=2, detail=True)
     trainer = Trainer(
         max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
     )
-    with pytest.raises(AttackError, match="they are the victims' own"):
+    with pytest.raises(RequirementError, match="these are of `Photographs`"):
         trainer.fit(module, datamodule=rounds)

@@ -112,8 +112,8 @@ def test_enhanced_images_are_those_of_one_process(runs: tuple[Path, str]) -> Non
 def test_everything_is_said_and_written_once(runs: tuple[Path, str]) -> None:
     folder, printed = runs
     count = len(RUNS) + 2 * len(RESUMED)
-    assert printed.count("Attack: ") == printed.count("Pictures and numbers: ") == count
-    assert printed.count("is honest but curious") == count
+    assert printed.count("Attacker: an honest-but-curious client") == printed.count("Pictures and numbers: ") == count
+    assert printed.count("Told to the attacker") == count
     for run in folder.glob("*-2"):
         assert [version.name for version in run.iterdir()] == ["version_0"]
         assert len(list(run.glob("version_0/events*"))) == 1
@@ -131,5 +131,5 @@ def test_what_cannot_be_divided_is_refused_in_one_sentence(tmp_path: Path) -> No
         timeout=600,
     )
     assert done.returncode == 1
-    assert done.stderr.count("1 client(s) cannot be divided among 2 processes") == 1
+    assert done.stderr.count("1 peer(s) cannot be divided among 2 processes") == 1
     assert "Traceback" not in done.stderr

@@ -8,11 +8,13 @@ from torch.nn import functional as F
 
 from attack_modules.gradient_matching.objectives import Cosine, SquaredL2
 from attack_modules.simulation.half_way import model_half_way
-from attack_modules.simulation.local_training import SimulatedPeers, SimulationError
+from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
+from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.observed import ObservedRound
+from attack_modules.threat_model.requirements import RequirementError
 from fl_lightning.client import LocalTraining, parameters
 from fl_lightning.federation import Federation
-from fl_lightning.knowledge import Knowledge
 from fl_lightning.models import (
     VGG7,
     ClassifierFactory,
@@ -23,9 +25,8 @@ from fl_lightning.models import (
     ResNet18,
     TorchvisionClassifier,
 )
-from fl_lightning.observation import Observation
 
-Observe = Callable[..., Observation]
+Observe = Callable[..., ObservedRound]
 CPU = torch.device("cpu")
 
 
@@ -33,7 +34,7 @@ def dense(update: dict[str, Tensor | LowRank]) -> dict[str, Tensor]:
     return {name: tensor.dense() if isinstance(tensor, LowRank) else tensor for name, tensor in update.items()}
 
 
-def truth_of(observation: Observation, observe: Observe, noise_images: type) -> tuple[Tensor, Tensor]:
+def truth_of(observation: ObservedRound, observe: Observe, noise_images: type) -> tuple[Tensor, Tensor]:
     data = noise_images(num_clients=3, images_per_client=2, image_size=16)
     data.setup()
     peers = data.clients[:2]
@@ -64,17 +65,19 @@ def test_batch_norm_in_train_mode_is_simulated(
 ) -> None:
     observation = observe(Federation(model=batch_norm_classifier, client=LocalTraining(lr=0.1)))
     images, labels = truth_of(observation, observe, noise_images)
-    before = {name: tensor.clone() for name, tensor in observation.before.items()}
+    before = {name: tensor.clone() for name, tensor in observation.observation.before.items()}
     simulated = SimulatedPeers(observation, merged=False, device=CPU).mean_update(images, labels)
     assert relative_error(dense(simulated), observation.peers_update()) < 2e-3
-    assert all(torch.equal(tensor, before[name]) for name, tensor in observation.before.items())  # which it shares
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in observation.observation.before.items()
+    )  # which it shares
 
 
 def dense_update(
-    observation: Observation, training: LocalTraining, images: Tensor, labels: Tensor
+    observation: ObservedRound, training: LocalTraining, images: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
     """One client's local training, with all weights and gradients whole: an independent reading of SGD."""
-    model = observation.build_model()
+    model = observation.observation.build_model()
     start = {name: tensor.requires_grad_() for name, tensor in parameters(model).items()}
     weights, velocity = start, dict.fromkeys(start, 0.0)
     size = training.batch_size or len(images)
@@ -130,11 +133,11 @@ def test_factored_simulation_equals_the_dense_one_forward_and_backward(
             torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=0)
             slopes = [torch.autograd.grad(loss, images, retain_graph=True)[0] for loss in losses]
             assert relative_error({"images": slopes[0]}, {"images": slopes[1]}) < 1e-8
-        assert "head's" in peers.introduction()
+        assert "of the head" in peers.introduction()
         assert ("outside the head" in peers.introduction()) == (model is LinearInside)
 
 
-def test_one_step_moves_no_feature_so_that_held_convolutions_lose_nothing(
+def test_one_step_moves_no_feature_so_that_frozen_convolutions_lose_nothing(
     observe: Observe, relative_error: Callable
 ) -> None:
     seen = observe(Federation(client=LocalTraining(lr=0.02, local_epochs=1)))
@@ -144,14 +147,16 @@ def test_one_step_moves_no_feature_so_that_held_convolutions_lose_nothing(
     target = {name: seen.peers_update()[name] for name in expected}
     slope = torch.autograd.grad(SquaredL2()(expected, target), images)[0]
     for chunk_size in (None, 1):
-        peers = SimulatedPeers(seen, False, CPU, chunk_size=chunk_size, held=seen.build_model().requires_grad_(False))
+        peers = SimulatedPeers(
+            seen, False, CPU, chunk_size=chunk_size, frozen=seen.observation.build_model().requires_grad_(False)
+        )
         found = peers.mean_update(images, labels)
         assert relative_error(dense(found), dense(expected)) < 1e-5
         other = torch.autograd.grad(SquaredL2()(found, target), images)[0]
         assert relative_error({"images": other}, {"images": slope}) < 1e-4
 
 
-def test_held_half_way_the_drift_of_features_is_right_to_first_order(
+def test_frozen_half_way_the_drift_of_features_is_right_to_first_order(
     observe: Observe, noise_images: type, relative_error: Callable
 ) -> None:
     """Of one peer; the last layer shows it best, because no gates hang on it."""
@@ -159,30 +164,30 @@ def test_held_half_way_the_drift_of_features_is_right_to_first_order(
     data.setup()
     images, labels = data.clients[0].images, data.clients[0].labels
     seen = observe(Federation(client=LocalTraining(lr=0.005, local_epochs=3)), num_clients=2)
-    half_way = model_half_way([seen], [seen.peers_update()], 3)
+    half_way = model_half_way([seen.observation], [seen.peers_update()], 3)
     whole = dense(SimulatedPeers(seen, False, CPU).mean_update(images, labels))["head.2.weight"]
     errors = []
-    for held in (half_way, seen.build_model().requires_grad_(False)):
-        found = dense(SimulatedPeers(seen, False, CPU, held=held).mean_update(images, labels))["head.2.weight"]
+    for frozen in (half_way, seen.observation.build_model().requires_grad_(False)):
+        found = dense(SimulatedPeers(seen, False, CPU, frozen=frozen).mean_update(images, labels))["head.2.weight"]
         errors.append(relative_error({"": found}, {"": whole}))
     assert errors[0] < 0.004
     assert errors[0] < errors[1] / 3
 
 
-def test_a_shift_is_added_to_the_features(observe: Observe, relative_error: Callable) -> None:
+def test_an_offset_is_added_to_the_features(observe: Observe, relative_error: Callable) -> None:
     seen = observe(Federation(client=LocalTraining(lr=0.02, local_epochs=1)))
-    images, labels, shift = torch.rand(2, 3, 16, 16), torch.arange(2), torch.rand(1024)
-    model = seen.build_model()
-    loss = F.cross_entropy(model.head(model.embed(images) + shift), labels)
+    images, labels, offset = torch.rand(2, 3, 16, 16), torch.arange(2), torch.rand(1024)
+    model = seen.observation.build_model()
+    loss = F.cross_entropy(model.head(model.embed(images) + offset), labels)
     expected = torch.autograd.grad(loss, model.head[0].weight)[0] * 0.02
-    for held in (None, seen.build_model()):
-        found = SimulatedPeers(seen, True, CPU, held=held, shift=shift).mean_update(images, labels)
+    for frozen in (None, seen.observation.build_model()):
+        found = SimulatedPeers(seen, True, CPU, frozen=frozen, offset=offset).mean_update(images, labels)
         assert relative_error({"w": found["head.0.weight"].dense()}, {"w": expected}) < 1e-4
 
 
 def test_what_cannot_be_divided_is_refused(observe: Observe, batch_norm_classifier: ClassifierFactory) -> None:
     seen = observe(Federation(model=batch_norm_classifier, client=LocalTraining(local_epochs=1)))
-    with pytest.raises(SimulationError, match=r"BatchNorm cannot be divided.*Leave `model.chunk_size` out"):
+    with pytest.raises(RequirementError, match=r"a model without BatchNorm where.*Leave `model.chunk_size` out"):
         SimulatedPeers(seen, True, CPU, chunk_size=2)
 
 
@@ -200,8 +205,8 @@ def test_dropout_and_unknown_client_sizes_are_refused(observe: Observe) -> None:
         return TorchvisionClassifier(num_classes, image_shape, name="mobilenet_v3_small", dropout=0.2)
 
     seen = observe(Federation(model=with_dropout, client=LocalTraining(local_epochs=1)), image_size=32)
-    with pytest.raises(SimulationError, match=r"drops units at random.*dropout: 0"):
+    with pytest.raises(RequirementError, match=r"without random layers.*drops units at random.*dropout: 0"):
         SimulatedPeers(seen, True, CPU)
     blind = observe(Federation(), Knowledge(num_clients="inferred"))
-    with pytest.raises(SimulationError, match="client by client"):
+    with pytest.raises(RequirementError, match=r"the number of peers.*Give `knowledge.num_clients`"):
         SimulatedPeers(blind, False, CPU)

@@ -66,7 +66,7 @@ def test_image_folder(tmp_path: Path) -> None:
 def test_image_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere'\. Set `data\.root`"):
         ImageFolder(tmp_path / "nowhere").setup()
-    with pytest.raises(FileNotFoundError, match=r"has no images in class folders\. Lay them out as"):
+    with pytest.raises(FileNotFoundError, match=r"has no images in class folders\. Arrange them as"):
         ImageFolder(tmp_path).setup()
 
 
@@ -116,7 +116,7 @@ def test_cifar10_as_files(cifar_folder: Path, layout: str) -> None:
 def test_cifar10_broken_tar(cifar_folder: Path) -> None:
     path = pack(cifar_folder, ".")
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"cifar\.tar\.gz' cannot be read as a tar file .* Fetch it again"):
+    with pytest.raises(ValueError, match=r"cifar\.tar\.gz' cannot be read as a tar file .* Download it again"):
         CIFAR10(path).setup()
 
 
@@ -155,7 +155,7 @@ def test_cifar10_in_torchvisions_layout(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dataset", [CIFAR10, MNIST, FashionMNIST])
 def test_absent_dataset_says_how_to_get_it(dataset: type[CIFAR10 | MNIST], tmp_path: Path) -> None:
     sentence = (
-        rf"{dataset.__name__} is not in '.*' \(.*\)\. Set `data\.download: true` to fetch it, or set `data\.root`"
+        rf"{dataset.__name__} is not in '.*' \(.*\)\. Set `data\.download: true` to download it, or set `data\.root`"
     )
     with pytest.raises(FileNotFoundError, match=sentence):
         dataset(tmp_path).setup()

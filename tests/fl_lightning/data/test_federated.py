@@ -132,17 +132,17 @@ def test_the_description_is_json_and_follows_every_setting() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"num_clients": 0}, "`data.num_clients` is 0, but somebody must hold images: give at least 1"),
-        ({"num_clients": 1, "attacker_images": 0}, "`data.num_clients` is 1, .* give at least 2"),
+        ({"num_clients": 0}, "`data.num_clients` is 0, but at least one client must hold images. Set it to at least 1"),
+        ({"num_clients": 1, "attacker_images": 0}, "`data.num_clients` is 1, .* Set it to at least 2"),
         ({"images_per_client": 0}, "`data.images_per_client` is 0, but every victim needs at least one image"),
         ({"images_per_client": -3}, "`data.images_per_client` is -3, but every victim"),
         ({"num_clients": 3, "images_per_client": [1, 0, 1]}, r"`data.images_per_client` is \[1, 0, 1\], but every"),
-        ({"num_clients": 3, "images_per_client": [1, 1]}, "has 2 numbers for 3 clients. Give one number each"),
+        ({"num_clients": 3, "images_per_client": [1, 1]}, "has 2 numbers for 3 clients. Give one number per client"),
         ({"num_clients": 2, "images_per_client": [1, -1]}, "The attacker cannot have -1 images"),
         ({"attacker_images": -2}, "The attacker cannot have -2 images. Set `data.attacker_images` to 0 or more"),
         ({"image_size": 7}, "`data.image_size` is 7, but images need at least 8"),
-        ({"num_classes": 0}, "`data.num_classes` is 0. Give at least 1"),
-        ({"pooled_batch_size": 0}, "`data.pooled_batch_size` is 0. Give at least 1"),
+        ({"num_classes": 0}, "`data.num_classes` is 0. Set it to at least 1"),
+        ({"pooled_batch_size": 0}, "`data.pooled_batch_size` is 0. Set it to at least 1"),
     ],
 )
 def test_impossible_settings_are_refused_at_once(settings: dict[str, Any], sentence: str) -> None:
@@ -153,9 +153,9 @@ def test_impossible_settings_are_refused_at_once(settings: dict[str, Any], sente
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"images_per_client": 16}, "There are 40 images, but 5 clients ask for 80"),
+        ({"images_per_client": 16}, "There are 40 images, but 5 clients need 80"),
         ({"num_clients": 41}, "There are 40 images for 41 clients"),
-        ({"attacker_images": 37}, "Of 40 images the attacker takes 37, which leaves too few for 4 victims"),
+        ({"attacker_images": 37}, "The attacker takes 37 of 40 images, which leaves too few for 4 victims"),
         ({"num_classes": 3}, "`data.num_classes` is 3, but the images have labels up to 3. Set it to at least 4"),
     ],
 )
@@ -201,9 +201,9 @@ def test_help_explains_inherited_settings(capsys: pytest.CaptureFixture[str]) ->
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "or a `.tar.gz` of these",
-        "whether torchvision fetches",
+        "whether torchvision downloads",
         "the attacker included",
-        "images are dealt",
+        "images are assigned",
     ):
         assert words in text
 

@@ -104,14 +104,14 @@ def test_mode_i_is_taken_for_16_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pixels", [np.full((8, 8), 70000, dtype=np.int32), np.ones((8, 8), dtype=np.float32)])
 def test_pixels_of_unknown_range_are_refused(tmp_path: Path, pixels: np.ndarray) -> None:
-    with pytest.raises(UnreadableImage, match="range is unknown; save it with 8 or 16 bits"):
+    with pytest.raises(UnreadableImage, match="value range is unknown; save it with 8 or 16 bits"):
         read_image(saved(Image.fromarray(pixels), tmp_path / "x.tif"), 8, channels=3)
 
 
 def test_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
     path = saved(Image.fromarray(noise(64, 64)), tmp_path / "cut.jpg")
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(UnreadableImage, match=r"cut\.jpg' cannot be read .* Replace it with a whole JPEG"):
+    with pytest.raises(UnreadableImage, match=r"cut\.jpg' cannot be read .* Replace it with an intact JPEG"):
         read_image(path, 8, channels=3)
 
 

@@ -86,23 +86,23 @@ def test_by_class_leaves_out_classes_that_nobody_holds() -> None:
 
 
 def test_too_few_images_are_counted() -> None:
-    with pytest.raises(ValueError, match=r"There are 600 images, but 3 clients ask for 700 \(300, 300, 100\)"):
+    with pytest.raises(ValueError, match=r"There are 600 images, but 3 clients need 700 \(300, 300, 100\)"):
         deal(InOrder(), [300, 300, 100], 3)
     with pytest.raises(ValueError, match="There are 3 images for 5 clients, so some would have none"):
         deal(IID(), None, 5, labels=torch.zeros(3))
 
 
 def test_by_class_refuses_what_its_classes_cannot_give() -> None:
-    with pytest.raises(ValueError, match=r"Class \d has 60 images, but its 1 holders ask for 61"):
+    with pytest.raises(ValueError, match=r"Class \d has 60 images, but its 1 client\(s\) need 61"):
         deal(ByClass(1), [61], 1)
     with pytest.raises(ValueError, match="is 11, but the images have only 10 classes"):
         deal(ByClass(11), None, 2)
-    with pytest.raises(ValueError, match="would have no images: its classes have fewer images than holders"):
+    with pytest.raises(ValueError, match="would have no images, because its classes have fewer images than clients"):
         deal(ByClass(1), None, 3, labels=torch.tensor([0, 1, 1, 1]))
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="is 0, but a Dirichlet concentration is positive"):
+    with pytest.raises(ValueError, match="is 0, but a Dirichlet concentration must be positive"):
         Dirichlet(0)
     with pytest.raises(ValueError, match="is 0, but a client needs at least one class"):
         ByClass(0)

@@ -174,7 +174,7 @@ def test_foreign_and_missing_weights_are_refused(saved: tuple[Path, Path, Latent
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(SettingError, match="an even number of other blocks"):
+    with pytest.raises(SettingError, match="a positive even number of encoder blocks"):
         MDTv2(depth=6, decoder_depth=1)
     with pytest.raises(SettingError, match="scale >= 1"):
         small_model(guidance=0.5)
@@ -185,9 +185,9 @@ def test_a_class_by_index_synset_or_name() -> None:
     assert len(classes) == 1000
     assert {class_index(wanted, classes) for wanted in (199, "199", "n02097298", "Scotch terrier")} == {199}
     twice = [ImageClass("crane", "n02012849"), ImageClass("crane", "n03126707")]
-    with pytest.raises(SettingError, match=r"called 'crane'. Give an index instead: 0 \(n02012849\) or 1 \(n031"):
+    with pytest.raises(SettingError, match=r"called 'crane'. Give the index instead: 0 \(n02012849\) or 1 \(n031"):
         class_index("crane", twice)
-    with pytest.raises(SettingError, match="no class 1000: the model knows classes 0 to 999"):
+    with pytest.raises(SettingError, match="index 1000 is out of range: the model has classes 0 to 999"):
         class_index(1000, classes)
     with pytest.raises(SettingError, match=r"no class 'scotch terier'.*'Scotch terrier'"):
         class_index("scotch terier", classes)

@@ -168,11 +168,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(original: UNetModel) -> None:
     network = unet(WIDTHS, DEPTH, ATTENTION_FROM, HEAD)
     weights = original.state_dict()
     weights["label_emb.weight"] = weights.pop("out.2.bias")
-    with pytest.raises(SettingError, match=r"Missing: out\.2\.bias; foreign: label_emb\.weight\. Give the released"):
+    with pytest.raises(SettingError, match=r"missing: out\.2\.bias; unexpected: label_emb\.weight\)\. Use the rel"):
         load_released(network, weights)
     weights = original.state_dict()
     weights["out.2.bias"] = torch.zeros(3)
-    with pytest.raises(SettingError, match=r"other shapes than this network: out\.2\.bias \(3,\)"):
+    with pytest.raises(SettingError, match=r"shapes do not match this network: out\.2\.bias \(3,\)"):
         load_released(network, weights)
 
 

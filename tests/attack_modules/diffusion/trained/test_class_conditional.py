@@ -84,9 +84,9 @@ def test_a_file_gives_the_model_back(tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(SettingError, match="channels in multiples of 8"):
+    with pytest.raises(SettingError, match="channels that are multiples of 8"):
         SmallConditional([12])
-    with pytest.raises(SettingError, match="halves once a level"):
+    with pytest.raises(SettingError, match=r"image_size divisible by 2\^len\(channels\)"):
         SmallConditional([8, 8, 8], image_size=12)
     with pytest.raises(SettingError, match="scale >= 1"):
         SmallConditional([8], guidance=0.0)
@@ -113,7 +113,7 @@ def test_training_teaches_the_classes(tmp_path: Path) -> None:
 
 
 def test_training_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attack_modules.analytic.label_inference import pink_noise
+    from attack_modules.analytic.typical_head import pink_noise
     from attack_modules.panels import save_png
 
     for split in ("train", "test"):

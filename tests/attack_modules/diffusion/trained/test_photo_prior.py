@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attack_modules.analytic.label_inference import pink_noise
+from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.diffusion.trained.denoising_comparison import add_noise, psnr, sample
 from attack_modules.diffusion.trained.photo_crops import Crops, PhotoCrops, read_photograph
 from attack_modules.diffusion.trained.photo_prior import DiffusionPrior, TrainedPrior

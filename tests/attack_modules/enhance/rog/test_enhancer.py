@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from attack_modules.attack import Reconstruction
 from attack_modules.enhance.restoration import Restoration
 from attack_modules.enhance.rog import enhancer as gan
+from attack_modules.enhance.rog import networks
 from attack_modules.enhance.rog.enhancer import GAN
 from attack_modules.enhance.rog.networks import Generator, RogDenoiser
 from attack_modules.enhance.rog.usrnet import ResUNet, USRNet, data_step
@@ -49,7 +50,7 @@ def test_the_released_names_and_shapes() -> None:
 
 
 def test_class_conditional_batch_norm_by_hand() -> None:
-    norm = gan.ClassBatchNorm(2, 3)
+    norm = networks.ClassBatchNorm(2, 3)
     norm.stored_mean.copy_(torch.tensor([1.0, 2.0]))
     norm.stored_var.copy_(torch.tensor([4.0, 9.0]))
     x = torch.full((2, 2, 1, 1), 5.0)
@@ -156,7 +157,7 @@ def test_any_restoration_network(tmp_path: Path) -> None:
     torch.testing.assert_close(upsampled, network(F.avg_pool2d(images, 2)).clamp(0, 1).detach())
     assert enhancer.enhance(Reconstruction(images[:, :1], torch.zeros(2)), seed=0).shape == (2, 1, 16, 16)
     torch.save({"a": torch.zeros(1)}, tmp_path / "foreign.pth")
-    with pytest.raises(StorageError, match="holds no network that spandrel knows"):
+    with pytest.raises(StorageError, match="holds no network that spandrel supports"):
         Restoration(tmp_path / "foreign.pth")
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from attack_modules.analytic.label_inference import pink_noise
+from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.conditional import ConditionalModel, ddim
 from attack_modules.diffusion.released.latent_diffusion import LatentDiffusion, sd_vae
@@ -107,7 +107,7 @@ def test_only_what_the_reconstruction_shows_is_compared() -> None:
 def test_what_was_observed_decides_where_it_is_known() -> None:
     wanted = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
-    def disagreement(candidates: Tensor, indices: Tensor) -> Tensor:
+    def consistency_error(candidates: Tensor, indices: Tensor) -> Tensor:
         return (candidates - wanted[indices]).square().mean((1, 2, 3))
 
     enhancer = SemanticEnhancer(tiny(), lr=0.1, timesteps=3, steps=6, patience=50, chunk_size=1, margin=0)
@@ -119,11 +119,13 @@ def test_what_was_observed_decides_where_it_is_known() -> None:
         samples[int(indices)].append(found.images[0])
 
     enhancer.watch = watch
-    result = enhancer.enhance(given(images())._replace(disagreement=disagreement), seed=0)
+    result = enhancer.enhance(given(images())._replace(consistency_error=consistency_error), seed=0)
     for image in (0, 1):
         best = int(torch.stack(scores[image]).argmin())
         torch.testing.assert_close(result[image], samples[image][best])
-        assert float(scores[image][best]) == pytest.approx(float(disagreement(result[[image]], torch.tensor([image]))))
+        assert float(scores[image][best]) == pytest.approx(
+            float(consistency_error(result[[image]], torch.tensor([image])))
+        )
 
 
 def test_the_noise_keeps_the_length_of_normal_noise() -> None:
@@ -198,7 +200,7 @@ def test_the_best_of_several_starts_goes_on() -> None:
 def test_what_it_refuses() -> None:
     with pytest.raises(SettingError, match=r"square RGB or grey images, .* but got \(1, 3, 16, 12\)"):
         NoiseSearch(tiny(), given(torch.rand(1, 3, 16, 12)))
-    with pytest.raises(SettingError, match=r"knows 2 classes, cat to dog, but the labels \[2, 900\] are none"):
+    with pytest.raises(SettingError, match=r"has 2 classes, cat to dog, but the labels \[2, 900\] are not among"):
         NoiseSearch(tiny(), Reconstruction(images(3), torch.tensor([1, 900, 2])))
     with pytest.raises(SettingError, match=r"no class 'cta'.*'cat'"):
         SemanticEnhancer(tiny(), class_label="cta")
@@ -228,7 +230,7 @@ def test_one_image_by_command_and_resume(command: list[str], capsys: pytest.Capt
     assert [row["step"] for row in rows] == list("012345")
     assert Image.open(run / "semantic.png").size == (16, 16)
     assert (run / "panel.png").exists()
-    assert "It is grey, so that all colours are the model's" in capsys.readouterr().out
+    assert "The reconstruction is grey: the model generates all colours" in capsys.readouterr().out
     assert (run / "checkpoints/last.ckpt").stat().st_size < 100_000  # the search, not the model
 
     main([*command, "--trainer.max_steps", "4"])
@@ -245,5 +247,5 @@ def test_an_image_that_cannot_be_used(tmp_path: Path) -> None:
         ReconstructedImage(tmp_path / "gone.png")
     Image.new("RGB", (8, 9)).save(tmp_path / "small.png")
     assert ReconstructedImage(tmp_path / "small.png").image.shape == (3, 8, 8)
-    with pytest.raises(SettingError, match=r"is 9, but .* has 8 pixels a side"):
+    with pytest.raises(SettingError, match=r"is 9, but .* has 8 pixels per side"):
         ReconstructedImage(tmp_path / "small.png", latent_downscale=9)

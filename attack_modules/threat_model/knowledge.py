@@ -1,9 +1,9 @@
-"""What the attacker is told, what it guesses, and what it must infer."""
+"""Settings of the threat model: what the attacker is told, what it guesses, and what it must infer."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from attack_modules.threat_model.assumptions import Assumptions, split_evenly
 from fl_lightning.errors import AuditError
 from fl_lightning.truth import Truth
 
@@ -16,69 +16,21 @@ class KnowledgeError(AuditError, ValueError):
 
 
 @dataclass(frozen=True)
-class Beliefs:
-    """The values that an attack acts on, right or wrong.
-
-    Attributes:
-        client_lr: the peers' learning rate.
-        server_lr: the server's learning rate.
-        local_epochs: the peers' passes over their images.
-        batch_size: the peers' batch size; None for full batch.
-        momentum, weight_decay: of the peers' SGD; part of the task, so always told.
-        num_clients: peers in the aggregate; None if unknown.
-        num_images: images in the aggregate; None if it must be inferred.
-        labels: one label an image: in the peers' order if labels are told, sorted if only their counts are; None if
-            they must be inferred.
-        client_sizes: images of each peer; told together with `num_clients`, split evenly if that is guessed.
-    """
-
-    client_lr: float
-    server_lr: float
-    local_epochs: int
-    batch_size: int | None
-    momentum: float
-    weight_decay: float
-    num_clients: int | None
-    num_images: int | None
-    labels: list[int] | None
-    client_sizes: list[int] | None
-
-    @property
-    def local_steps(self) -> int:
-        """SGD steps that a peer takes in a round; one an epoch where the peers' sizes are not believed."""
-        if self.batch_size is None or not self.client_sizes:
-            return self.local_epochs
-        return self.local_epochs * math.ceil(sum(self.client_sizes) / len(self.client_sizes) / self.batch_size)
-
-    @property
-    def in_full_batches(self) -> bool:
-        """Whether a peer's steps are believed to be taken on all of its images."""
-        return self.local_steps == self.local_epochs
-
-    @property
-    def mean_rate(self) -> float:
-        """Factor of an average step's gradient in a peer's update: `client_lr`, and what momentum adds to it.
-
-        The gradient of step s of T is in the velocity of every later step: `sum_{k <= T - s} momentum^k`.
-        """
-        steps = self.local_steps
-        summed = sum(self.momentum**later * (steps - later) for later in range(steps))
-        return self.client_lr * summed / steps
-
-
-@dataclass(frozen=True)
 class Knowledge:
     """What the attacker knows of its peers: `known` is told the truth, a number is its guess, `inferred` is neither.
 
+    Momentum and weight decay are part of the task that the server hands out, so they are always known; for rounds
+    observed in another system they are taken to be 0.
+
     Args:
-        labels: whether it is told every image's label, peer by peer.
+        labels: whether it is told every image's label, ordered by peer.
         label_counts: whether it is told how many images of each class there are (implied by known labels).
         num_images: how many images the peers hold together (implied by known labels or label counts).
         num_clients: how many peers took part, and how many images each of them holds.
         client_lr: the peers' learning rate. A guess is used in the simulation as well as in the scaling.
         server_lr: the server's learning rate.
         local_epochs: the peers' local epochs.
-        batch_size: the peers' batch size; null guesses full batch.
+        batch_size: the peers' mini-batch size; null guesses full batches.
     """
 
     labels: Told | Inferred = "known"
@@ -110,11 +62,17 @@ class Knowledge:
             flags["num_images"] = "known"
         return flags
 
-    def beliefs(self, truth: Truth | None) -> Beliefs:
+    def introduction(self) -> str:
+        """What the attacker is told, in one line."""
+        told = [name for name, source in self.sources.items() if source == "known"]
+        rest = [f"{name} ({source})" for name, source in self.sources.items() if source != "known"]
+        return f"Told to the attacker: {', '.join(told) or 'nothing'}; not told: {', '.join(rest) or 'nothing'}."
+
+    def assumptions(self, truth: Truth | None) -> Assumptions:
         """What the attacker acts on.
 
         Args:
-            truth: of the observed round, None where nobody knows it (an Observation from a real system).
+            truth: of the observed round; None where it is unknown (rounds observed in another system).
 
         Raises:
             KnowledgeError: something is `known` but there is no truth to tell it.
@@ -135,9 +93,7 @@ class Knowledge:
         sizes = truth.client_sizes if truth else []
         num_images = len(labels) if self.sources["num_images"] == "known" else value("num_images", None)
         num_clients = value("num_clients", len(sizes))
-        if self.num_clients != "known":
-            sizes = _split_evenly(num_images, num_clients) if num_images and num_clients else None
-        return Beliefs(
+        return Assumptions(
             client_lr=value("client_lr", training and training.lr),
             server_lr=value("server_lr", truth and truth.server_lr),
             local_epochs=value("local_epochs", training and training.local_epochs),
@@ -147,9 +103,6 @@ class Knowledge:
             num_clients=num_clients,
             num_images=num_images,
             labels=labels if self.labels == "known" else sorted(labels) if self.label_counts == "known" else None,
-            client_sizes=sizes,
+            client_sizes=sizes if self.num_clients == "known" else split_evenly(num_images, num_clients),
+            sources=self.sources,
         )
-
-
-def _split_evenly(total: int, parts: int) -> list[int]:
-    return [total // parts + (part < total % parts) for part in range(parts)]

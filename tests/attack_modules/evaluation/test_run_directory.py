@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from attack_modules.evaluation.callback import RunDirectoryError, claim
+from attack_modules.evaluation.run_directory import RunDirectoryError, claim
 
 
 def test_a_finished_run_is_not_written_over(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import skimage.data
@@ -8,22 +10,22 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from attack_modules import FeatureInversion
+from attack_modules import DiffusionGuidance, FeatureInversion
 from attack_modules.attack import Attack
 from attack_modules.diffusion.denoiser import Denoiser
 from attack_modules.diffusion.trained.denoising_comparison import TV_WEIGHTS, add_noise, psnr, total_variation_denoised
 from attack_modules.diffusion.trained.photo_prior import TrainedPrior
 from attack_modules.feature_inversion.decoder import FeatureDecoder
-from attack_modules.feature_inversion.guided import GuidedInversion
 from attack_modules.priors import TotalVariation
+from attack_modules.threat_model.observed import ObservedRound
+from attack_modules.threat_model.requirements import RequirementError
 from fl_lightning.client import LocalTraining
 from fl_lightning.data.images import to_pixels
 from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.federation import Federation
-from fl_lightning.observation import Observation
 
 ROOT = Path(__file__).parents[3]
-Observe = Callable[..., Observation]
+Observe = Callable[..., ObservedRound]
 Run = Callable[..., Attack]
 NO_PRIOR = [TotalVariation(weight=0.0)]
 
@@ -42,8 +44,13 @@ class GaussianDenoiser(Denoiser):
         return self.mean + kept * (noisy - self.mean)
 
 
+def guided(*arguments: Any, **settings: Any) -> Callable[..., FeatureInversion]:
+    """Feature inversion with a guidance of these arguments."""
+    return partial(FeatureInversion, guidance=DiffusionGuidance(*arguments, **settings))
+
+
 @pytest.fixture
-def seen(observe: Observe) -> Observation:
+def seen(observe: Observe) -> ObservedRound:
     return observe(Federation(client=LocalTraining(local_epochs=1)), num_classes=50)
 
 
@@ -59,11 +66,12 @@ def test_it_ends_where_features_and_denoiser_balance(
     seen = observe(Federation(model=linear_classifier, client=client), num_classes=50)
     denoiser = GaussianDenoiser(mean=0.5, deviation=0.1)
     module = attack(
-        GuidedInversion(denoiser, weight=20.0, sigma_start=0.2, sigma_per_error=1e3, denoise_every=1, priors=NO_PRIOR,
-                        lr=0.05, resimulations=0),
+        guided(denoiser, weight=20.0, sigma_start=0.2, sigma_per_error=1e3, denoise_every=1)(
+            priors=NO_PRIOR, lr=0.05, resimulations=0
+        ),
         seen,
         steps=200,
-    )  # fmt: skip
+    )
     pixels = module.features.view_as(module.images)
     shrinkage = 1 - 0.1**2 / (0.1**2 + 0.2**2)  # x - D(x) = shrinkage * (x - mean); sigma stays at its start
     variance = (pixels - 0.5).square().mean((1, 2, 3), keepdim=True)
@@ -73,38 +81,41 @@ def test_it_ends_where_features_and_denoiser_balance(
     torch.testing.assert_close(module.reconstruction().images, expected, rtol=0, atol=5e-3)
 
 
-def test_noise_levels_follow_the_feature_error_of_each_image(seen: Observation, attack: Run) -> None:
-    module = attack(GuidedInversion(GaussianDenoiser(0.5, 0.2), sigma_per_error=0.5, lr=0.1), seen, steps=40)
+def test_noise_levels_follow_the_feature_error_of_each_image(seen: ObservedRound, attack: Run) -> None:
+    module = attack(guided(GaussianDenoiser(0.5, 0.2), sigma_per_error=0.5)(lr=0.1), seen, steps=40)
     with torch.no_grad():
         errors = module.feature_error(module.best, module.features)
-    torch.testing.assert_close(module.errors, errors, rtol=0.2, atol=1e-6)
-    torch.testing.assert_close(module.sigma, (0.5 * module.errors.sqrt()).clamp(1e-4, 0.1))
-    assert module.errors.max() < 0.1
+    guidance = module.guidance
+    torch.testing.assert_close(guidance.errors, errors, rtol=0.2, atol=1e-6)
+    torch.testing.assert_close(guidance.sigma, (0.5 * guidance.errors.sqrt()).clamp(1e-4, 0.1))
+    assert guidance.errors.max() < 0.1
 
 
-def test_without_weight_it_is_feature_inversion(seen: Observation, attack: Run) -> None:
+def test_without_weight_it_is_feature_inversion(seen: ObservedRound, attack: Run) -> None:
     plain = attack(FeatureInversion(lr=0.1), seen, steps=8)
-    guided = attack(GuidedInversion(GaussianDenoiser(0.5, 0.2), weight=0.0, denoise_every=3, lr=0.1), seen, steps=8)
-    torch.testing.assert_close(guided.images, plain.images)
+    module = attack(guided(GaussianDenoiser(0.5, 0.2), weight=0.0, denoise_every=3)(lr=0.1), seen, steps=8)
+    torch.testing.assert_close(module.images, plain.images)
 
 
-def test_a_file_names_the_denoiser_which_checkpoints_leave_out(tmp_path: Path, seen: Observation, attack: Run) -> None:
+def test_a_file_names_the_denoiser_which_checkpoints_leave_out(
+    tmp_path: Path, seen: ObservedRound, attack: Run
+) -> None:
     TrainedPrior([8], layers=1).save(tmp_path / "prior.safetensors")
-    module = attack(GuidedInversion(tmp_path / "prior.safetensors", denoise_every=2, chunk_size=3), seen, steps=5)
+    module = attack(guided(tmp_path / "prior.safetensors", denoise_every=2)(chunk_size=3), seen, steps=5)
     assert module.reconstruction().images.isfinite().all()
     assert not any("unet" in name for name in module.state_dict())
-    assert "Guided by TrainedPrior" in module.introduction()
+    assert "Guidance: TrainedPrior" in module.introduction()
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path, seen: Observation, attack: Run) -> None:
+def test_what_cannot_be_is_refused(tmp_path: Path, seen: ObservedRound, attack: Run) -> None:
     with pytest.raises(MissingFile, match="no prior"):
-        GuidedInversion(tmp_path / "nothing.safetensors")
+        DiffusionGuidance(tmp_path / "nothing.safetensors")
     with pytest.raises(SettingError, match="denoise_every=0"):
-        GuidedInversion(GaussianDenoiser(0.5, 0.1), denoise_every=0)
+        DiffusionGuidance(GaussianDenoiser(0.5, 0.1), denoise_every=0)
     coarse = GaussianDenoiser(0.5, 0.1)
     coarse.multiple = 32
-    with pytest.raises(SettingError, match="multiples of 32, but the attacked model's are 3 x 16 x 16"):
-        attack(GuidedInversion(coarse), seen, steps=1)
+    with pytest.raises(RequirementError, match=r"multiples of 32 pixels, but they are 3 x 16 x 16"):
+        attack(guided(coarse)(), seen, steps=1)
 
 
 @pytest.mark.parametrize("name", ["guided", "guided_resnet"])
@@ -113,7 +124,9 @@ def test_the_configurations_name_the_shipped_prior_which_beats_total_variation(
 ) -> None:
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load(Path(f"configs/{name}.yaml").read_text())["model"]
-    denoiser = GuidedInversion(**settings["init_args"]).denoiser
+    guidance = settings["init_args"]["guidance"]
+    assert guidance["class_path"] == "DiffusionGuidance"
+    denoiser = DiffusionGuidance(**guidance["init_args"]).denoiser
     photograph = to_pixels(Image.fromarray(skimage.data.chelsea()), 128, 3)[None] / 255  # not trained on
     noisy = add_noise(photograph, 0.1, seed=0)
     total_variation = max(psnr(total_variation_denoised(noisy, weight * 0.1), photograph) for weight in TV_WEIGHTS)

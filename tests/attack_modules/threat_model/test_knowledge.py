@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attack_modules.threat_model.knowledge import Knowledge, KnowledgeError
 from fl_lightning.client import LocalTraining
-from fl_lightning.knowledge import Knowledge, KnowledgeError
 from fl_lightning.truth import Truth
 
 
@@ -22,30 +22,35 @@ def truth() -> Truth:
 
 
 def test_all_known_is_the_truth(truth: Truth) -> None:
-    beliefs = Knowledge().beliefs(truth)
-    assert (beliefs.labels, beliefs.client_sizes, beliefs.num_images) == ([4, 1, 1, 0, 2], [2, 3], 5)
-    assert (beliefs.client_lr, beliefs.server_lr, beliefs.local_epochs, beliefs.batch_size) == (0.01, 0.7, 2, 3)
+    assumptions = Knowledge().assumptions(truth)
+    assert (assumptions.labels, assumptions.client_sizes, assumptions.num_images) == ([4, 1, 1, 0, 2], [2, 3], 5)
+    assert (assumptions.client_lr, assumptions.server_lr, assumptions.local_epochs, assumptions.batch_size) == (
+        0.01,
+        0.7,
+        2,
+        3,
+    )
     assert set(Knowledge().sources.values()) == {"known"}
 
 
 def test_counts_alone_do_not_tell_whose_image_it_is(truth: Truth) -> None:
     knowledge = Knowledge(labels="inferred")
-    assert knowledge.beliefs(truth).labels == [0, 1, 1, 2, 4]
+    assert knowledge.assumptions(truth).labels == [0, 1, 1, 2, 4]
     assert knowledge.sources["labels"] == "inferred"
 
 
 def test_nothing_known_but_guesses(truth: Truth) -> None:
     knowledge = Knowledge("inferred", "inferred", 7, 2, client_lr=0.5, server_lr=1.0, local_epochs=1, batch_size=None)
-    beliefs = knowledge.beliefs(truth)
-    assert (beliefs.labels, beliefs.num_images, beliefs.client_sizes) == (None, 7, [4, 3])
-    assert (beliefs.client_lr, beliefs.local_epochs, beliefs.batch_size) == (0.5, 1, None)
+    assumptions = knowledge.assumptions(truth)
+    assert (assumptions.labels, assumptions.num_images, assumptions.client_sizes) == (None, 7, [4, 3])
+    assert (assumptions.client_lr, assumptions.local_epochs, assumptions.batch_size) == (0.5, 1, None)
     assert knowledge.sources["client_lr"] == "guessed"
-    assert knowledge.beliefs(None).num_images == 7  # no truth is needed
+    assert knowledge.assumptions(None).num_images == 7  # no truth is needed
 
 
 def test_no_truth_no_known(truth: Truth) -> None:
     with pytest.raises(KnowledgeError, match="no truth lies beside this Observation"):
-        Knowledge().beliefs(None)
+        Knowledge().assumptions(None)
 
 
 def test_contradictions_and_nonsense_are_refused() -> None:
@@ -57,19 +62,19 @@ def test_contradictions_and_nonsense_are_refused() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_mean_rate_is_that_of_sgd(truth: Truth, momentum: float) -> None:
-    beliefs = replace(Knowledge().beliefs(truth), momentum=momentum)
+    assumptions = replace(Knowledge().assumptions(truth), momentum=momentum)
     weight = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.SGD([weight], lr=beliefs.client_lr, momentum=momentum)
-    assert beliefs.local_steps == 2  # epochs, of one batch: mean size 2.5, batches of 3
-    assert beliefs.in_full_batches
-    for _ in range(beliefs.local_steps):
+    optimizer = torch.optim.SGD([weight], lr=assumptions.client_lr, momentum=momentum)
+    assert assumptions.local_steps == 2  # epochs, of one batch: mean size 2.5, batches of 3
+    assert assumptions.in_full_batches
+    for _ in range(assumptions.local_steps):
         weight.grad = torch.ones(1)
         optimizer.step()
-    assert -weight.item() == pytest.approx(beliefs.mean_rate * beliefs.local_steps)
+    assert -weight.item() == pytest.approx(assumptions.mean_rate * assumptions.local_steps)
 
 
 def test_steps_count_batches(truth: Truth) -> None:
-    beliefs = Knowledge(batch_size=1).beliefs(truth)
-    assert beliefs.local_steps == 2 * 3
-    assert not beliefs.in_full_batches
-    assert Knowledge(batch_size=1, num_clients="inferred").beliefs(truth).local_steps == 2
+    assumptions = Knowledge(batch_size=1).assumptions(truth)
+    assert assumptions.local_steps == 2 * 3
+    assert not assumptions.in_full_batches
+    assert Knowledge(batch_size=1, num_clients="inferred").assumptions(truth).local_steps == 2

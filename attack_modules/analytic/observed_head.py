@@ -1,0 +1,44 @@
+"""The head's part of an observed round, in the form that the closed form takes."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from attack_modules.analytic.counting import read_counts
+from attack_modules.analytic.results import TrainingKnowledge
+from attack_modules.analytic.row_space import RowSpace, augmented
+from attack_modules.analytic.typical_head import TypicalHead
+from attack_modules.threat_model.observed import ObservedRound
+from fl_lightning.client import Tensors
+from fl_lightning.models import ImageClassifier
+
+
+def head_parameters(state: Mapping[str, Tensor], model: ImageClassifier) -> Tensors:
+    """The parameters of the head in the order of its layers; a saved Observation has them in alphabetical order."""
+    return {name: state[name] for name, _ in model.named_parameters() if name.startswith("head.")}
+
+
+def training_knowledge(seen: ObservedRound, model: ImageClassifier) -> TrainingKnowledge:
+    """What is assumed of a round's training, with what the model's head typically computes if labels are unknown."""
+    known = seen.assumptions
+    labels = None if known.labels is None else torch.tensor(known.labels)
+    typical = TypicalHead.of(model, seen.observation.image_shape) if labels is None else None
+    return TrainingKnowledge(known.mean_rate, known.local_steps, known.num_images, labels, known.local_epochs, typical)
+
+
+def labels_in(seen: ObservedRound, update: Tensors, model: ImageClassifier) -> Tensor:
+    """(N,) labels of the images in an update: as told, or ascending as the head's update shows them.
+
+    Args:
+        seen: the observed round.
+        update: the peers' mean update by parameter name.
+        model: the global model before the round.
+
+    Raises:
+        AttackError: the number of images is neither known nor visible in a rank.
+    """
+    layers = augmented(head_parameters(seen.without_weight_decay(update), model))
+    before = augmented(head_parameters(seen.observation.before, model))
+    space, training = RowSpace.of(layers[0], before[0]), training_knowledge(seen, model)
+    return read_counts(space, [layers[-1].double()], model.head[-1].in_features, training)[1]

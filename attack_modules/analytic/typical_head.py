@@ -1,0 +1,45 @@
+"""What the head computes for typical images: the attacker's estimate where the update alone does not tell."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fl_lightning.models import ImageClassifier, ImageShape
+
+PROBES = 64
+"""Number of noise images."""
+
+
+@dataclass(frozen=True)
+class TypicalHead:
+    """Means over images that have a photograph's spectrum (LLG, Wainakh et al. 2022, who use random inputs).
+
+    Attributes:
+        probabilities: (C,) mean predicted probabilities, float64.
+        inputs: mean sum of the last layer's inputs.
+    """
+
+    probabilities: Tensor
+    inputs: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: ImageClassifier, image_shape: ImageShape) -> "TypicalHead":
+        """Of a global model before the round."""
+        probes = pink_noise(PROBES, image_shape)
+        inputs = nn.Sequential(*list(model.head)[:-1])(model.embed(probes))
+        probabilities = model.head[-1](inputs).softmax(1).mean(0)
+        return cls(probabilities.double(), inputs.sum(1).mean().item())
+
+
+def pink_noise(count: int, image_shape: ImageShape, seed: int = 0) -> Tensor:
+    """(count, C, H, W) images in [0, 1] with the 1/f amplitude spectrum of photographs (Field 1987)."""
+    _, height, width = image_shape
+    generator = torch.Generator().manual_seed(seed)
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None, :])
+    frequency[0, 0] = math.inf
+    spectrum = torch.fft.fft2(torch.randn(count, *image_shape, generator=generator)) / frequency
+    noise = torch.fft.ifft2(spectrum).real
+    return (0.45 + 0.25 * noise / noise.std((1, 2, 3), keepdim=True)).clamp(0, 1)

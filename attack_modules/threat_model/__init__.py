@@ -1,0 +1,1 @@
+"""What the attacker sees, what it is told or assumes about its peers, and what an attack requires of both."""

@@ -1,0 +1,88 @@
+"""The values that an attack acts on: told, guessed, or still to be inferred."""
+
+import math
+from dataclasses import dataclass, field
+
+from fl_lightning.client import Tensors
+from fl_lightning.data.partition import even_sizes
+
+
+def half_way(steps: int) -> float:
+    """Fraction of the peers' update after which their mean model is, on average over `steps` local steps.
+
+    Step s of T begins after (s - 1) / T of the update; the mean over the steps is (T - 1) / (2 T). To second order in
+    the learning rate, the mean gradient of the steps is the gradient at that model.
+    """
+    return (steps - 1) / (2 * steps)
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """How the peers trained and what they hold, as an attack takes it to be, right or wrong.
+
+    Attributes:
+        client_lr: the peers' learning rate.
+        server_lr: the server's learning rate.
+        local_epochs: the peers' passes over their images in a round.
+        batch_size: the peers' mini-batch size; None for full batches.
+        momentum: of the peers' SGD.
+        weight_decay: of the peers' SGD.
+        num_clients: peers in the aggregate; None if unknown.
+        num_images: images in the aggregate; None if it must be inferred.
+        labels: one label an image, ordered by peer if labels are told, sorted if only their counts are; None if they
+            must be inferred.
+        client_sizes: images of each peer; told together with `num_clients`, split evenly if that is guessed.
+        sources: `known`, `guessed` or `inferred` for each item of `Knowledge`; written into every result.
+    """
+
+    client_lr: float
+    server_lr: float
+    local_epochs: int
+    batch_size: int | None
+    momentum: float
+    weight_decay: float
+    num_clients: int | None
+    num_images: int | None
+    labels: list[int] | None
+    client_sizes: list[int] | None
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def local_steps(self) -> int:
+        """SGD steps that a peer takes in a round; one an epoch where the peers' sizes are unknown."""
+        if self.batch_size is None or not self.client_sizes:
+            return self.local_epochs
+        return self.local_epochs * math.ceil(sum(self.client_sizes) / len(self.client_sizes) / self.batch_size)
+
+    @property
+    def in_full_batches(self) -> bool:
+        """Whether each local step is taken to use all of a peer's images."""
+        return self.local_steps == self.local_epochs
+
+    @property
+    def mean_rate(self) -> float:
+        """Mean factor of a step's gradient in a peer's update: `client_lr`, and what momentum adds to it.
+
+        The gradient of step s of T is in the velocity of every later step: `sum_{k <= T - s} momentum^k`.
+        """
+        steps = self.local_steps
+        summed = sum(self.momentum**later * (steps - later) for later in range(steps))
+        return self.client_lr * summed / steps
+
+    def without_weight_decay(self, update: Tensors, before: Tensors) -> Tensors:
+        """The part of an update that the loss's gradients caused, to first order in the weight decay.
+
+        Args:
+            update: parameters before minus after, by name.
+            before: parameters before the round, by name.
+        """
+        if not self.weight_decay:
+            return update
+        decay = self.mean_rate * self.local_steps * self.weight_decay
+        elapsed = half_way(self.local_steps)
+        return {name: tensor - decay * (before[name] - elapsed * tensor) for name, tensor in update.items()}
+
+
+def split_evenly(num_images: int | None, num_clients: int | None) -> list[int] | None:
+    """Sizes of equally large peers; None where a number is unknown."""
+    return even_sizes(num_images, num_clients) if num_images and num_clients else None

@@ -1,0 +1,158 @@
+"""The data of an attack: the rounds that the attacker observed, with what it assumes of them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from attack_modules.threat_model.assumptions import Assumptions
+from attack_modules.threat_model.knowledge import Knowledge
+from fl_lightning.client import Tensors
+from fl_lightning.data import FederatedData
+from fl_lightning.federation import Federation
+from fl_lightning.models import ImageClassifier, ImageShape
+from fl_lightning.observation import Observation, build_on_meta
+from fl_lightning.record import Record, RecordError, fingerprint
+from fl_lightning.truth import Truth
+
+RECORDS = Path("runs/federations")
+"""Where records lie that are not given a directory: one folder for each fingerprint of the settings."""
+
+
+@dataclass(frozen=True)
+class ObservedRound:
+    """One round as an attack sees it.
+
+    Attributes:
+        observation: what crossed the wire.
+        assumptions: what the attacker takes the peers' training and data to be.
+    """
+
+    observation: Observation
+    assumptions: Assumptions
+
+    def aggregated_update(self) -> Tensors:
+        """The weighted mean of all clients' updates, the attacker's own included, by parameter name."""
+        return self.observation.aggregated_update(self.assumptions.server_lr)
+
+    def peers_update(self) -> Tensors:
+        """The weighted mean of the peers' updates, by parameter name."""
+        return self.observation.peers_update(self.assumptions.server_lr)
+
+    def without_weight_decay(self, update: Tensors) -> Tensors:
+        """The part of an update that the loss's gradients caused."""
+        return self.assumptions.without_weight_decay(update, self.observation.before)
+
+
+@dataclass(frozen=True)
+class RoundsSummary:
+    """What is known of the observed rounds without their tensors, and even before they are simulated.
+
+    Attributes:
+        model: the architecture of the global model, on the meta device.
+        image_shape: (C, H, W) of an image.
+        assumptions: of each observed round, oldest first.
+        dataset: class name of the simulated clients' dataset; None for a user's own images and foreign rounds.
+    """
+
+    model: ImageClassifier
+    image_shape: ImageShape
+    assumptions: Sequence[Assumptions]
+    dataset: str | None = None
+
+    @classmethod
+    def of(cls, rounds: Sequence[ObservedRound], dataset: str | None = None) -> "RoundsSummary":
+        """Of rounds that are in memory."""
+        return cls.of_model(rounds[0].observation.model, [seen.assumptions for seen in rounds], dataset)
+
+    @classmethod
+    def of_model(
+        cls, description: dict[str, Any], assumptions: Sequence[Assumptions], dataset: str | None = None
+    ) -> "RoundsSummary":
+        """Of rounds of a model that is described by `class_path` and `init_args`."""
+        return cls(build_on_meta(description), tuple(description["init_args"]["image_shape"]), assumptions, dataset)
+
+
+class ObservedRounds(LightningDataModule):
+    """The observed rounds of one record; its federation is simulated first where rounds are missing on disk.
+
+    Attacks read `rounds`. The dataloaders only count: one item for each step of the attack, and one for an evaluation.
+    Once `setup` has loaded the rounds, nothing that is reachable from here holds the peers' images.
+
+    Args:
+        knowledge: what the attacker is told, guesses, or must infer.
+        federation: the federation that is observed.
+        data: the clients' images.
+        directory: the federation's record; None for `runs/federations/<fingerprint of the settings>`. A directory with
+            Observations and without `settings.json` was written by another system: nothing is simulated then, and
+            `federation` and `data` have no effect.
+    """
+
+    def __init__(
+        self, knowledge: Knowledge, federation: Federation, data: FederatedData, directory: Path | None = None
+    ) -> None:
+        super().__init__()
+        self.knowledge = knowledge
+        self.rounds: list[ObservedRound] = []
+        self.foreign = directory is not None and Record(directory).foreign
+        self._source: tuple[Federation, FederatedData] | None = None
+        self._dataset: str | None = None
+        if not self.foreign:
+            data.setup()
+            self._source = federation, data
+            settings = federation.settings(data)
+            self._dataset = None if settings["data"]["csv"] else settings["data"]["class"]
+            directory = directory or RECORDS / fingerprint(settings)
+        self.record = Record(directory)
+
+    def summary(self) -> RoundsSummary:
+        """What is known of the rounds, also before they are simulated and loaded."""
+        if not self._source:
+            if not self.rounds:
+                self.setup()
+            return RoundsSummary.of(self.rounds, self._dataset)
+        federation, data = self._source
+        truths = [federation.truth(round_, data) for round_ in federation.observed_rounds]
+        assumptions = [self.knowledge.assumptions(truth) for truth in truths]
+        return RoundsSummary.of_model(federation.settings(data)["model"], assumptions, self._dataset)
+
+    def prepare_data(self) -> None:
+        """Simulate the rounds that are missing on disk."""
+        if self._source:
+            federation, data = self._source
+            print(federation.introduction(data), flush=True)
+            federation.run(data, self.record.directory)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the observed rounds, with what this run's attacker assumes of them.
+
+        Raises:
+            RecordError: there is none.
+            KnowledgeError: something is to be known, but there is no truth.
+            StorageError: a file is damaged or foreign.
+        """
+        self._source = None  # from here on, the attack could reach it
+        record = self.record
+        if self.rounds:
+            return
+        if not record.observed_rounds:
+            raise RecordError(f"'{record.directory}' holds no Observation. Run `python cli.py federate` into it first.")
+        self.rounds = [
+            ObservedRound(Observation.load(record.observation(round_)), self.knowledge.assumptions(self._truth(round_)))
+            for round_ in record.observed_rounds
+        ]
+
+    def _truth(self, round_: int) -> Truth | None:
+        return None if self.foreign else Truth.load(self.record.truth(round_))
+
+    def train_dataloader(self) -> Iterable[int]:
+        """One item for each step of the attack, in every process: Lightning would divide a DataLoader's."""
+        return range(max(self.trainer.max_steps, 1))
+
+    def val_dataloader(self) -> Iterable[int]:
+        """One item: the reconstruction is looked at once."""
+        return range(1)
+
+    test_dataloader = predict_dataloader = val_dataloader

@@ -1,0 +1,197 @@
+"""What an attack requires of the rounds that it is given, checked before any work starts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from attack_modules.threat_model.observed import RoundsSummary
+from fl_lightning.errors import AuditError
+
+
+class RequirementError(AuditError):
+    """The observed rounds lack something that an attack requires; the message names it and says what to do."""
+
+
+class Requirement(ABC):
+    """A property of the observed rounds without which an attack, or a part of one, cannot run."""
+
+    name: str
+    """In an error: "X requires <name>"."""
+
+    @abstractmethod
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        """What the rounds have instead and what to do, in sentences; None if they meet the requirement."""
+
+
+def check(requirements: Iterable[Requirement], rounds: RoundsSummary, user: str) -> None:
+    """Raise the first violation.
+
+    Args:
+        requirements: to be met by `rounds`.
+        rounds: the observed rounds, or those that are to be simulated.
+        user: the name of what requires them.
+
+    Raises:
+        RequirementError: one is not met.
+    """
+    for requirement in requirements:
+        if violation := requirement.violation(rounds):
+            raise RequirementError(f"{user} requires {requirement.name}, but {violation}")
+
+
+class SingleRound(Requirement):
+    """Exactly one observed round."""
+
+    name = "a single observed round"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        if len(rounds.assumptions) > 1:
+            return f"{len(rounds.assumptions)} were observed. Name one in `federation.observed_rounds`."
+        return None
+
+
+class LinearHead(Requirement):
+    """A head of one or two linear layers with a ReLU between; of one layer, a single round."""
+
+    name = "a head of one or two linear layers"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        count = sum(isinstance(layer, nn.Linear) for layer in rounds.model.head)
+        if count not in (1, 2):
+            return (
+                f"{type(rounds.model).__name__} has {count}. Attack this model by gradient matching "
+                "(`GradientInversion`) instead."
+            )
+        return None
+
+
+class TwoLayersForSeveralRounds(Requirement):
+    """Where several rounds are read as one: a head of two linear layers."""
+
+    name = "a head of two linear layers where several rounds are read together"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        count = sum(isinstance(layer, nn.Linear) for layer in rounds.model.head)
+        if len(rounds.assumptions) > 1 and count == 1:
+            return (
+                f"{type(rounds.model).__name__} has one layer and {len(rounds.assumptions)} rounds were observed. "
+                "Name one in `federation.observed_rounds`."
+            )
+        return None
+
+
+class FullBatches(Requirement):
+    """Local steps that use all images of a peer."""
+
+    name = "peers that train on full batches"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        for assumptions in rounds.assumptions:
+            if not assumptions.in_full_batches:
+                return (
+                    f"they train in batches of {assumptions.batch_size}, and which images share a batch is unknown. "
+                    "Set `model.refinement: null`."
+                )
+        return None
+
+
+class KnownClientSizes(Requirement):
+    """The number of images of each peer, told or guessed; at least one peer for each process.
+
+    Args:
+        processes: number of processes among which the peers are divided.
+    """
+
+    name = "the number of peers and of their images"
+
+    def __init__(self, processes: int = 1) -> None:
+        self.processes = processes
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        for assumptions in rounds.assumptions:
+            if assumptions.client_sizes is None:
+                return (
+                    "the attacker knows neither. Give `knowledge.num_clients` and `knowledge.num_images`, or set "
+                    "`model.merged: true`."
+                )
+            if len(assumptions.client_sizes) < self.processes:
+                return (
+                    f"{len(assumptions.client_sizes)} peer(s) cannot be divided among {self.processes} processes. Set "
+                    "`model.merged: true`, whose batches are divided instead, or lower `trainer.devices`."
+                )
+        return None
+
+
+class NoRandomLayers(Requirement):
+    """A model that computes the same outputs every time."""
+
+    name = "a model without random layers"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        random = [
+            name
+            for name, layer in rounds.model.named_modules()
+            if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p
+        ]
+        if random:
+            return (
+                f"{type(rounds.model).__name__} drops units at random ({', '.join(random)}), which cannot be simulated "
+                "exactly. Train the federation without dropout (`federation.model.dropout: 0`)."
+            )
+        return None
+
+
+class NoBatchNorm(Requirement):
+    """A model whose batches can be divided: batch statistics are those of all images of a batch."""
+
+    name = "a model without BatchNorm where a batch is divided into chunks or among processes"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        if any(isinstance(layer, _BatchNorm) for layer in rounds.model.modules()):
+            return (
+                f"{type(rounds.model).__name__} has it. Leave `model.chunk_size` out, and on several devices set "
+                "`model.merged: false`."
+            )
+        return None
+
+
+class OtherImages(Requirement):
+    """Peers whose images are not those from which the attack learns its statistics of photographs.
+
+    Args:
+        dataset: the name of the class of that dataset.
+    """
+
+    name = "peers who hold other images than the public ones that it learns from"
+
+    def __init__(self, dataset: str) -> None:
+        self.dataset = dataset
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        if rounds.dataset == self.dataset:
+            return f"these are of `{self.dataset}`. Attack other images, or set `model.detail: false`."
+        return None
+
+
+class ImageSize(Requirement):
+    """Images whose height and width are multiples of a number, in RGB if a network was made for that.
+
+    Args:
+        multiple: of which height and width must be multiples.
+        rgb: whether images must have three channels.
+        reason: which setting asks for it.
+    """
+
+    def __init__(self, multiple: int, rgb: bool, reason: str) -> None:
+        self.multiple = multiple
+        self.rgb = rgb
+        self.reason = reason
+        self.name = f"{'RGB ' if rgb else ''}images with sides that are multiples of {multiple} pixels"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        channels, height, width = rounds.image_shape
+        if (self.rgb and channels != 3) or height % self.multiple or width % self.multiple:
+            return f"they are {channels} x {height} x {width}. Change `data.image_size` or {self.reason}."
+        return None

@@ -1,0 +1,118 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from attack_modules import FeatureInversion, GradientInversion
+from attack_modules.analytic.counting import apportion, class_deficits, count_images, infer_labels
+from attack_modules.analytic.observed_head import labels_in
+from attack_modules.analytic.row_space import RowSpace
+from attack_modules.analytic.typical_head import pink_noise
+from attack_modules.attack import AttackError
+from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.observed import ObservedRound
+from fl_lightning.client import LocalTraining
+from fl_lightning.federation import Federation
+from fl_lightning.models import ClassifierFactory
+
+Observe = Callable[..., ObservedRound]
+BLIND = Knowledge(labels="inferred", label_counts="inferred")
+SHY = LocalTraining(lr=0.003, local_epochs=1)
+
+
+def labels_of(seen: ObservedRound) -> list[int]:
+    return labels_in(seen, seen.peers_update(), seen.observation.build_model()).tolist()
+
+
+def test_distinct_classes_among_many(observe: Observe) -> None:
+    seen = observe(Federation(client=SHY), BLIND, num_classes=100, images_per_client=4)
+    assert labels_of(seen) == list(range(8))
+
+
+def test_counts_with_a_bias_are_exact(observe: Observe, linear_classifier: ClassifierFactory) -> None:
+    seen = observe(Federation(model=linear_classifier, client=SHY), BLIND, images_per_client=12, num_clients=2)
+    assert labels_of(seen) == sorted(i % 10 for i in range(12))
+
+
+def test_number_of_images_is_the_rank(observe: Observe) -> None:
+    unknown = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred")
+    seen = observe(Federation(client=SHY), unknown, num_classes=100, images_per_client=5)
+    assert seen.assumptions.num_images is None
+    assert len(labels_of(seen)) == 10
+
+
+def test_a_narrow_head_cannot_tell_the_number(observe: Observe, linear_classifier: ClassifierFactory) -> None:
+    unknown = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred")
+    seen = observe(Federation(model=linear_classifier, client=SHY), unknown, images_per_client=12)
+    with pytest.raises(AttackError, match=r"Give a guess as `knowledge\.num_images`"):
+        labels_of(seen)
+
+
+def test_pink_noise_has_a_photographs_spectrum() -> None:
+    images = pink_noise(32, (1, 64, 64))
+    assert images.min() >= 0
+    assert images.max() <= 1
+    power = torch.fft.fft2(images).abs().square().mean((0, 1))
+    ratio = power[0, 2:5].mean() / power[0, 16:29].mean()  # amplitude 1/f: power falls by (22 / 3)^2 = 54
+    assert 20 < ratio < 150
+
+
+def test_rank_counts_images() -> None:
+    torch.manual_seed(0)
+    update = torch.rand(30, 5, dtype=torch.float64) @ torch.rand(5, 50, dtype=torch.float64)
+    update[7] = 0  # a unit that was never active
+    singular = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).singular
+    assert count_images(singular, held=0, epochs=1) == count_images(singular, held=3, epochs=3) == 5
+
+
+def test_count_knows_drifting_features_and_full_rank() -> None:
+    singular = torch.tensor([90.0, 9, 8, 7, 3, 2.9, 2.8, 2.7, 0.01, 0.009])  # 4 images, 2 steps
+    assert count_images(singular, held=4, epochs=2) == 4
+    assert count_images(singular, held=4, epochs=3) == 8
+    assert count_images(singular, held=12, epochs=1) == 12
+
+
+def test_count_of_drifting_images_need_not_be_the_second_steepest_fall() -> None:
+    falls = torch.full((70,), 1.02)
+    falls[[0, 19, 21, 59]] = torch.tensor([6.0, 1.8, 1.9, 200.0])  # 20 images, 3 steps, beside a steeper fall at 22
+    singular = 1e3 / torch.cat([torch.ones(1), falls.cumprod(0)])
+    assert count_images(singular, held=20, epochs=3) == 20
+    falls[19] = 1.0  # nothing ends at 20
+    singular = 1e3 / torch.cat([torch.ones(1), falls.cumprod(0)])
+    assert count_images(singular, held=20, epochs=3) == 20  # but 20 classes are held
+    assert count_images(singular, held=19, epochs=3) == 60
+    drifting = torch.cat([singular[:60], singular[60] * 0.9 ** torch.arange(40)])  # of 60 images, above the rounding
+    assert count_images(drifting, held=20, epochs=3) == 60
+
+
+def test_infer_labels_counts_duplicates() -> None:
+    activations = torch.full((7, 10), 1.0)
+    labels = torch.tensor([0, 4, 4, 4, 9, 11, 11])
+    targets = torch.nn.functional.one_hot(labels, 30).float()
+    assert infer_labels((1 / 30 - targets).T @ activations, 7).tolist() == labels.tolist()
+
+
+def test_a_class_with_a_negative_sum_is_held_whatever_the_others_do() -> None:
+    sums = torch.tensor([-3.0, 0.1, 0.1, -2.0, 0.1, 4.0])  # the last by a training that went too far
+    assert class_deficits(sums[:, None])[1].tolist() == [True, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("lr", [0.003, 0.03])
+def test_label_counts_are_right_where_every_class_is_held(observe: Observe, lr: float) -> None:
+    """Nearly all of 10 classes have images, unequally many, so that no row of the update is that of an empty class."""
+    federation = Federation(client=LocalTraining(lr=lr, local_epochs=1))
+    seen = observe(federation, BLIND, num_clients=3, images_per_client=[9, 5, 1])
+    assert labels_of(seen) == sorted(i % 10 for i in range(14))
+
+
+def test_one_count_and_one_label_inference_serve_all_attacks(observe: Observe, attack: Callable) -> None:
+    unknown = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred", num_clients="inferred")
+    seen = observe(Federation(client=LocalTraining(lr=0.1, local_epochs=3)), unknown, num_classes=50)
+    matching, closed = attack(GradientInversion(), seen, steps=1), attack(FeatureInversion(), seen, steps=1)
+    assert matching.labels.tolist() == closed.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_apportioning_keeps_what_is_certain() -> None:
+    quota, least = torch.tensor([2.6, 0.2, 1.2]), torch.tensor([0, 1, 0])
+    assert apportion(quota, least, 4).tolist() == [2, 1, 1]
+    assert apportion(quota, torch.tensor([1, 1, 1]), 2).tolist() == [1, 0, 1]

@@ -1,0 +1,98 @@
+"""Every requirement: what meets it, and what the sentence says otherwise."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.observed import ObservedRound, ObservedRounds, RoundsSummary
+from attack_modules.threat_model.requirements import (
+    FullBatches,
+    ImageSize,
+    KnownClientSizes,
+    LinearHead,
+    NoBatchNorm,
+    NoRandomLayers,
+    OtherImages,
+    Requirement,
+    RequirementError,
+    SingleRound,
+    TwoLayersForSeveralRounds,
+    check,
+)
+from fl_lightning.client import LocalTraining
+from fl_lightning.federation import Federation
+from fl_lightning.models import ClassifierFactory, TorchvisionClassifier
+
+Observe = Callable[..., ObservedRound]
+
+
+@pytest.fixture
+def met(observe: Observe) -> RoundsSummary:
+    """Two linear layers, one round, full batches, all told."""
+    return RoundsSummary.of([observe(Federation())], dataset="NoiseImages")
+
+
+def changed(summary: RoundsSummary, **assumptions: object) -> RoundsSummary:
+    return replace(summary, assumptions=[replace(summary.assumptions[0], **assumptions)])
+
+
+ALL = [
+    SingleRound(),
+    LinearHead(),
+    TwoLayersForSeveralRounds(),
+    FullBatches(),
+    KnownClientSizes(2),
+    NoRandomLayers(),
+    NoBatchNorm(),
+    ImageSize(8, rgb=True, reason="that"),
+    OtherImages("Photographs"),
+]
+
+
+def test_all_are_met(met: RoundsSummary) -> None:
+    check(ALL, met, "The attack")
+
+
+def refused(requirement: Requirement, rounds: RoundsSummary, sentence: str) -> None:
+    with pytest.raises(RequirementError, match=rf"^The attack requires {requirement.name}, but .*{sentence}"):
+        check([requirement], rounds, "The attack")
+
+
+def test_each_names_what_is_missing_and_what_to_do(
+    met: RoundsSummary, observe: Observe, linear_classifier: ClassifierFactory, batch_norm_classifier: ClassifierFactory
+) -> None:
+    two = replace(met, assumptions=[*met.assumptions, *met.assumptions])
+    refused(SingleRound(), two, "2 were observed. Name one in `federation.observed_rounds`")
+    narrow = RoundsSummary.of([observe(Federation(model=linear_classifier))] * 2)
+    refused(TwoLayersForSeveralRounds(), narrow, "LinearClassifier has one layer and 2 rounds were observed")
+    batches = changed(met, batch_size=1, client_sizes=[2, 2])
+    refused(FullBatches(), batches, "they train in batches of 1.*`model.refinement: null`")
+    refused(KnownClientSizes(), changed(met, client_sizes=None), "knows neither.*`knowledge.num_clients`")
+    refused(KnownClientSizes(3), met, r"2 peer\(s\) cannot be divided among 3 processes")
+    normed = RoundsSummary.of([observe(Federation(model=batch_norm_classifier))])
+    refused(NoBatchNorm(), normed, "BatchNormClassifier has it")
+    refused(ImageSize(32, rgb=False, reason="`x`"), met, "they are 3 x 16 x 16. Change `data.image_size` or `x`")
+    refused(ImageSize(8, rgb=True, reason="`x`"), replace(met, image_shape=(1, 16, 16)), "they are 1 x 16 x 16")
+    refused(OtherImages("NoiseImages"), met, "these are of `NoiseImages`")
+
+
+def test_random_layers_and_deep_heads(observe: Observe) -> None:
+    def with_dropout(num_classes: int, image_shape: tuple[int, int, int]) -> TorchvisionClassifier:
+        return TorchvisionClassifier(num_classes, image_shape, name="mobilenet_v3_small", dropout=0.2)
+
+    training = LocalTraining(local_epochs=1)
+    random = RoundsSummary.of([observe(Federation(model=with_dropout, client=training), image_size=32)])
+    refused(NoRandomLayers(), random, "drops units at random")
+    random.model.head.append(random.model.head[0])
+    random.model.head.append(random.model.head[0])
+    refused(LinearHead(), random, "has 3. Attack this model by gradient matching")
+
+
+def test_rounds_are_refused_before_they_are_simulated(noise_images: type, tmp_path: str) -> None:
+    data = noise_images(num_clients=3, images_per_client=2, image_size=16)
+    rounds = ObservedRounds(Knowledge(), Federation(rounds=2, observed_rounds=[0, 1]), data, tmp_path / "record")
+    with pytest.raises(RequirementError, match="2 were observed"):
+        check([SingleRound()], rounds.summary(), "The attack")
+    assert not (tmp_path / "record").exists()
