@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow bench lint tensorboard clean
+.PHONY: demo test test-slow bench settings lint tensorboard clean
 
 demo: .venv/installed
 	$(BIN)/python cli.py fit --config configs/demo.yaml
@@ -14,6 +14,9 @@ test-slow: .venv/installed
 
 bench: .venv/installed          # the images in FOLDER/<class>/*.jpg: CURIOUS_CLIENT_IMAGES=FOLDER make bench
 	$(BIN)/python -m pytest tests/benchmarks/bench_attack.py -p no:warnings --benchmark-quiet -q $(BENCH)
+
+settings: .venv/installed       # configs/README.md, from the command line's parser
+	PYTHONPATH=. $(BIN)/python tests/settings_page.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

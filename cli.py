@@ -47,6 +47,7 @@ QUIET = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "The '.*_dataloader' does not have many workers",
     "GPU available but not used",
+    "The dirpath has changed",
 )
 """Warnings of Lightning and PyTorch that ask nothing of the user."""
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import settings_page
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +99,10 @@ def test_only_evaluation_and_what_is_told_import_the_truth() -> None:
     allowed = ("fl_lightning.", "attack_modules.threat_model.", "attack_modules.evaluation.")
     assert {user for user in users if not user.startswith(allowed)} == set()
     assert any(user.startswith("attack_modules.evaluation.") for user in users)
+
+
+def test_the_page_of_settings_is_current() -> None:
+    assert settings_page.PAGE.read_text() == settings_page.page(), "Run `make settings`."
 
 
 def test_the_readme_fits_one_sitting() -> None:
