@@ -1,7 +1,9 @@
 PYTHON ?= python3
 BIN = .venv/bin
+DEVICE ?= cuda
+GPU_PYTHON ?= $(BIN)/python
 
-.PHONY: demo test test-slow bench settings lint tensorboard clean
+.PHONY: demo test test-slow bench gpu notebooks settings lint tensorboard clean
 
 demo: .venv/installed
 	$(BIN)/python cli.py fit --config configs/demo.yaml
@@ -14,6 +16,13 @@ test-slow: .venv/installed
 
 bench: .venv/installed          # the images in FOLDER/<class>/*.jpg: CURIOUS_CLIENT_IMAGES=FOLDER make bench
 	$(BIN)/python -m pytest tests/benchmarks/bench_attack.py -p no:warnings --benchmark-quiet -q $(BENCH)
+
+# A table of what runs on a GPU, against the CPU's results. Where nothing can be installed: make gpu GPU_PYTHON=python3
+gpu:
+	PYTHONPATH=.:tests/benchmarks $(GPU_PYTHON) tests/benchmarks/gpu.py --device $(DEVICE) $(GPU_OPTIONS)
+
+notebooks: .venv/installed      # executes them in place
+	cd notebooks && OMP_NUM_THREADS=1 ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace *.ipynb
 
 settings: .venv/installed       # configs/README.md, from the command line's parser
 	PYTHONPATH=. $(BIN)/python tests/settings_page.py

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-import attack_modules  # noqa: F401 - short class names in YAML
+import attack_modules
 import fl_lightning.data
 import fl_lightning.models  # noqa: F401
 from attack_modules.attack import Attack
@@ -167,6 +167,7 @@ def speak_plainly() -> None:
 
 def main(args: ArgsType = None) -> AuditCLI:
     """Run the command line; tests call this in-process with a list of arguments."""
+    attack_modules.load_all()
     set_loader("yaml", lambda text: with_todays_names(LOAD_YAML(text)), (yaml.YAMLError,))
     return AuditCLI(
         trainer_class=AuditTrainer,

@@ -1,51 +1,52 @@
-"""The attacker: from Observations to images."""
+"""The attacker: observed rounds in, reconstructed images out.
 
-from attack_modules.diffusion.released.latent_diffusion import LatentDiffusion
-from attack_modules.diffusion.released.mdt import MDTv2
-from attack_modules.diffusion.released.openai import OpenAIDenoiser
-from attack_modules.diffusion.schedules import Karras, LinearBetas
-from attack_modules.diffusion.trained.class_conditional import TrainedConditional
-from attack_modules.enhance.direct.ddrm import DDRM
-from attack_modules.enhance.direct.diffpir import DiffPIR
-from attack_modules.enhance.direct.enhancer import DirectEnhancement
-from attack_modules.enhance.restoration import Restoration
-from attack_modules.enhance.rog.enhancer import GAN
-from attack_modules.enhance.semantic.enhancer import SemanticEnhancer
-from attack_modules.enhance.semantic.reconstructed_image import ReconstructedImage
-from attack_modules.feature_inversion.aliases import AttributedInversion, GuidedInversion, RefinedInversion
-from attack_modules.feature_inversion.guidance import DiffusionGuidance
-from attack_modules.feature_inversion.inversion import FeatureInversion
-from attack_modules.feature_inversion.refinement import Refinement
-from attack_modules.feature_inversion.rounds import ChangingParticipants, SameImages
-from attack_modules.gradient_matching.gradient_inversion import GradientInversion
-from attack_modules.gradient_matching.objectives import Cosine, SquaredL2
-from attack_modules.priors import ChromaTotalVariation, TotalVariation
+The classes that configurations name by a short name can be imported from here; each is loaded on first use.
+"""
 
-__all__ = [
-    "DDRM",
-    "GAN",
-    "AttributedInversion",
-    "ChangingParticipants",
-    "ChromaTotalVariation",
-    "Cosine",
-    "DiffPIR",
-    "DiffusionGuidance",
-    "DirectEnhancement",
-    "FeatureInversion",
-    "GradientInversion",
-    "GuidedInversion",
-    "Karras",
-    "LatentDiffusion",
-    "LinearBetas",
-    "MDTv2",
-    "OpenAIDenoiser",
-    "ReconstructedImage",
-    "RefinedInversion",
-    "Refinement",
-    "Restoration",
-    "SameImages",
-    "SemanticEnhancer",
-    "SquaredL2",
-    "TotalVariation",
-    "TrainedConditional",
-]
+import importlib
+from typing import Any
+
+_HOMES = {
+    "AttributedInversion": "feature_inversion.aliases",
+    "ChangingParticipants": "feature_inversion.rounds",
+    "ChromaTotalVariation": "priors",
+    "Cosine": "gradient_matching.objectives",
+    "DDRM": "enhance.direct.ddrm",
+    "DiffPIR": "enhance.direct.diffpir",
+    "DiffusionGuidance": "feature_inversion.guidance",
+    "DirectEnhancement": "enhance.direct.enhancer",
+    "FeatureInversion": "feature_inversion.inversion",
+    "GAN": "enhance.rog.enhancer",
+    "GradientInversion": "gradient_matching.gradient_inversion",
+    "GuidedInversion": "feature_inversion.aliases",
+    "Karras": "diffusion.schedules",
+    "LatentDiffusion": "diffusion.released.latent_diffusion",
+    "LinearBetas": "diffusion.schedules",
+    "MDTv2": "diffusion.released.mdt",
+    "OpenAIDenoiser": "diffusion.released.openai",
+    "ReconstructedImage": "enhance.semantic.reconstructed_image",
+    "RefinedInversion": "feature_inversion.aliases",
+    "Refinement": "feature_inversion.refinement",
+    "Restoration": "enhance.restoration",
+    "SameImages": "feature_inversion.rounds",
+    "SemanticEnhancer": "enhance.semantic.enhancer",
+    "SquaredL2": "gradient_matching.objectives",
+    "TotalVariation": "priors",
+    "TrainedConditional": "diffusion.trained.class_conditional",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'attack_modules' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"attack_modules.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def load_all() -> None:
+    """Import every class that goes by a short name, so that the command line finds it."""
+    for name in __all__:
+        __getattr__(name)

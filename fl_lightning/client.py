@@ -26,11 +26,11 @@ class LocalTraining:
     """How a client trains: SGD on the cross entropy of its own images.
 
     Args:
-        lr: client learning rate.
+        lr: learning rate.
         local_epochs: passes over the client's images in a round.
-        batch_size: images in an SGD step; null for all of the client's images (full batch).
-        momentum: SGD momentum, started anew every round.
-        weight_decay: SGD weight decay.
+        batch_size: images in an SGD step; null for full batches, all of the client's images.
+        momentum: of SGD; the velocity starts at zero in every round.
+        weight_decay: of SGD.
     """
 
     lr: float = 0.003
@@ -51,7 +51,7 @@ class ClientModule(LightningModule):
 
     Args:
         model: the client's own copy of the global model.
-        training: its optimiser's settings.
+        training: the settings of its optimiser.
     """
 
     def __init__(self, model: ImageClassifier, training: LocalTraining) -> None:
@@ -72,12 +72,12 @@ class ClientModule(LightningModule):
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a client returns to the server.
+    """What a client sends to the server.
 
     Attributes:
         update: parameters before minus after local training, so it points like a gradient.
         buffers: the model's buffers after local training (BatchNorm's running statistics).
-        num_examples: images that the client trained on, its weight in the aggregate.
+        num_examples: number of images that the client trained on, its weight in the aggregate.
     """
 
     update: Tensors
@@ -90,7 +90,7 @@ class ClientTask:
     """What one client does in one round.
 
     Attributes:
-        model: the global model `w_t` that the server sent; left as it is.
+        model: the global model `w_t` that the server sent; it is not modified.
         images: the client's private images.
         seed: of the order of mini-batches and of random layers.
     """
@@ -101,11 +101,11 @@ class ClientTask:
 
 
 def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "cpu") -> ClientUpdate:
-    """Train a copy of the global model on one client's images; pure: the same arguments give the same update.
+    """Train a copy of the global model on one client's images; the same arguments give the same update.
 
     Args:
         task: the client's model, images and seed.
-        training: the optimiser's settings.
+        training: the settings of the optimiser.
         accelerator: where Lightning trains (`cpu`, `gpu`, `auto`).
     """
     client = ClientModule(copy.deepcopy(task.model), training)
@@ -125,7 +125,7 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         trainer.fit(client, task.images.dataloader(training.batch_size, shuffle=True, generator=generator))
     after = client.model.cpu()
     del trainer
-    gc.collect()  # a Trainer refers to itself, and would keep every client's model until Python happens to look
+    gc.collect()  # a Trainer refers to itself, and would keep every client's model until the next collection
     return ClientUpdate(
         update={name: before - after.get_parameter(name).detach() for name, before in parameters(task.model).items()},
         buffers=buffers(after),
@@ -139,14 +139,14 @@ def parameters(model: torch.nn.Module) -> Tensors:
 
 
 def buffers(model: torch.nn.Module) -> Tensors:
-    """The model's buffers that belong to its state (BatchNorm's, not our normalisation constants), by name."""
+    """The model's buffers in its state dict (BatchNorm's, but not the normalisation constants), by name."""
     names = model.state_dict().keys()
     return {name: tensor for name, tensor in model.named_buffers() if name in names}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hundreds of clients would each repeat Lightning's notes on hardware and unused loggers."""
+    """Silence Lightning's notes on hardware and loggers, which every client would repeat."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     try:

@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from lpips import LPIPS
 from torch import Tensor
 from torchvision.models import AlexNet_Weights
 
@@ -28,6 +27,8 @@ class Lpips:
     FILE = Path(AlexNet_Weights.IMAGENET1K_V1.url).name
 
     def __init__(self, backbone: Path) -> None:
+        from lpips import LPIPS  # most runs have no weights for it
+
         weights = load_checkpoint(backbone)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips uses torchvision arguments that are deprecated

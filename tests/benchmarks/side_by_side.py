@@ -1,6 +1,6 @@
 """Several attacks on the same images in one picture.
 
-    python notebooks/side_by_side.py PICTURE.png "matching=runs/inversion/version_0" "closed form=runs/demo/version_0"
+    python tests/benchmarks/side_by_side.py PICTURE.png matching=runs/inversion/version_0 closed=runs/demo/version_0
 
 draws the originals, and below them what each run made of them, with its PSNR; with `--first 12`, of the first twelve.
 """

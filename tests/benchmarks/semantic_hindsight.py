@@ -1,6 +1,6 @@
 """How well does semantic enhancement's stopping rule choose? What it kept, against the best step in hindsight.
 
-    python notebooks/semantic_hindsight.py runs/semantic_demo/version_0 runs/semantic_demo/version_1 ...
+    python tests/benchmarks/semantic_hindsight.py runs/semantic_demo/version_0 runs/semantic_demo/version_1 ...
 
 takes runs of `configs/semantic_demo.yaml` with the images that the rule kept, repeats their searches to the last step
 without stopping, and looks for the one step at which all images together turn out best against the originals.
@@ -64,7 +64,7 @@ def hindsight(run: Path, recogniser: Cifar10Recogniser) -> tuple[Score, Score, l
     raw = read_images(run / "images", rows)
     labels = torch.tensor([int(row["inferred_label"]) for row in rows])
     numbers = torch.tensor([int(row["reconstruction"]) for row in rows])
-    samples, losses = without_stopping(Reconstruction(raw, labels, 4, numbers=numbers), results["seed"])
+    samples, losses = without_stopping(Reconstruction(raw, labels, 4, indices=numbers), results["seed"])
     by_step = [Score.of(images, truth, recogniser) for images in samples]
     kept = Score.of(read_images(run / "enhanced", rows), truth, recogniser)
     print(f"\n{run}: raw {Score.of(raw, truth, recogniser)}; the rule kept {kept}")
