@@ -84,14 +84,3 @@ def ddim(model: ConditionalModel, noise: Tensor, labels: Tensor, timesteps: list
         clean = (latents - (1 - alpha) ** 0.5 * predicted) / alpha**0.5
         latents = following**0.5 * clean + (1 - following) ** 0.5 * predicted
     return Sample(latents, alphas[0] ** -0.5)
-
-
-def linear_alphas(total: int = 1000, first: float = 1e-4, last: float = 2e-2) -> Tensor:
-    """Return the (total,) `alpha bar` of DDPM's linear betas, float64."""
-    return (1 - torch.linspace(first, last, total, dtype=torch.float64)).cumprod(0)
-
-
-def edm_alphas(total: int = 1000, sigma_min: float = 0.02, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """Return the (total,) `alpha bar` of sigmas evenly spaced in sigma^(1/rho) (EDM, equation 5), float64."""
-    sigmas = torch.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), total, dtype=torch.float64) ** rho
-    return 1 / (1 + sigmas.square())

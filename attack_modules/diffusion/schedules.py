@@ -46,8 +46,9 @@ class Karras(Schedule):
         self.last = last
 
     def __call__(self, denoiser: Denoiser) -> Tensor:
-        first, last = min(self.first, denoiser.sigma_max), max(self.last, denoiser.sigma_min)
-        return torch.linspace(first ** (1 / 7), last ** (1 / 7), self.steps, dtype=torch.float64).pow(7).float()
+        first = max(min(self.first, denoiser.sigma_max), denoiser.sigma_min)
+        last = min(max(self.last, denoiser.sigma_min), first)
+        return karras_sigmas(self.steps, first, last).float()
 
 
 class LinearBetas(Schedule):
@@ -72,7 +73,17 @@ class LinearBetas(Schedule):
         return sigmas.clamp(denoiser.sigma_min, denoiser.sigma_max).float()
 
 
+def karras_sigmas(count: int, first: float, last: float) -> Tensor:
+    """Return (count,) float64 noise levels evenly spaced in sigma^(1/7), from `first` to `last` (EDM, equation 5)."""
+    return torch.linspace(first ** (1 / 7), last ** (1 / 7), count, dtype=torch.float64) ** 7
+
+
+def linear_beta_alphas() -> Tensor:
+    """Return the (1000,) float64 `alpha bar` of DDPM's linear betas, decreasing (arXiv 2006.11239)."""
+    return (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+
 def linear_beta_sigmas() -> Tensor:
     """Return the (1000,) float64 increasing noise levels of a linear-beta diffusion, for images in [-1, 1]."""
-    alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    alpha_bar = linear_beta_alphas()
     return ((1 - alpha_bar) / alpha_bar).sqrt()

@@ -8,8 +8,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from attack_modules.diffusion.classes import imagenet_classes
-from attack_modules.diffusion.conditional import ConditionalModel, linear_alphas
+from attack_modules.diffusion.conditional import ConditionalModel
 from attack_modules.diffusion.released.mdt import MDTv2
+from attack_modules.diffusion.schedules import linear_beta_alphas
 from attack_modules.weights import load_strictly, read_weights
 from fl_lightning.download import CHECKPOINTS
 from fl_lightning.errors import SettingError
@@ -80,7 +81,7 @@ class LatentDiffusion(ConditionalModel):
         self.classes = imagenet_classes()
         self.latent_shape = (self.vae.config.latent_channels, latent_size, latent_size)
         self.image_size = latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.register_buffer("alphas", linear_alphas(), persistent=False)
+        self.register_buffer("alphas", linear_beta_alphas(), persistent=False)
 
     def scale(self, timestep: int) -> float:
         """Return the guidance scale at a timestep from 0 to 999."""

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from attack_modules.diffusion.classes import CIFAR10, ImageClass
-from attack_modules.diffusion.conditional import ConditionalModel, edm_alphas
+from attack_modules.diffusion.conditional import ConditionalModel
+from attack_modules.diffusion.schedules import karras_sigmas
 from attack_modules.diffusion.trained.averaged_module import AveragedModule
 from attack_modules.diffusion.trained.edm import denoised, loss_weight, unet_of_squares
 from attack_modules.diffusion.trained.model_file import opened_model, save_model
@@ -62,7 +63,8 @@ class SmallConditional(ConditionalModel):
         self.guidance = guidance
         self.image_size = image_size
         self.latent_shape = (3, image_size, image_size)
-        self.register_buffer("alphas", edm_alphas(1000, SIGMA_MIN, SIGMA_MAX), persistent=False)
+        alphas = 1 / (1 + karras_sigmas(1000, SIGMA_MIN, SIGMA_MAX).square())
+        self.register_buffer("alphas", alphas, persistent=False)
         self.unet = unet_of_squares(channels, layers, len(class_names) + 1)  # the last is the null class
         self.to(memory_format=torch.channels_last)
 

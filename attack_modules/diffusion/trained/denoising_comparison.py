@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from attack_modules.diffusion.denoiser import Denoiser
+from attack_modules.diffusion.schedules import karras_sigmas
 from attack_modules.panels import draw_panel
 
 LEVELS = (0.05, 0.1, 0.2, 0.4)
@@ -112,9 +113,7 @@ def sample(
     The noise levels fall from the denoiser's `sigma_max` to its `sigma_min` (EDM, arXiv 2206.00364, equation 5 with
     rho = 7), then to zero.
     """
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    high, low = denoiser.sigma_max ** (1 / 7), denoiser.sigma_min ** (1 / 7)
-    sigmas = [*((high + ramp * (low - high)) ** 7).tolist(), 0.0]
+    sigmas = [*karras_sigmas(steps, denoiser.sigma_max, denoiser.sigma_min).tolist(), 0.0]
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     images = 0.5 + sigmas[0] * noise
     for sigma, following in pairwise(sigmas):
