@@ -50,14 +50,14 @@ def count_images(singular: Tensor, held: int, epochs: int) -> int:
     """Number of images from the singular values of the first layer's update.
 
     The update of N images has rank N, so the singular values fall steeply after the N-th. The search starts at the
-    number of classes that somebody holds, since each has an image; the largest singular value, that of the images'
+    number of classes that any peer holds, since each has an image; the largest singular value, that of the images'
     mean, is far above all others. Where features drift much during the local steps, each image adds one direction an
     epoch, and the steepest fall, down to the rounding of the weights, is at `epochs` times N. This case is recognised
     by a second fall at N: N is the number of held classes, or one of the steepest twentieth of the falls before.
 
     Args:
         singular: (r,) falling, positive.
-        held: number of classes that somebody holds, as far as the last layer tells.
+        held: number of classes that any peer holds, as far as the last layer tells.
         epochs: steps in which each image takes part.
     """
     least = max(held, 1)
@@ -126,7 +126,7 @@ def class_deficits(gradient: Tensor) -> tuple[Tensor, Tensor]:
         gradient: (C, H), of any positive scale.
 
     Returns:
-        Deficits (C,), and whether somebody holds the class (C,).
+        Deficits (C,), and whether any peer holds the class (C,).
     """
     sums = gradient.sum(1)
     empty = sums[sums > 0].median()

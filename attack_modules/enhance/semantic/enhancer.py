@@ -112,7 +112,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
                 with torch.enable_grad():
                     loss, found = search.step()
                 if self.watch:
-                    self.watch(step, indices[found.sought.cpu()], found)
+                    self.watch(step, indices[found.active.cpu()], found)
                 if search.finished.all():
                     break
                 optimizer.zero_grad()

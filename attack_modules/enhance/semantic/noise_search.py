@@ -16,7 +16,7 @@ from fl_lightning.seeds import seed_of
 class Step(NamedTuple):
     """Results of one optimisation step, with one entry per sampled image."""
 
-    sought: Tensor
+    active: Tensor
     """(n,) long, indices of these images in the search."""
     images: Tensor
     """(n, 3, M, M) samples in [0, 1]."""
@@ -117,18 +117,18 @@ class NoiseSearch(nn.Module):
         with torch.no_grad():
             self.noise.copy_(typical(self.noise))
         finished = self.finished
-        sought = (~finished | finished.all()).nonzero()[:, 0]
-        noise, labels = self.noise[sought], self.labels[sought]
+        active = (~finished | finished.all()).nonzero()[:, 0]
+        noise, labels = self.noise[active], self.labels[active]
         sample = ddim(self.model, noise.detach(), labels, self.timesteps)
         # An affine function of `noise` whose value is the sample and whose slope is the gain.
         images = self.model.decode(sample.latents + sample.gain * (noise - noise.detach()))
-        pixel_loss = self._pixel_loss(images, sought)
+        pixel_loss = self._pixel_loss(images, active)
         images = images.detach().clamp(0, 1)
-        found = Step(sought, images, pixel_loss.detach(), self._score(images, pixel_loss.detach(), sought))
-        better = found.score < (1 - self.margin) * self.best_score[sought]
-        self.best[sought[better]] = images[better]
-        self.best_score[sought[better]] = found.score[better]
-        self.best_step[sought[better]] = self.steps
+        found = Step(active, images, pixel_loss.detach(), self._score(images, pixel_loss.detach(), active))
+        better = found.score < (1 - self.margin) * self.best_score[active]
+        self.best[active[better]] = images[better]
+        self.best_score[active[better]] = found.score[better]
+        self.best_step[active[better]] = self.steps
         self.steps += 1
         return pixel_loss.sum(), found
 
@@ -143,14 +143,14 @@ class NoiseSearch(nn.Module):
             images = F.interpolate(images, self.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
         return images if self.shape[0] == 3 else images.mean(1, keepdim=True)
 
-    def _pixel_loss(self, images: Tensor, sought: Tensor) -> Tensor:
-        return (self.seen(images) - self.target[sought]).square().mean((1, 2, 3))
+    def _pixel_loss(self, images: Tensor, active: Tensor) -> Tensor:
+        return (self.seen(images) - self.target[active]).square().mean((1, 2, 3))
 
-    def _score(self, images: Tensor, pixel_loss: Tensor, sought: Tensor) -> Tensor:
+    def _score(self, images: Tensor, pixel_loss: Tensor, active: Tensor) -> Tensor:
         if self.consistency_error is None:
-            return torch.maximum(pixel_loss, self.tolerance[sought])
+            return torch.maximum(pixel_loss, self.tolerance[active])
         with torch.no_grad():
-            return self.consistency_error(self.fitted(images), sought).to(pixel_loss)
+            return self.consistency_error(self.fitted(images), active).to(pixel_loss)
 
     @torch.no_grad()
     def _best_start(self, draws: Tensor) -> Tensor:

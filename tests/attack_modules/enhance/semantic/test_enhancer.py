@@ -166,12 +166,12 @@ def test_an_image_whose_search_has_ended_is_sampled_no_more_and_stays() -> None:
     kept = search.best[0].clone()
     search.noise.data.normal_(generator=torch.Generator().manual_seed(9))
     loss, found = search.step()
-    assert found.sought.tolist() == [1]
+    assert found.active.tolist() == [1]
     torch.testing.assert_close(search.best[0], kept)
     loss.backward()
     assert search.noise.grad[0].abs().max() == 0 < search.noise.grad[1].abs().max()
     search.tolerance[1] = 1.0
-    assert search.step()[1].sought.tolist() == [0, 1]  # a run that is resumed after its end looks once more
+    assert search.step()[1].active.tolist() == [0, 1]  # a run that is resumed after its end looks once more
 
 
 def test_an_image_does_not_depend_on_those_beside_it() -> None:
