@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, non_negative
 
 
 class Prior(ABC):
@@ -19,7 +19,7 @@ class Prior(ABC):
     """
 
     def __init__(self, weight: float) -> None:
-        if weight < 0:
+        if not non_negative(weight):
             raise SettingError(f"A prior's weight must not be negative, but got {weight}. Use 0 to disable it.")
         self.weight = weight
 

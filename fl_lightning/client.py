@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fl_lightning.data import ImageSet
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, non_negative, positive
 from fl_lightning.models import ImageClassifier
 
 Tensors = dict[str, Tensor]
@@ -40,9 +40,11 @@ class LocalTraining:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.local_epochs < 1 or (self.batch_size is not None and self.batch_size < 1):
+        counts = self.local_epochs >= 1 and (self.batch_size is None or self.batch_size >= 1)
+        if not (positive(self.lr) and counts and 0 <= self.momentum < 1 and non_negative(self.weight_decay)):
             raise SettingError(
-                f"`federation.client` needs lr > 0, local_epochs >= 1 and batch_size >= 1 or null, but got {self}."
+                "`federation.client` needs lr > 0, local_epochs >= 1, batch_size >= 1 or null, momentum in [0, 1) and "
+                f"weight_decay >= 0, but got {self}."
             )
 
 

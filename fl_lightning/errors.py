@@ -1,4 +1,6 @@
-"""Base classes of the errors that the user can correct."""
+"""Base classes of the errors that the user can correct, and the checks that settings share."""
+
+import math
 
 
 class AuditError(Exception):
@@ -11,3 +13,13 @@ class SettingError(AuditError, ValueError):
 
 class MissingFile(AuditError, FileNotFoundError):
     """A file or folder that a setting refers to does not exist."""
+
+
+def positive(*numbers: float) -> bool:
+    """Whether all numbers are finite and above 0; comparisons alone let NaN and infinity pass."""
+    return all(math.isfinite(number) and number > 0 for number in numbers)
+
+
+def non_negative(*numbers: float) -> bool:
+    """Whether all numbers are finite and at least 0."""
+    return all(math.isfinite(number) and number >= 0 for number in numbers)

@@ -17,7 +17,7 @@ from fl_lightning.aggregation import aggregate, server_step
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, buffers, parameters
 from fl_lightning.data import FederatedData
 from fl_lightning.engines import Engine, InProcess
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5
 from fl_lightning.observation import Observation, describe_model
 from fl_lightning.record import Record
@@ -59,7 +59,7 @@ class Federation:
         seed: int = 0,
     ) -> None:
         self.observed_rounds = [rounds - 1] if observed_rounds is None else sorted(set(observed_rounds))
-        if rounds < 1 or server_lr <= 0 or (clients_per_round is not None and clients_per_round < 1):
+        if rounds < 1 or not positive(server_lr) or (clients_per_round is not None and clients_per_round < 1):
             raise SettingError(
                 "`federation` needs rounds >= 1, server_lr > 0 and clients_per_round >= 1 or null, but got "
                 f"rounds={rounds}, server_lr={server_lr}, clients_per_round={clients_per_round}."
@@ -98,7 +98,7 @@ class Federation:
             "share_buffers": self.share_buffers,
             "observed_rounds": self.observed_rounds,
             "seed": self.seed,
-            "data": data.describe(),
+            "data": data.describe() | {"content": data.content},
         }
 
     def introduction(self, data: FederatedData) -> str:

@@ -64,8 +64,9 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs; settings that an earlier version did not record yet are not compared."""
     found = []
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             found += _differences(before, after, f"{prefix}{key}.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attack_modules.diffusion.denoiser import Denoiser
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 
 
 class Schedule(ABC):
@@ -40,7 +40,7 @@ class Karras(Schedule):
 
     def __init__(self, steps: int = 20, first: float = 0.3, last: float = 0.02) -> None:
         super().__init__(steps)
-        if not 0 < last < first:
+        if not 0 < last < first or not positive(first):
             raise SettingError(f"A schedule falls from `first` to `last` > 0, but got first={first}, last={last}.")
         self.first = first
         self.last = last

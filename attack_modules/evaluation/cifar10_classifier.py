@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from attack_modules.weights import load_strictly, read_weights
 from fl_lightning.download import CHECKPOINTS
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 from fl_lightning.storage import atomic_path
 
 SHIPPED = CHECKPOINTS / "cifar10_classifier.safetensors"
@@ -75,7 +75,7 @@ class Cifar10Classifier(LightningModule):
 
     def __init__(self, lr: float = 0.2, smoothing: float = 0.1, export: Path | None = None, seed: int = 0) -> None:
         super().__init__()
-        if lr <= 0 or not 0 <= smoothing < 1:
+        if not positive(lr) or not 0 <= smoothing < 1:
             raise SettingError(f"`model` needs lr > 0 and smoothing in [0, 1), but got lr={lr}, smoothing={smoothing}.")
         self.lr = lr
         self.smoothing = smoothing

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from attack_modules.diffusion.denoiser import Denoiser
 from attack_modules.simulation.distributed import Ranks
 from attack_modules.threat_model.requirements import ImageSize, Requirement
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, non_negative, positive
 
 
 class DiffusionGuidance(nn.Module):
@@ -41,7 +41,7 @@ class DiffusionGuidance(nn.Module):
         denoise_every: int = 12,
     ) -> None:
         super().__init__()
-        if weight < 0 or min(sigma_per_error, sigma_start) <= 0 or denoise_every < 1:
+        if not non_negative(weight) or not positive(sigma_per_error, sigma_start) or denoise_every < 1:
             raise SettingError(
                 "`guidance` needs weight >= 0, sigma_per_error > 0, sigma_start > 0 and denoise_every >= 1, but got "
                 f"weight={weight}, sigma_per_error={sigma_per_error}, sigma_start={sigma_start}, "

@@ -23,7 +23,7 @@ from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
 from attack_modules.threat_model.requirements import LinearHead, NoRandomLayers, Requirement
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, non_negative, positive
 from fl_lightning.models import FIRST_LAYER, ImageClassifier, ImageShape
 
 ERROR_FLOOR = 1e-10
@@ -101,7 +101,7 @@ class FeatureInversion(Attack):
         super().__init__(subtract_own, checkpoint_every)
         if resimulations is None:
             resimulations = refinement.resimulations if refinement else RESIMULATIONS
-        if min(lr, *prior_limit) <= 0 or balance < 0 or chunk_size < 1 or resimulations < 0:
+        if not positive(lr, *prior_limit) or not non_negative(balance) or chunk_size < 1 or resimulations < 0:
             raise SettingError(
                 "`model` needs lr > 0, prior_limit > 0, balance >= 0, chunk_size >= 1 and resimulations >= 0, but got "
                 f"lr={lr}, prior_limit={prior_limit}, balance={balance}, chunk_size={chunk_size}, "

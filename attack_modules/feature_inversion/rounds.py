@@ -10,6 +10,7 @@ from torch import Tensor
 from attack_modules.analytic.leak import leak, leak_rounds
 from attack_modules.analytic.peer_attribution import Attribution, attribute, joined_features, joined_labels
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
+from attack_modules.attack import AttackError
 from attack_modules.threat_model.requirements import Requirement, TwoLayersForSeveralRounds
 from fl_lightning.client import Tensors
 
@@ -62,6 +63,14 @@ class SameImages(RoundsReader):
         training: Sequence[TrainingKnowledge],
         numbers: Sequence[int],
     ) -> tuple[Leakage, Tensor]:
+        told = [None if known.labels is None else known.labels.sort().values.tolist() for known in training]
+        for number, labels in zip(numbers, told, strict=True):
+            if labels != told[0]:
+                raise AttackError(
+                    f"Rounds {numbers[0]} and {number} do not hold the same images: their told labels differ. Rounds "
+                    "are read together only if the same peers train in each; name one in `federation.observed_rounds`, "
+                    "or set `model.rounds: ChangingParticipants` (configs/attribution.yaml)."
+                )
         leakage = leak_rounds(updates, weights, training[0])
         return leakage, torch.ones(len(updates), len(leakage.labels), dtype=torch.bool)
 

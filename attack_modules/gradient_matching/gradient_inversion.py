@@ -19,7 +19,7 @@ from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import SimulatedUpdate
 from attack_modules.threat_model.observed import ObservedRound
 from attack_modules.threat_model.requirements import ImageSize, OtherImages, Requirement, SingleRound
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 from fl_lightning.models import FIRST_LAYER, ImageClassifier
 
 RESOLUTION = 1e-6
@@ -75,7 +75,7 @@ class GradientInversion(Attack):
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
         least = min(latent_downscale, restarts, 1 if chunk_size is None else chunk_size)
-        if min(lr, *anneal) <= 0 or least < 1 or divergence_factor <= 1:
+        if not positive(lr, *anneal) or least < 1 or not (positive(divergence_factor) and divergence_factor > 1):
             raise SettingError(
                 "`model` needs lr > 0, anneal > 0, latent_downscale >= 1, restarts >= 1, divergence_factor > 1, and "
                 f"chunk_size >= 1 or null, but got lr={lr}, anneal={anneal}, latent_downscale={latent_downscale}, "

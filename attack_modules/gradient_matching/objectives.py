@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attack_modules.simulation.low_rank import LowRank, SimulatedUpdate, inner, squared_distance, squared_norm
 from fl_lightning.client import Tensors
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, non_negative
 
 
 class Objective(ABC):
@@ -22,7 +22,7 @@ class Objective(ABC):
 
     def __init__(self, layer_weights: dict[str, float] | None = None) -> None:
         self.layer_weights = layer_weights or {}
-        if any(weight < 0 for weight in self.layer_weights.values()):
+        if not non_negative(*self.layer_weights.values()):
             raise SettingError(f"Layer weights must not be negative, but they are {self.layer_weights}.")
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """The peers' local training, simulated so that it can be differentiated with respect to the images."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,14 @@ from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.low_rank import LowRank, SimulatedUpdate
 from attack_modules.simulation.recomputation import recomputed
 from attack_modules.threat_model.observed import ObservedRound, RoundsSummary
-from attack_modules.threat_model.requirements import KnownClientSizes, NoBatchNorm, NoRandomLayers, Requirement, check
+from attack_modules.threat_model.requirements import (
+    KnownClientSizes,
+    KnownLabelsByPeer,
+    NoBatchNorm,
+    NoRandomLayers,
+    Requirement,
+    check,
+)
 from fl_lightning.client import Tensors, buffers, parameters
 from fl_lightning.models import ImageClassifier
 
@@ -82,7 +90,7 @@ class SimulatedPeers:
         divided = chunk_size is not None or (merged and processes > 1)
         return [
             NoRandomLayers(),
-            *([] if merged else [KnownClientSizes(processes)]),
+            *([] if merged else [KnownClientSizes(processes), KnownLabelsByPeer()]),
             *([NoBatchNorm()] if divided else []),
         ]
 
@@ -137,8 +145,13 @@ class SimulatedPeers:
         return {name: start[name] - weight for name, weight in weights.items()}
 
     def _batches(self, images: Tensor, labels: Tensor) -> list[Batch]:
-        """An epoch's mini-batches in a fixed order, since the peers' own order is unknown."""
-        size = self.assumptions.batch_size or len(images)
+        """An epoch's mini-batches in a fixed order, since the peers' own order is unknown.
+
+        A merged client takes as many steps as one peer does, in batches that are larger by the number of peers.
+        """
+        steps = self.assumptions.local_steps // self.assumptions.local_epochs
+        merged = self.client_sizes is None
+        size = math.ceil(len(images) / steps) if merged else self.assumptions.batch_size or len(images)
         batches = []
         for inputs, targets in zip(images.split(size), labels.split(size), strict=True):
             whole = len(inputs)

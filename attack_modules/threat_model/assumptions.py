@@ -56,8 +56,8 @@ class Assumptions:
 
     @property
     def in_full_batches(self) -> bool:
-        """Whether each local step is taken to use all of a peer's images."""
-        return self.local_steps == self.local_epochs
+        """Whether each local step is known to use all of a peer's images."""
+        return self.batch_size is None or (bool(self.client_sizes) and self.local_steps == self.local_epochs)
 
     @property
     def mean_rate(self) -> float:

@@ -4,11 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from attack_modules.threat_model.assumptions import Assumptions, split_evenly
-from fl_lightning.errors import AuditError
+from fl_lightning.errors import AuditError, non_negative, positive
 from fl_lightning.truth import Truth
 
 Told = Literal["known"]
 Inferred = Literal["inferred"]
+
+OPTIONAL = ("momentum", "weight_decay")
+"""Settings that plain SGD does without: 0 where nobody tells them."""
 
 
 class KnowledgeError(AuditError, ValueError):
@@ -19,9 +22,6 @@ class KnowledgeError(AuditError, ValueError):
 class Knowledge:
     """What the attacker knows of its peers: `known` is told the truth, a number is its guess, `inferred` is neither.
 
-    Momentum and weight decay are part of the task that the server hands out, so they are always known; for rounds
-    observed in another system they are taken to be 0.
-
     Args:
         labels: whether it is told every image's label, ordered by peer.
         label_counts: whether it is told how many images of each class there are (implied by known labels).
@@ -31,6 +31,8 @@ class Knowledge:
         server_lr: the server's learning rate.
         local_epochs: the peers' local epochs.
         batch_size: the peers' mini-batch size; null guesses full batches.
+        momentum: of the peers' SGD. `known` is 0 for rounds of another system, as for weight_decay.
+        weight_decay: of the peers' SGD.
     """
 
     labels: Told | Inferred = "known"
@@ -41,15 +43,24 @@ class Knowledge:
     server_lr: Told | float = "known"
     local_epochs: Told | int = "known"
     batch_size: Told | int | None = "known"
+    momentum: Told | float = "known"
+    weight_decay: Told | float = "known"
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, int | float) and value <= 0:
+            if not isinstance(value, int | float):
+                continue
+            if name in OPTIONAL and not (non_negative(value) and (name != "momentum" or value < 1)):
+                raise KnowledgeError(
+                    f"`knowledge.{name}` is guessed as {value}, but it is at least 0"
+                    f"{' and below 1' if name == 'momentum' else ''}."
+                )
+            if name not in OPTIONAL and not positive(value):
                 raise KnowledgeError(f"`knowledge.{name}` is guessed as {value}, but a guess must be positive.")
-        if isinstance(self.num_images, int) and "known" in (self.labels, self.label_counts):
+        if isinstance(self.num_images, int) and "known" in (self.labels, self.label_counts, self.num_clients):
             raise KnowledgeError(
-                f"`knowledge.num_images` is guessed as {self.num_images}, but known labels or label counts tell it. "
-                "Set both `knowledge.labels` and `knowledge.label_counts` to `inferred`, or drop the guess."
+                f"`knowledge.num_images` is guessed as {self.num_images}, but known labels, label counts or clients "
+                "tell it. Set `knowledge.labels`, `.label_counts` and `.num_clients` to `inferred`, or drop the guess."
             )
 
     @property
@@ -58,7 +69,7 @@ class Knowledge:
         flags = {k: v if v in ("known", "inferred") else "guessed" for k, v in asdict(self).items()}
         if self.labels == "known":
             flags["label_counts"] = "known"
-        if flags["label_counts"] == "known":
+        if "known" in (flags["label_counts"], flags["num_clients"]):  # known sizes of clients tell their sum
             flags["num_images"] = "known"
         return flags
 
@@ -77,7 +88,10 @@ class Knowledge:
         Raises:
             KnowledgeError: something is `known` but there is no truth to tell it.
         """
-        told = [name for name, source in self.sources.items() if source == "known"]
+        sources = self.sources
+        if truth is None:
+            sources |= {name: "guessed" for name in OPTIONAL}
+        told = [name for name, source in sources.items() if source == "known"]
         if truth is None and told:
             raise KnowledgeError(
                 f"`knowledge` says that {', '.join(told)} {'is' if len(told) == 1 else 'are'} known, but no truth "
@@ -91,18 +105,18 @@ class Knowledge:
         training = truth.training if truth else None
         labels = truth.labels.tolist() if truth else []
         sizes = truth.client_sizes if truth else []
-        num_images = len(labels) if self.sources["num_images"] == "known" else value("num_images", None)
+        num_images = len(labels) if sources["num_images"] == "known" else value("num_images", None)
         num_clients = value("num_clients", len(sizes))
         return Assumptions(
             client_lr=value("client_lr", training and training.lr),
             server_lr=value("server_lr", truth and truth.server_lr),
             local_epochs=value("local_epochs", training and training.local_epochs),
             batch_size=value("batch_size", training and training.batch_size),
-            momentum=training.momentum if training else 0.0,
-            weight_decay=training.weight_decay if training else 0.0,
+            momentum=value("momentum", training.momentum if training else 0.0),
+            weight_decay=value("weight_decay", training.weight_decay if training else 0.0),
             num_clients=num_clients,
             num_images=num_images,
             labels=labels if self.labels == "known" else sorted(labels) if self.label_counts == "known" else None,
             client_sizes=sizes if self.num_clients == "known" else split_evenly(num_images, num_clients),
-            sources=self.sources,
+            sources=sources,
         )

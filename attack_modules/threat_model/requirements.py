@@ -92,7 +92,8 @@ class FullBatches(Requirement):
             if not assumptions.in_full_batches:
                 return (
                     f"they train in batches of {assumptions.batch_size}, and which images share a batch is unknown. "
-                    "Set `model.refinement: null`."
+                    "Set `model.refinement: null`, or where a batch holds all images of a peer, "
+                    "`knowledge.batch_size: null`."
                 )
         return None
 
@@ -120,6 +121,22 @@ class KnownClientSizes(Requirement):
                 return (
                     f"{len(assumptions.client_sizes)} peer(s) cannot be divided among {self.processes} processes. Set "
                     "`model.merged: true`, whose batches are divided instead, or lower `trainer.devices`."
+                )
+        return None
+
+
+class KnownLabelsByPeer(Requirement):
+    """The label of every image, told peer by peer, where the peers are simulated one by one."""
+
+    name = "the labels of each peer's images"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        for assumptions in rounds.assumptions:
+            several = assumptions.num_clients is None or assumptions.num_clients > 1
+            if several and assumptions.sources.get("labels") != "known":
+                return (
+                    "only their counts are known, so images would be dealt to the wrong peers. Set `model.merged: "
+                    "true`, or `knowledge.labels: known`."
                 )
         return None
 

@@ -1,5 +1,6 @@
 """Base class of the federated datasets."""
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -164,7 +165,7 @@ class FederatedData(LightningDataModule, ABC):
     def describe(self) -> dict[str, Any]:
         """Describe, in JSON types, all settings that determine the clients' images.
 
-        Equal descriptions imply equal client datasets.
+        Equal descriptions imply equal client datasets, as long as the files stay as they are: see `content`.
         """
         manifest = self._manifest
         return {
@@ -178,6 +179,16 @@ class FederatedData(LightningDataModule, ABC):
             "num_classes": self._least_classes,
             "seed": self.seed,
         }
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of the clients' images and labels: files of the same names may have changed."""
+        self.setup()
+        digest = hashlib.sha256()
+        for images in self.clients:
+            digest.update(images.pixels.numpy().tobytes())
+            digest.update(images.labels.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def _refuse_unfit(

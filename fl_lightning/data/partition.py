@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 
 
 class Partition(ABC):
@@ -80,7 +80,7 @@ class Dirichlet(Partition):
     """
 
     def __init__(self, alpha: float) -> None:
-        if alpha <= 0:
+        if not positive(alpha):
             raise SettingError(f"`data.partition.alpha` is {alpha}, but a Dirichlet concentration must be positive.")
         self.alpha = alpha
 

@@ -1,12 +1,13 @@
 """Interface of the global models: a convolutional feature extractor followed by a head of linear layers."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor, nn
 
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 
 ImageShape = tuple[int, int, int]
 """(C, H, W) of one image."""
@@ -37,8 +38,11 @@ class ImageClassifier(nn.Module, HyperparametersMixin):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if min(std) <= 0:
-            raise SettingError(f"A model's `std` must be positive, but it is {list(std)}. Give one value per channel.")
+        if not positive(*std) or not all(map(math.isfinite, mean)):
+            raise SettingError(
+                f"A model's `std` must be positive and its `mean` finite, but they are {list(std)} and {list(mean)}. "
+                "Give one value per channel."
+            )
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 

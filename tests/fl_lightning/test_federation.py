@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import LocalTraining
-from fl_lightning.data import FederatedData, Photographs
+from fl_lightning.data import FederatedData, ImageFolder, Photographs
 from fl_lightning.federation import Federation
 from fl_lightning.models import ImageClassifier
 from fl_lightning.observation import Observation
@@ -145,6 +146,33 @@ def test_settings_are_json_and_decide_the_fingerprint(noise_images: type[Federat
     settings = Federation().settings(data)
     assert json.loads(json.dumps(settings)).keys() == settings.keys()
     assert fingerprint(settings) != fingerprint(Federation(seed=1).settings(data))
+
+
+def test_the_fingerprint_follows_the_content_of_files(tmp_path: Path) -> None:
+    def settings() -> dict:
+        return Federation().settings(ImageFolder(root=tmp_path, num_clients=2, images_per_client=1, image_size=16))
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16), "red").save(tmp_path / name / "1.png")
+    before = settings()
+    assert fingerprint(settings()) == fingerprint(before)
+    for name in ("a", "b"):
+        Image.new("RGB", (16, 16), "blue").save(tmp_path / name / "1.png")
+    assert fingerprint(settings()) != fingerprint(before)
+
+
+def test_settings_that_an_earlier_version_did_not_record_are_not_compared(tmp_path: Path) -> None:
+    Record(tmp_path).claim({"seed": 0, "data": {"class": "CIFAR10"}})
+    Record(tmp_path).claim({"seed": 0, "data": {"class": "CIFAR10", "content": "abc"}})
+    with pytest.raises(RecordError, match="seed was 0 and is now 1"):
+        Record(tmp_path).claim({"seed": 1, "data": {"class": "CIFAR10"}})
+
+
+@pytest.mark.parametrize("bad", [{"lr": float("nan")}, {"momentum": 2.0}, {"weight_decay": -1.0}, {"lr": float("inf")}])
+def test_local_training_needs_numbers(bad: dict) -> None:
+    with pytest.raises(ValueError, match=r"lr > 0, local_epochs >= 1.*momentum in"):
+        LocalTraining(**{"lr": 0.1, **bad})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from attack_modules.diffusion.released.mdt import MDTv2
 from attack_modules.diffusion.schedules import linear_beta_alphas
 from attack_modules.weights import load_strictly, read_weights
 from fl_lightning.download import CHECKPOINTS
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 
 MDT_XL2 = "https://huggingface.co/shgao/MDT-XL2/resolve/main/mdt_xl2_v2_ckpt.pt"
 SD_VAE = "https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.safetensors"
@@ -61,7 +61,7 @@ class LatentDiffusion(ConditionalModel):
         latent_size: int = 32,
     ) -> None:
         super().__init__()
-        if guidance < 1 or (power is not None and power <= 0):
+        if not (positive(guidance) and guidance >= 1) or (power is not None and not positive(power)):
             raise SettingError(f"Guidance needs a scale >= 1 and a power > 0 or null, but got {guidance} and {power}.")
         # The files are read first, so that a missing one fails before the networks are built. Networks whose weights
         # are loaded are built on the meta device, which avoids a random initialisation.

@@ -15,7 +15,7 @@ from attack_modules.diffusion.trained.averaged_module import AveragedModule
 from attack_modules.diffusion.trained.edm import denoised, loss_weight, unet_of_squares
 from attack_modules.diffusion.trained.model_file import opened_model, save_model
 from fl_lightning.download import CHECKPOINTS
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 
 SHIPPED = CHECKPOINTS / "cifar10_diffusion.safetensors"
 
@@ -55,7 +55,7 @@ class SmallConditional(ConditionalModel):
                 "The model needs layers >= 1, channels that are multiples of 8 and an image_size divisible by "
                 f"2^len(channels), but got layers={layers}, channels={channels}, image_size={image_size}."
             )
-        if guidance < 1:
+        if not (positive(guidance) and guidance >= 1):
             raise SettingError(f"Guidance needs a scale >= 1, but got guidance={guidance}.")
         self.settings = {"channels": list(channels), "layers": layers, "image_size": image_size}
         self.settings["class_names"] = list(class_names)
@@ -163,7 +163,7 @@ class ClassConditionalDiffusion(AveragedModule):
         export: Path | None = None,
         seed: int = 0,
     ) -> None:
-        if lr <= 0 or warmup < 0 or not 0 <= decay < 1 or min(typical_sigma, spread) <= 0 or not 0 <= dropout < 1:
+        if not positive(lr, typical_sigma, spread) or warmup < 0 or not 0 <= decay < 1 or not 0 <= dropout < 1:
             raise SettingError(
                 "`model` needs lr, typical_sigma and spread > 0, warmup >= 0, decay and dropout in [0, 1), but got "
                 f"lr={lr}, typical_sigma={typical_sigma}, spread={spread}, warmup={warmup}, decay={decay}, "

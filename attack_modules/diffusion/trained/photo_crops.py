@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import pil_to_tensor
 
 from fl_lightning.data.images import PathLike, UnreadableImage, is_image_name, read_image
-from fl_lightning.errors import MissingFile, SettingError
+from fl_lightning.errors import MissingFile, SettingError, positive
 from fl_lightning.seeds import seed_of
 
 LONGEST_SHORT_SIDE = 512
@@ -54,7 +54,7 @@ class PhotoCrops(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(crop_size, image_size, batch_size, steps_per_epoch) < 1 or reduction < 1:
+        if min(crop_size, image_size, batch_size, steps_per_epoch) < 1 or not (positive(reduction) and reduction >= 1):
             raise SettingError(
                 "`data` needs crop_size, image_size, batch_size, steps_per_epoch and reduction of at least 1, but got "
                 f"{crop_size}, {image_size}, {batch_size}, {steps_per_epoch} and {reduction}."

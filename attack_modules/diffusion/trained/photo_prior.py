@@ -13,7 +13,7 @@ from attack_modules.diffusion.trained.averaged_module import AveragedModule
 from attack_modules.diffusion.trained.denoising_comparison import DenoisingComparison
 from attack_modules.diffusion.trained.edm import denoised, loss_weight, unet_of_squares
 from attack_modules.diffusion.trained.model_file import opened_model, save_model
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 
 FORMAT = "curious-client diffusion prior 1"
 
@@ -50,7 +50,7 @@ class TrainedPrior(Denoiser):
                 f"A prior needs layers >= 1 and channels that are multiples of 8, but got layers={layers}, "
                 f"channels={channels}. Use for example layers=2, channels=[64, 128, 152]."
             )
-        if not 0 < sigma_min < sigma_max or sigma_data <= 0:
+        if not 0 < sigma_min < sigma_max or not positive(sigma_max, sigma_data):
             raise SettingError(
                 "A prior needs 0 < sigma_min < sigma_max and sigma_data > 0, but got "
                 f"sigma_min={sigma_min}, sigma_max={sigma_max}, sigma_data={sigma_data}."
@@ -155,7 +155,7 @@ class DiffusionPrior(AveragedModule):
         seed: int = 0,
     ) -> None:
         shares = 0 <= decay < 1 and 0 <= wide_share <= 1
-        if min(lr, typical_sigma, spread) <= 0 or min(warmup, cooldown) < 0 or not shares:
+        if not positive(lr, typical_sigma, spread) or min(warmup, cooldown) < 0 or not shares:
             raise SettingError(
                 "`model` needs lr, typical_sigma and spread > 0, warmup and cooldown >= 0, decay in [0, 1) and "
                 f"wide_share in [0, 1], but got lr={lr}, typical_sigma={typical_sigma}, spread={spread}, "

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attack_modules.enhance.direct.sampler import Denoise, Noise, Sampler, upsample
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 
 
 class DiffPIR(Sampler):
@@ -24,7 +24,7 @@ class DiffPIR(Sampler):
     """
 
     def __init__(self, strength: float = 0.3, zeta: float = 1.0) -> None:
-        if strength <= 0 or not 0 <= zeta <= 1:
+        if not positive(strength) or not 0 <= zeta <= 1:
             raise SettingError(
                 f"DiffPIR needs strength > 0 and zeta in [0, 1], but got strength={strength}, zeta={zeta}."
             )

@@ -12,7 +12,7 @@ from attack_modules.enhance.direct.sampler import Noise, Sampler
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.noise_level import likeliest_noise, noise_map
 from fl_lightning.download import CHECKPOINTS
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, non_negative, positive
 from fl_lightning.seeds import seed_of
 
 PRIOR = CHECKPOINTS / "prior_photos.safetensors"
@@ -69,12 +69,12 @@ class DirectEnhancement(Enhancer):
         magnify: int = 1,
         chunk_size: int = 16,
     ) -> None:
-        if min(samples, magnify, chunk_size) < 1 or caution <= 0:
+        if min(samples, magnify, chunk_size) < 1 or not positive(caution):
             raise SettingError(
                 "`postprocess` needs samples, magnify and chunk_size >= 1 and caution > 0, but got "
                 f"samples={samples}, magnify={magnify}, chunk_size={chunk_size}, caution={caution}."
             )
-        if not 0 <= temperature <= 1 or (sigma_0 is not None and sigma_0 < 0):
+        if not 0 <= temperature <= 1 or (sigma_0 is not None and not non_negative(sigma_0)):
             raise SettingError(
                 "`postprocess` needs temperature in [0, 1] and sigma_0 >= 0 or null, but got "
                 f"temperature={temperature}, sigma_0={sigma_0}."

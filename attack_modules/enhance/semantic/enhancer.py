@@ -16,7 +16,7 @@ from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.semantic.noise_search import NoiseSearch, Step
 from attack_modules.enhance.semantic.reconstructed_image import ReconstructedImage
 from attack_modules.enhance.semantic.search_report import SearchReport
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, positive
 
 
 class SemanticEnhancer(LightningModule, Enhancer):
@@ -61,7 +61,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(lr, timesteps, steps, starts, patience, chunk_size) <= 0 or not 0 <= margin < 1:
+        if not positive(lr, timesteps, steps, starts, patience, chunk_size) or not 0 <= margin < 1:
             raise SettingError(
                 "`SemanticEnhancer` needs lr > 0, timesteps, steps, starts, patience and chunk_size >= 1, and margin "
                 f"in [0, 1), but got lr={lr}, timesteps={timesteps}, steps={steps}, starts={starts}, "

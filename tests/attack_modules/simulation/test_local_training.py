@@ -200,6 +200,14 @@ def test_a_guessed_client_lr_is_the_one_that_is_simulated(observe: Observe, rela
     assert relative_error({name: u / 2 for name, u in wrong.items()}, right) < 1e-3
 
 
+def test_a_merged_client_takes_as_many_steps_as_a_peer(observe: Observe, noise_images: type) -> None:
+    observation = observe(Federation(client=LocalTraining(lr=0.01, batch_size=1)))
+    images, labels = truth_of(observation, observe, noise_images)
+    simulated = SimulatedPeers(observation, merged=True, device=CPU).mean_update(images, labels)
+    seen = observation.peers_update()["head.2.weight"].norm()
+    assert dense(simulated)["head.2.weight"].detach().norm().item() == pytest.approx(seen.item(), rel=0.1)
+
+
 def test_dropout_and_unknown_client_sizes_are_refused(observe: Observe) -> None:
     def with_dropout(num_classes: int, image_shape: tuple[int, int, int]) -> TorchvisionClassifier:
         return TorchvisionClassifier(num_classes, image_shape, name="mobilenet_v3_small", dropout=0.2)

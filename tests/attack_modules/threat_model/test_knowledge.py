@@ -54,10 +54,34 @@ def test_no_truth_no_known(truth: Truth) -> None:
 
 
 def test_contradictions_and_nonsense_are_refused() -> None:
-    with pytest.raises(KnowledgeError, match="known labels or label counts tell it"):
+    with pytest.raises(KnowledgeError, match="known labels, label counts or clients tell it"):
         Knowledge(num_images=3)
-    with pytest.raises(KnowledgeError, match="must be positive"):
-        Knowledge(client_lr=-1.0)
+    for nonsense in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(KnowledgeError, match="must be positive"):
+            Knowledge(client_lr=nonsense)
+    with pytest.raises(
+        KnowledgeError, match=r"`knowledge.momentum` is guessed as 1\.0, but it is at least 0 and below 1"
+    ):
+        Knowledge(momentum=1.0)
+
+
+def test_sizes_of_clients_tell_the_number_of_images(truth: Truth) -> None:
+    knowledge = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred")
+    assert knowledge.sources["num_images"] == "known"
+    assert knowledge.assumptions(truth).num_images == 5
+
+
+def test_momentum_of_another_system_is_stated_or_none() -> None:
+    foreign = {"labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred"}
+    rates = {"client_lr": 0.1, "server_lr": 1.0, "local_epochs": 3, "batch_size": None}
+    plain = Knowledge(**foreign, **rates).assumptions(None)
+    assert (plain.momentum, plain.weight_decay, plain.sources["momentum"]) == (0.0, 0.0, "guessed")
+    told = Knowledge(**foreign, **rates, momentum=0.9, weight_decay=1e-4).assumptions(None)
+    assert (told.momentum, told.weight_decay) == (0.9, 1e-4)
+
+
+def test_whether_batches_are_full_is_unknown_without_sizes(truth: Truth) -> None:
+    assert not Knowledge(batch_size=4, num_clients="inferred").assumptions(truth).in_full_batches
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])

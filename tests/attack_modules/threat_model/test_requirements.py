@@ -11,6 +11,7 @@ from attack_modules.threat_model.requirements import (
     FullBatches,
     ImageSize,
     KnownClientSizes,
+    KnownLabelsByPeer,
     LinearHead,
     NoBatchNorm,
     NoRandomLayers,
@@ -44,6 +45,7 @@ ALL = [
     TwoLayersForSeveralRounds(),
     FullBatches(),
     KnownClientSizes(2),
+    KnownLabelsByPeer(),
     NoRandomLayers(),
     NoBatchNorm(),
     ImageSize(8, rgb=True, reason="that"),
@@ -71,6 +73,8 @@ def test_each_names_what_is_missing_and_what_to_do(
     refused(FullBatches(), batches, "they train in batches of 1.*`model.refinement: null`")
     refused(KnownClientSizes(), changed(met, client_sizes=None), "knows neither.*`knowledge.num_clients`")
     refused(KnownClientSizes(3), met, r"2 peer\(s\) cannot be divided among 3 processes")
+    unknown = changed(met, sources={"labels": "inferred", "label_counts": "known"})
+    refused(KnownLabelsByPeer(), unknown, "only their counts are known.*`model.merged: true`, or `knowledge.labels")
     normed = RoundsSummary.of([observe(Federation(model=batch_norm_classifier))])
     refused(NoBatchNorm(), normed, "BatchNormClassifier has it")
     refused(ImageSize(32, rgb=False, reason="`x`"), met, "they are 3 x 16 x 16. Change `data.image_size` or `x`")
