@@ -2,19 +2,56 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attack_modules.analytic.noise_floor import noise_floor
 from attack_modules.analytic.results import TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.attack import AttackError
 
+CHANCE = 4.5
+"""Standard deviations of the scatter of empty classes beyond which a class is held: one in 300,000 by chance."""
+LEAST_SHARE = 0.03
+"""Share of all images from which a class counts as held, where few classes are empty."""
+CLEAR_FALL = 1.5
+"""Fall of the singular values over two steps that is no chance. Measured: at most 1.4 beyond the last image under noise
+or quantisation, 1.9 or more at the last image otherwise."""
+FALL_OF_COMPRESSED = 3.0
+"""The same where entries were pruned or quantised, which adds directions of its own. Measured: at most 1.8 by these."""
+STEEP_FALL = 30.0
+"""Fall from an image to the rounding of the weights."""
+MOST_OF_RANK = 0.85
+"""Singular values beyond this share of the rank are not searched: pruning and quantisation end in a fall there."""
 
-def read_counts(
-    first: RowSpace, last: Sequence[Tensor], hidden: int, training: TrainingKnowledge
-) -> tuple[int, Tensor]:
+
+@dataclass(frozen=True)
+class Counts:
+    """Images of an aggregate by number and class.
+
+    Attributes:
+        num_images: N, as told or as found.
+        labels: (N,) long, ascending unless they were told.
+        held: number of classes that surely have images; there are at least so many images.
+        clear: whether the number was told or the singular values fall there. If not, it is a lower bound.
+        views: whether there are as many directions as local epochs times held classes, as if the images of every epoch
+            were different ones: augmentation. N then counts the views.
+        noise: standard deviation of an entry of the first layer's update, where its smaller singular values are those
+            of independent noise.
+    """
+
+    num_images: int
+    labels: Tensor
+    held: int
+    clear: bool
+    views: bool = False
+    noise: float | None = None
+
+
+def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: TrainingKnowledge) -> Counts:
     """Number of images and their labels, as far as they are not known already.
 
     Args:
@@ -23,80 +60,149 @@ def read_counts(
         hidden: H, the number of the last layer's inputs without the bias.
         training: how the peers trained, and what is known of their images.
 
-    Returns:
-        N, and (N,) long labels, ascending unless they were known.
-
     Raises:
         AttackError: the number of images cannot be read, or rounds do not hold the same classes.
     """
-    given = None if training.labels is None else len(training.labels)
-    num_images = training.num_images or given
+    gradients = [layer / (training.lr * training.steps) for layer in last]
+    held, distinct = held_classes(gradients[0], hidden, training.typical)
+    num_held = int(held.sum())
+    floor = noise_floor(first.singular, tuple(first.update.shape))
+    noise, above = floor or (None, 1)
+    num_images = training.num_images or (None if training.labels is None else len(training.labels))
+    clear, views = True, False
     if num_images is None:
-        held = int(class_deficits(last[0])[1].sum())
-        num_images = count_images(first.singular, held, training.epochs or training.steps)
-        narrow = min(first.update.shape)
-        if num_images > held and num_images >= narrow - 1:  # a softmax gradient's rows sum to zero
+        num_images, clear, views = count_images(
+            first.singular,
+            num_held,
+            training.epochs or training.steps,
+            distinct,
+            at_least=above,
+            clear_fall=FALL_OF_COMPRESSED if is_compressed(first.update) else CLEAR_FALL,
+        )
+        classes, single = len(last[0]), first.update.shape == last[0].shape
+        if single and (not distinct or num_images >= classes - 1):
             raise AttackError(
-                f"The number of images cannot be read from a head layer of {narrow} outputs whose update has full "
-                "rank. Give a guess as `knowledge.num_images`."
+                f"The number of images cannot be read from a head of one layer with {classes} outputs: {num_held} of "
+                "its classes have images, and images of one class look like one. Give a guess as "
+                "`knowledge.num_images`."
             )
-    if training.labels is not None:
-        return num_images, training.labels
-    mean_gradients = [layer / (training.lr * training.steps) for layer in last]
-    return num_images, common_labels(mean_gradients, num_images, hidden, training.typical)
+    labels = training.labels
+    if labels is None:
+        labels = common_labels(gradients, num_images, hidden, training.typical)
+    return Counts(num_images, labels, num_held, clear, views, noise)
 
 
-def count_images(singular: Tensor, held: int, epochs: int) -> int:
+def held_classes(gradient: Tensor, hidden: int, typical: TypicalHead | None) -> tuple[Tensor, bool]:
+    """Which classes have images, and whether most classes have none.
+
+    Where most classes are empty, see `class_evidence`; else, shares of the images are estimated (`TypicalHead`).
+
+    Args:
+        gradient: (C, H), (C, H + 1) with a bias: the last layer's mean gradient.
+        hidden: H.
+        typical: of the model before the round; None where the model is not at hand.
+
+    Returns:
+        (C,) bool, and a bool.
+    """
+    held = class_evidence(gradient)[1]
+    if typical is not None:
+        common = class_shares(gradient, hidden, typical) > LEAST_SHARE
+        if common.sum() >= len(common) / 2:
+            return held | common, False
+    return held, True
+
+
+def count_images(
+    singular: Tensor,
+    held: int,
+    epochs: int,
+    distinct: bool = True,
+    at_least: int = 1,
+    clear_fall: float = CLEAR_FALL,
+) -> tuple[int, bool, bool]:
     """Number of images from the singular values of the first layer's update.
 
-    The update of N images has rank N, so the singular values fall steeply after the N-th. The search starts at the
-    number of classes that any peer holds, since each has an image; the largest singular value, that of the images'
-    mean, is far above all others. Where features drift much during the local steps, each image adds one direction an
-    epoch, and the steepest fall, down to the rounding of the weights, is at `epochs` times N. This case is recognised
-    by a second fall at N: N is the number of held classes, or one of the steepest twentieth of the falls before.
+    The update of N images has rank N, so the singular values fall after the N-th, over one or two steps. The search
+    starts at the number of classes that any peer holds, since each has an image; the largest singular value, that of
+    the images' mean, is far above all others. Where features drift during the local steps, each image adds one
+    direction an epoch, and the singular values fall to the rounding of the weights at `epochs` times N only. This case
+    is recognised by a second fall at N. Where nothing falls, as under noise, pruning and quantisation, the number of
+    held classes is the best lower bound.
 
     Args:
         singular: (r,) falling, positive.
         held: number of classes that any peer holds, as far as the last layer tells.
         epochs: steps in which each image takes part.
+        distinct: whether most classes have no image. If not, images surely share classes, and a fall at `held` must
+            reach the rounding of the weights.
+        at_least: another lower bound.
+        clear_fall: fall over two steps from which it is no chance.
+
+    Returns:
+        N, whether the singular values fall there, and whether they count the views of augmented images.
     """
-    least = max(held, 1)
-    if least >= len(singular):  # more images than units that were ever active: only their classes count them
-        return least
-    falls = singular[least - 1 : -1] / singular[least:]
-    rank = least + int(falls.argmax())
-    fewer = rank // epochs
-    rounding = singular[rank] < 2 * singular[rank:].median()  # rounding noise has nearly equal singular values
-    if rounding and rank == fewer * epochs and least <= fewer < rank:
-        before = falls[: rank - least]
-        if fewer == held or before[fewer - least] >= before.quantile(0.95):
-            return fewer
-    return rank
+    most = int(MOST_OF_RANK * len(singular))
+    least = max(held, at_least, 1)
+    one, two = (torch.cat([singular[:-k] / singular[k:], torch.ones(k)]) for k in (1, 2))  # entry i: fall at i + 1
+    start = least
+    if not distinct and least < most and one[least - 1] < STEEP_FALL:
+        start += 1
+    if start >= most:
+        return least, False, False
+    views = False
+    rounding = [n for n in range(start, most + 1) if singular[n] < 3 * singular[n:].median()]
+    if epochs > 1 and rounding:
+        edge = max(rounding, key=lambda n: one[n - 1].item())
+        fewer = edge // epochs
+        if edge == fewer * epochs and start <= fewer < edge and two[edge - 1] > clear_fall:
+            before = two[start - 1 : max(edge - 2 * epochs, fewer)]  # the edge itself may extend over some values
+            if two[fewer - 1] > clear_fall and (fewer == held or two[fewer - 1] >= before.quantile(0.95)):
+                return fewer, True, False
+            views = distinct and fewer == held
+    rank = start + int(two[start - 1 : most].argmax())
+    if rank != held and rank < most and one[rank - 1] < min(one[rank].item(), 2.0):
+        rank += 1  # nearly all of the fall is in the second of the two steps
+    if two[rank - 1] <= clear_fall:
+        return least, False, False
+    return rank, True, views and rank == edge
 
 
-def infer_labels(
-    gradient: Tensor, num_images: int, hidden: int | None = None, typical: TypicalHead | None = None
-) -> Tensor:
+def is_compressed(update: Tensor, least: float = 0.05, most_entries: int = 10**6) -> bool:
+    """Whether entries of an update were pruned or quantised: many are 0, or most are of one size.
+
+    Args:
+        update: (H, D). Rows and columns that are 0 throughout, of inactive units and features, do not count.
+        least: share of zeros from which it counts as compressed.
+        most_entries: number of entries, evenly spread, that are looked at.
+    """
+    entries = update[(update != 0).any(1)][:, (update != 0).any(0)].flatten().abs()
+    entries = entries[:: math.ceil(len(entries) / most_entries)]
+    low, high = entries.quantile(torch.tensor([0.25, 0.75], dtype=entries.dtype))
+    return bool((entries == 0).double().mean() > least or high < 1.01 * low)
+
+
+def infer_labels(gradient: Tensor, num_images: int, hidden: int, typical: TypicalHead | None = None) -> Tensor:
     """(N,) labels in ascending order from the last layer's mean gradient.
 
-    Class c's row of the gradient sums to about `s (p_c - m_c / N)`: `m_c` the number of its images, `p_c` its mean
-    predicted probability, `s` the mean sum of the layer's inputs. A bias has `s = 1` exactly. Where most classes are
-    without images, their rows give `s p_c` (see `class_deficits`); otherwise both are estimated (`TypicalHead`).
+    Where most classes are without images, the evidence of a class grows with the number of its images
+    (`class_evidence`); otherwise the shares are estimated (`class_shares`).
 
     Args:
         gradient: (C, H), (C, H + 1) with a bias. Its scale matters only with `typical`.
         num_images: N.
-        hidden: H; None if there is no bias.
+        hidden: H.
         typical: of the model before the round; None where the model is not at hand.
     """
-    rows, size = (gradient.sum(1), None) if hidden in (None, gradient.shape[1]) else (gradient[:, -1], 1.0)
-    if typical is None or num_images < len(rows) / 2:
-        deficit, held = class_deficits(gradient)
-        quota, least = deficit * held * num_images / (deficit * held).sum(), held.long()
+    if typical is None or num_images < len(gradient) / 2:
+        evidence, held = class_evidence(gradient)
+        evidence = evidence.clamp_min(0)
+        weight = torch.where(held, evidence, 0.0)
+        quota, least = weight * num_images / weight.sum() if held.any() else evidence, held.long()
     else:
-        share = typical.probabilities.to(rows) - rows / (size or typical.inputs)
-        quota, least = share * num_images, torch.zeros(len(rows), dtype=torch.long)
-    return torch.arange(len(rows)).repeat_interleave(apportion(quota, least, num_images))
+        quota = class_shares(gradient, hidden, typical) * num_images
+        least = torch.zeros(len(quota), dtype=torch.long)
+    return torch.arange(len(quota)).repeat_interleave(apportion(quota, least, num_images))
 
 
 def apportion(quota: Tensor, least: Tensor, total: int) -> Tensor:
@@ -115,23 +221,37 @@ def apportion(quota: Tensor, least: Tensor, total: int) -> Tensor:
     return counts
 
 
-def class_deficits(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """How far each class's row sum of the last layer's gradient lies below that of classes without images.
+def class_shares(gradient: Tensor, hidden: int, typical: TypicalHead) -> Tensor:
+    """(C,) share of the images that each class has, which sum to about 1; scattered around the truth.
 
-    Activations are not negative, so a row sums to `sum_m p_mc |h_m| - sum_{y_n = c} |h_n|`; classes without images
-    have the positive part only, and scatter around their median. A sum that is clearly negative is that of a held class
-    in any case, also where no class is without images.
+    Class c's row of the gradient sums to about `s (p_c - m_c / N)`: `m_c` the number of its images, `p_c` its mean
+    predicted probability, `s` the mean sum of the layer's inputs. A bias has `s = 1` exactly.
+    """
+    biased = gradient.shape[1] > hidden
+    rows = gradient[:, -1] if biased else gradient.sum(1) / typical.inputs
+    return typical.probabilities.to(rows) - rows
+
+
+def class_evidence(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """How far each class's row of the last layer's gradient lies on the side of classes with images.
+
+    Activations are not negative, so along their leading direction v, which is the matched filter for them in noise, a
+    row is `sum_m p_mc v.h_m - sum_{y_n = c} v.h_n`; classes without images have the positive part only. A class is held
+    if its row is clearly negative, or clearly below the rows of most classes.
 
     Args:
         gradient: (C, H), of any positive scale.
 
     Returns:
-        Deficits (C,), and whether any peer holds the class (C,).
+        Evidence (C,), and whether any peer holds the class (C,).
     """
-    sums = gradient.sum(1)
-    empty = sums[sums > 0].median()
-    deficit = (empty - sums).clamp_min(0)
-    return deficit, (deficit > 2 * (sums.max() - empty)) | (sums < 0.01 * sums.min())
+    direction = torch.linalg.svd(gradient, full_matrices=False).Vh[0]
+    along = -gradient @ direction * (1 if direction.sum() > 0 else -1)
+    evidence = along - along.median()
+    scatter = 1.4826 * evidence.abs().median()
+    negative = (along > CHANCE * scatter) & (along > 0.01 * along.max())
+    below = (evidence > CHANCE * scatter) & (evidence > 0.2 * evidence.max())
+    return evidence, negative | below
 
 
 def common_labels(

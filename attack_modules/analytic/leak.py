@@ -79,7 +79,8 @@ def leak_rounds(
     last, weight = [layer[-1].double() for layer in layers], [layer[-1].double() for layer in before]
     first = space if len(layers) == 1 else space.part(len(layers[0][0]))
     hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
-    num_images, labels = read_counts(first, last, hidden, training)
+    counts = read_counts(first, last, hidden, training)
+    num_images, labels = counts.num_images, counts.labels
     scale = num_images / (training.lr * training.steps)
     targets = F.one_hot(labels, len(last[0])).to(last[0])
     if len(layers[0]) == 1:

@@ -2,11 +2,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from attack_modules import FeatureInversion, GradientInversion
-from attack_modules.analytic.counting import apportion, class_deficits, count_images, infer_labels
-from attack_modules.analytic.observed_head import labels_in
-from attack_modules.analytic.row_space import RowSpace
+from attack_modules.analytic.counting import apportion, class_evidence, count_images, infer_labels, read_counts
+from attack_modules.analytic.observed_head import head_parameters, labels_in, training_knowledge
+from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import AttackError
 from attack_modules.threat_model.knowledge import Knowledge
@@ -17,6 +18,7 @@ from fl_lightning.models import ClassifierFactory
 
 Observe = Callable[..., ObservedRound]
 BLIND = Knowledge(labels="inferred", label_counts="inferred")
+UNKNOWN = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred", num_clients="inferred")
 SHY = LocalTraining(lr=0.003, local_epochs=1)
 
 
@@ -35,15 +37,13 @@ def test_counts_with_a_bias_are_exact(observe: Observe, linear_classifier: Class
 
 
 def test_number_of_images_is_the_rank(observe: Observe) -> None:
-    unknown = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred")
-    seen = observe(Federation(client=SHY), unknown, num_classes=100, images_per_client=5)
+    seen = observe(Federation(client=SHY), UNKNOWN, num_classes=100, images_per_client=5)
     assert seen.assumptions.num_images is None
     assert len(labels_of(seen)) == 10
 
 
 def test_a_narrow_head_cannot_tell_the_number(observe: Observe, linear_classifier: ClassifierFactory) -> None:
-    unknown = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred")
-    seen = observe(Federation(model=linear_classifier, client=SHY), unknown, images_per_client=12)
+    seen = observe(Federation(model=linear_classifier, client=SHY), UNKNOWN, images_per_client=12)
     with pytest.raises(AttackError, match=r"Give a guess as `knowledge\.num_images`"):
         labels_of(seen)
 
@@ -62,39 +62,87 @@ def test_rank_counts_images() -> None:
     update = torch.rand(30, 5, dtype=torch.float64) @ torch.rand(5, 50, dtype=torch.float64)
     update[7] = 0  # a unit that was never active
     singular = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).singular
-    assert count_images(singular, held=0, epochs=1) == count_images(singular, held=3, epochs=3) == 5
+    for held, epochs in ((0, 1), (3, 3)):
+        assert count_images(singular, held, epochs) == (5, True, False)
 
 
-def test_count_knows_drifting_features_and_full_rank() -> None:
-    singular = torch.tensor([90.0, 9, 8, 7, 3, 2.9, 2.8, 2.7, 0.01, 0.009])  # 4 images, 2 steps
-    assert count_images(singular, held=4, epochs=2) == 4
-    assert count_images(singular, held=4, epochs=3) == 8
-    assert count_images(singular, held=12, epochs=1) == 12
+def test_count_knows_drifting_features() -> None:
+    singular = torch.tensor([90.0, 9, 8, 7, 3, 2.9, 2.8, 2.7, *[0.01 * 0.99**i for i in range(20)]])
+    assert count_images(singular, held=4, epochs=2) == (4, True, False)
+    assert count_images(singular, held=4, epochs=3)[0] == 8
+
+
+def test_the_count_is_a_lower_bound_where_nothing_falls() -> None:
+    singular = 0.9 ** torch.arange(40.0)
+    assert count_images(singular, held=12, epochs=1) == (12, False, False)
+    assert count_images(singular, held=40, epochs=1) == (40, False, False)
 
 
 def test_count_of_drifting_images_need_not_be_the_second_steepest_fall() -> None:
-    falls = torch.full((70,), 1.02)
+    falls = torch.full((98,), 1.02)
     falls[[0, 19, 21, 59]] = torch.tensor([6.0, 1.8, 1.9, 200.0])  # 20 images, 3 steps, beside a steeper fall at 22
     singular = 1e3 / torch.cat([torch.ones(1), falls.cumprod(0)])
-    assert count_images(singular, held=20, epochs=3) == 20
-    falls[19] = 1.0  # nothing ends at 20
+    assert count_images(singular, held=20, epochs=3) == (20, True, False)
+    assert count_images(singular, held=20, epochs=1)[0] == 60
+
+
+def test_augmented_images_are_noticed() -> None:
+    falls = torch.full((98,), 1.02)
+    falls[[0, 59]] = torch.tensor([6.0, 200.0])  # nothing ends at the 20 held classes, but at 3 views of each
     singular = 1e3 / torch.cat([torch.ones(1), falls.cumprod(0)])
-    assert count_images(singular, held=20, epochs=3) == 20  # but 20 classes are held
-    assert count_images(singular, held=19, epochs=3) == 60
-    drifting = torch.cat([singular[:60], singular[60] * 0.9 ** torch.arange(40)])  # of 60 images, above the rounding
-    assert count_images(drifting, held=20, epochs=3) == 60
+    assert count_images(singular, held=20, epochs=3) == (60, True, True)
 
 
 def test_infer_labels_counts_duplicates() -> None:
     activations = torch.full((7, 10), 1.0)
     labels = torch.tensor([0, 4, 4, 4, 9, 11, 11])
     targets = torch.nn.functional.one_hot(labels, 30).float()
-    assert infer_labels((1 / 30 - targets).T @ activations, 7).tolist() == labels.tolist()
+    assert infer_labels((1 / 30 - targets).T @ activations, 7, hidden=10).tolist() == labels.tolist()
 
 
-def test_a_class_with_a_negative_sum_is_held_whatever_the_others_do() -> None:
-    sums = torch.tensor([-3.0, 0.1, 0.1, -2.0, 0.1, 4.0])  # the last by a training that went too far
-    assert class_deficits(sums[:, None])[1].tolist() == [True, False, False, True, False, False]
+def test_a_class_on_the_side_of_images_is_held_whatever_the_others_do() -> None:
+    rows = torch.tensor([-3.0, 0.1, 0.1, -2.0, 0.1, 4.0])  # the last by a training that went too far
+    assert class_evidence(rows[:, None])[1].tolist() == [True, False, False, True, False, False]
+
+
+def noise(update: Tensor, ratio: float) -> Tensor:
+    """Gaussian noise of `ratio` times the norm of the update, as of differential privacy."""
+    return update + torch.randn_like(update) * ratio * update.norm() / update.numel() ** 0.5
+
+
+def pruned(update: Tensor, share: float) -> Tensor:
+    return torch.where(update.abs() >= update.abs().flatten().quantile(1 - share), update, 0.0)
+
+
+def quantised(update: Tensor, bits: int) -> Tensor:
+    step = update.abs().max() / (2 ** (bits - 1) - 1)
+    return (update / step).round() * step
+
+
+@pytest.mark.parametrize(
+    ("defence", "noisy"),
+    [
+        (lambda update: noise(update, 0.3), True),
+        (lambda update: noise(update, 3), True),
+        (lambda update: pruned(update, 0.1), False),
+        (lambda update: quantised(update, 4), False),
+        (torch.sign, False),
+    ],
+    ids=["noise 0.3", "noise 3", "top 10 %", "4 bits", "sign"],
+)
+def test_images_of_distinct_classes_are_counted_whatever_is_done_to_the_update(
+    observe: Observe, defence: Callable[[Tensor], Tensor], noisy: bool
+) -> None:
+    seen = observe(Federation(client=SHY), UNKNOWN, num_classes=100, images_per_client=4)
+    model = seen.observation.build_model()
+    torch.manual_seed(0)
+    update = {name: defence(tensor) for name, tensor in head_parameters(seen.peers_update(), model).items()}
+    layers, before = augmented(update), augmented(head_parameters(seen.observation.before, model))
+    space, training = RowSpace.of(layers[0], before[0]), training_knowledge(seen, model)
+    counts = read_counts(space, [layers[-1].double()], model.head[-1].in_features, training)
+    assert counts.labels.tolist() == list(range(8))
+    assert (counts.held, counts.num_images) == (8, 8)
+    assert (counts.noise is not None) == noisy
 
 
 @pytest.mark.parametrize("lr", [0.003, 0.03])
@@ -106,8 +154,7 @@ def test_label_counts_are_right_where_every_class_is_held(observe: Observe, lr: 
 
 
 def test_one_count_and_one_label_inference_serve_all_attacks(observe: Observe, attack: Callable) -> None:
-    unknown = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred", num_clients="inferred")
-    seen = observe(Federation(client=LocalTraining(lr=0.1, local_epochs=3)), unknown, num_classes=50)
+    seen = observe(Federation(client=LocalTraining(lr=0.1, local_epochs=3)), UNKNOWN, num_classes=50)
     matching, closed = attack(GradientInversion(), seen, steps=1), attack(FeatureInversion(), seen, steps=1)
     assert matching.labels.tolist() == closed.labels.tolist() == [0, 1, 2, 3]
 

@@ -1,0 +1,25 @@
+"""How far the leaked features are off, from the disagreement of the hidden units that show them."""
+
+import torch
+from torch import Tensor
+
+
+def feature_uncertainty(rows: Tensor, errors: Tensor, features: Tensor) -> Tensor:
+    """(N,) expected relative error of each image's features.
+
+    Every hidden unit is an equation `row_h = sum_n errors_nh features_n`. If one is left out, the features move by what
+    it is off; the sum over the units estimates the error of all (the jackknife, White's HC3). It sees whatever differs
+    from unit to unit: noise, pruning, wrong gates, images that were not found. What all units share, as a wrong scale
+    or features that drifted, it does not see.
+
+    Args:
+        rows: (H, r) the first layer's summed gradient.
+        errors: (N, H) back-propagated errors, gates included.
+        features: (N, r) the solution.
+    """
+    active = (rows != 0).any(1)
+    rows, errors = rows[active], errors[:, active]
+    solve = torch.linalg.pinv(errors.T)  # (N, H): features = solve @ rows
+    leverage = (errors * solve).sum(0)
+    off = (rows - errors.T @ features).square().sum(1) / (1 - leverage).clamp_min(1 / len(rows)).square()
+    return (solve.square() @ off).sqrt() / features.norm(dim=1)
