@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fl_lightning.errors import MissingFile
 from fl_lightning.storage import StorageError, load_checkpoint
 
-LISTED = 8
+LISTED = 4
 """Maximum number of mismatches listed in an error message."""
 
 
@@ -71,7 +71,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) ->
     ]
     if differing:
         shown = "; ".join(sorted(differing)[:LISTED])
-        more = "; ..." if len(differing) > LISTED else ""
+        more = f" and {len(differing) - LISTED} more" if len(differing) > LISTED else ""
         raise StorageError(
             f"'{path}' does not fit {type(module).__name__} with its {len(expected)} tensors: {len(differing)} names "
             f"or shapes differ: {shown}{more}. Give weights of exactly this architecture."

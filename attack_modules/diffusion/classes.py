@@ -1,6 +1,7 @@
 """Classes of class-conditional models, and their lookup by index, synset or name."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,14 +38,14 @@ def class_index(wanted: int | str, classes: Sequence[ImageClass]) -> int:
         classes: all classes of the model, in label order.
 
     Raises:
-        SettingError: no class matches, or several classes have this name.
+        SettingError: no class matches, also of an empty text, or several classes have this name.
     """
     text = str(wanted).strip().lower()
-    if text.lstrip("-").isdecimal():
+    if re.fullmatch(r"-?\d{1,9}", text):
         if 0 <= int(text) < len(classes):
             return int(text)
         raise SettingError(f"Class index {text} is out of range: the model has classes 0 to {len(classes) - 1}.")
-    found = [i for i, known in enumerate(classes) if text in (known.name.lower(), known.synset)]
+    found = [i for i, known in enumerate(classes) if text and text in (known.name.lower(), known.synset)]
     if len(found) == 1:
         return found[0]
     if found:

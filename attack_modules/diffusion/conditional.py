@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from attack_modules.diffusion.classes import ImageClass
+from fl_lightning.errors import SettingError
 
 
 class ConditionalModel(nn.Module, ABC):
@@ -53,12 +55,22 @@ class Sample(NamedTuple):
 
 
 def explicit_timesteps(steps: int, total: int) -> list[int]:
-    """Return `steps` evenly spaced timesteps from total - 1 down to 0, both included.
+    """Return `steps` evenly spaced timesteps from total - 1 down to 0, both included; a single one is 0.
 
-    They equal DDPM's respacing as used by DiT and MDT. Rounding makes some gaps differ by one, so a sampler has to
-    iterate over this list; assuming equal gaps causes an error of 1.5 % after 250 steps.
+    They equal the respacing of guided diffusion, DiT and MDT (`space_timesteps`), which adds up the stride in floating
+    point and rounds half to even: the middle of 21 in 1000 is 499, because the sum falls just short of 499.5. Rounding
+    makes some gaps differ by one, so a sampler has to iterate over this list; assuming equal gaps causes an error of
+    1.5 % after 250 steps.
+
+    Raises:
+        SettingError: `steps` is not from 1 to `total`.
     """
-    return torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long().flip(0).tolist()
+    if not 1 <= steps <= total:
+        raise SettingError(
+            f"`timesteps` is {steps}, but the diffusion model has {total}. Give a number from 1 to {total}."
+        )
+    stride = (total - 1) / max(steps - 1, 1)
+    return [round(place) for place in accumulate(repeat(stride, steps - 1), initial=0.0)][::-1]
 
 
 @torch.no_grad()

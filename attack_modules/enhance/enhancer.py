@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from attack_modules.attack import Reconstruction
+from fl_lightning.errors import SettingError
+from fl_lightning.models import ImageShape
 
 
 class Enhancer(ABC):
@@ -12,6 +14,22 @@ class Enhancer(ABC):
 
     chunk_size: int = 16
     """Number of images enhanced at once; multiple processes distribute chunks of this size among themselves."""
+
+    def check(self, image_shape: ImageShape, num_classes: int | None) -> None:
+        """Refuse images or classes that this enhancement does not support; called before an attack starts.
+
+        Args:
+            image_shape: (C, H, W) of an image.
+            num_classes: number of classes of the attacked model; None if unknown.
+
+        Raises:
+            SettingError: the images are neither RGB nor grey, or the enhancement needs other images or classes.
+        """
+        if image_shape[0] not in (1, 3):
+            raise SettingError(
+                f"{type(self).__name__} enhances RGB or grey images, but these have {image_shape[0]} channels. Leave "
+                "the enhancement out (`--postprocess none`)."
+            )
 
     @abstractmethod
     def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.enhance.enhancer import Enhancer
+from attack_modules.threat_model.observed import RoundsSummary
 from fl_lightning.errors import AuditError
 
 
@@ -47,6 +48,21 @@ class Postprocessing:
     def compares(self) -> bool:
         """Whether several enhancements are compared."""
         return len(self.enhancers) + len(self.left_out) > 1
+
+    def check(self, rounds: RoundsSummary) -> None:
+        """Refuse, or leave out of a comparison, what does not fit the rounds, before they are attacked.
+
+        Raises:
+            AuditError: the only enhancement does not support these images or classes.
+        """
+        for name, enhancer in list(self.enhancers.items()):
+            try:
+                enhancer.check(rounds.image_shape, rounds.model.hparams["num_classes"])
+            except AuditError as error:
+                if not self.compares:
+                    raise
+                self.left_out[name] = str(error)
+                del self.enhancers[name]
 
     def run(self, attack: Attack, reconstruction: Reconstruction, seed: int) -> Iterator[Enhanced]:
         """Enhance the images, one enhancement after another; all processes must iterate over them together.

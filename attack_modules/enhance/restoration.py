@@ -45,10 +45,12 @@ class Restoration(Enhancer):
                 f"'{weights}' holds no network that spandrel supports ({type(error).__name__}: {error}). Give the "
                 "weights of a restoration network, for example ESRGAN, SwinIR or NAFNet."
             ) from error
-        if not isinstance(self.network, ImageModelDescriptor) or self.network.output_channels not in (1, 3):
+        channels = {self.network.input_channels, self.network.output_channels}
+        if not isinstance(self.network, ImageModelDescriptor) or not channels <= {1, 3}:
             raise SettingError(
-                f"'{weights}' holds a {type(self.network).__name__}, but `Restoration` needs an image-to-image network "
-                "with 1 or 3 output channels. Give the weights of such a network."
+                f"'{weights}' holds a {type(self.network).__name__} from {self.network.input_channels} to "
+                f"{self.network.output_channels} channels, but `Restoration` needs an image-to-image network of RGB or "
+                "grey images. Give the weights of such a network."
             )
         self.network.eval()
         self.chunk_size = chunk_size
@@ -57,7 +59,9 @@ class Restoration(Enhancer):
     def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
         images, factor = reconstruction.images, self.network.scale
         self.network.to(images.device)
-        reduce = factor > 1 and reconstruction.latent_downscale >= factor and not images.shape[-1] % factor
+        self.check(images.shape[1:], reconstruction.num_classes)
+        divisible = all(side % factor == 0 for side in images.shape[-2:])
+        reduce = factor > 1 and reconstruction.latent_downscale >= factor and divisible
         restored = [images[:0]]
         for part in images.split(self.chunk_size):
             if len(part):

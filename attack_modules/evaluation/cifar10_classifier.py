@@ -67,13 +67,15 @@ class Cifar10Classifier(LightningModule):
         smoothing: label smoothing, in [0, 1).
         export: file to which the weights are written after every epoch; null: `cifar10_classifier.safetensors` in the
             run directory.
-        seed: seeds the flips and shifts.
+        seed: seeds the flips and shifts; null for that of `seed_everything`.
 
     Raises:
         SettingError: `lr` or `smoothing` is out of range.
     """
 
-    def __init__(self, lr: float = 0.2, smoothing: float = 0.1, export: Path | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, lr: float = 0.2, smoothing: float = 0.1, export: Path | None = None, seed: int | None = None
+    ) -> None:
         super().__init__()
         if not positive(lr) or not 0 <= smoothing < 1:
             raise SettingError(f"`model` needs lr > 0 and smoothing in [0, 1), but got lr={lr}, smoothing={smoothing}.")
@@ -81,7 +83,7 @@ class Cifar10Classifier(LightningModule):
         self.smoothing = smoothing
         self.export = export
         self.network = Cifar10Network()
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed or 0)
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = torch.optim.SGD(

@@ -1,5 +1,6 @@
 """Index of a dataset whose images are read on demand."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fl_lightning.data.images import ImageSet
+from fl_lightning.errors import SettingError
 from fl_lightning.models.classifier import ImageShape
 
 
@@ -25,12 +27,29 @@ class Catalogue:
     """Index of an image -> where it comes from: a path, or a name."""
 
     def read_all(self, indices: Tensor, image_shape: ImageShape) -> ImageSet:
-        """Read the images at `indices`, in this order; more than 1000 images are read with a progress bar."""
+        """Read the images at `indices`, in this order; more than 1000 images are read with a progress bar.
+
+        Raises:
+            SettingError: the images do not fit into memory.
+            UnreadableImage: an image cannot be read.
+        """
+        try:
+            pixels = torch.empty((len(indices), *image_shape), dtype=torch.uint8)
+        except RuntimeError as error:
+            raise SettingError(
+                f"{len(indices)} images of {'x'.join(map(str, image_shape))} need "
+                f"{len(indices) * math.prod(image_shape) / 1e9:.0f} GB, more memory than is free. "
+                "Lower `data.image_size` or `data.images_per_client`."
+            ) from error
         numbers = track(indices.tolist(), "Reading images", transient=True, disable=len(indices) <= 1000)
-        pixels = torch.empty((len(indices), *image_shape), dtype=torch.uint8)
         for row, number in enumerate(numbers):
             pixels[row] = self.read(number)
         return ImageSet(pixels, self.labels[indices], [self.source(number) for number in indices.tolist()])
+
+
+def first_of(names: list[str]) -> str:
+    """The first three of some names, separated by commas."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def label_indices(names: list[str], class_names: list[str]) -> Tensor:

@@ -1,7 +1,7 @@
 """CIFAR-10, read from any of three file layouts."""
 
+import os
 import tarfile
-import zlib
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -12,8 +12,8 @@ from torchvision import datasets
 from fl_lightning.data.catalogue import Catalogue, label_indices
 from fl_lightning.data.downloadable import DownloadableData
 from fl_lightning.data.image_folder import folder_catalogue
-from fl_lightning.data.images import is_image_name, read_image, to_pixels
-from fl_lightning.errors import SettingError
+from fl_lightning.data.images import is_image_name, read_image, readable_name, to_pixels
+from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.models.classifier import ImageShape
 
 
@@ -33,10 +33,16 @@ class CIFAR10(DownloadableData):
         return self._split("test")
 
     def _split(self, split: str) -> Catalogue:
-        if self.root.is_file():
+        if os.path.isfile(self.root):
             return tar_catalogue(self.root, split, self.image_shape)
-        if (self.root / split).is_dir():
+        if os.path.isdir(self.root / split):
             return folder_catalogue(self.root / split, self.image_shape)
+        for other in ("train", "test"):
+            if os.path.isdir(self.root / other):
+                raise MissingFile(
+                    f"'{self.root}' has a folder '{other}', but none '{split}'. Add it, or use the images in '{other}' "
+                    f"alone by `--data ImageFolder --data.root {self.root / other}`."
+                )
         batches = self.from_torchvision(datasets.CIFAR10, train=split == "train")
         return Catalogue(
             labels=torch.tensor(batches.targets),
@@ -66,12 +72,14 @@ def tar_catalogue(tar_path: Path, split: str, image_shape: ImageShape) -> Catalo
     """
     content: dict[tuple[str, str], bytes] = {}
     try:
+        if not tarfile.is_tarfile(tar_path):  # `open` tells at length what it is not
+            raise tarfile.ReadError("it is none, or damaged")
         with tarfile.open(tar_path) as tar:
             for member in tar:
                 parts = PurePosixPath(member.name).parts
                 if member.isfile() and parts[-3:-2] == (split,) and is_image_name(parts[-1]):
                     content[parts[-2], parts[-1]] = tar.extractfile(member).read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except Exception as error:  # for damaged files the decompressors raise many exception types
         raise SettingError(
             f"'{tar_path}' cannot be read as a tar file ({error}). Download it again, or set `data.root` to a folder."
         ) from error
@@ -84,11 +92,11 @@ def tar_catalogue(tar_path: Path, split: str, image_shape: ImageShape) -> Catalo
     class_names = sorted({class_name for class_name, _ in names})
 
     def source(index: int) -> str:
-        return f"{tar_path}:{split}/{'/'.join(names[index])}"
+        return readable_name(f"{tar_path}:{split}/{'/'.join(names[index])}")
 
     return Catalogue(
         labels=label_indices([class_name for class_name, _ in names], class_names),
-        class_names=class_names,
+        class_names=[readable_name(name) for name in class_names],
         read=lambda index: read_image(BytesIO(content[names[index]]), image_size, channels, name=source(index)),
         source=source,
     )

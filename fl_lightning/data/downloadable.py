@@ -1,5 +1,6 @@
 """Base class of the datasets that torchvision can download."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from torchvision.datasets import VisionDataset
 from fl_lightning.data.federated import FederatedData
 from fl_lightning.data.images import PathLike
 from fl_lightning.data.partition import InOrder, Partition
-from fl_lightning.errors import MissingFile
+from fl_lightning.errors import MissingFile, SettingError
 
 
 class DownloadableData(FederatedData):
@@ -30,7 +31,7 @@ class DownloadableData(FederatedData):
         partition: Partition = InOrder(),  # noqa: B008 - it has no state
         csv: PathLike | None = None,
         num_classes: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         pooled_batch_size: int = 128,
     ) -> None:
         super().__init__(
@@ -51,14 +52,18 @@ class DownloadableData(FederatedData):
         """Load the training or the test split from torchvision's own layout under `root`.
 
         Raises:
-            MissingFile: the split is missing, and `download` is off or the download failed.
+            MissingFile: the split is missing or damaged, and `download` is off or the download failed.
+            SettingError: `root` is a file.
         """
+        if os.path.isfile(self.root):
+            raise SettingError(f"'{self.root}' is a file. Set `data.root` to the folder of {dataset.__name__}.")
         try:
             return dataset(self.root, train=train, download=self.download)
-        except (RuntimeError, OSError) as error:
+        except Exception as error:  # for damaged files torchvision raises many exception types
             remedy = "Check the connection" if self.download else "Set `data.download: true` to download it"
             raise MissingFile(
-                f"{dataset.__name__} is not in '{self.root}' ({error}). {remedy}, or set `data.root` to its folder."
+                f"{dataset.__name__} is not in '{self.root}', or damaged ({str(error) or type(error).__name__}). "
+                f"{remedy}, after deleting damaged files, or set `data.root` to its folder."
             ) from error
 
     def describe(self) -> dict[str, Any]:

@@ -12,12 +12,16 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fl_lightning.data.catalogue import Catalogue
+from fl_lightning.data.catalogue import Catalogue, first_of
 from fl_lightning.data.images import ImageSet, PathLike, pool
 from fl_lightning.data.manifest import read_manifest
-from fl_lightning.data.partition import InOrder, Partition, even_sizes
+from fl_lightning.data.partition import InOrder, Partition, even_sizes, refuse_too_few
 from fl_lightning.errors import SettingError
 from fl_lightning.models.classifier import ImageShape
+
+MOST_PIXELS = 4096
+MOST_CLASSES = 10_000_000
+"""Limits far beyond what can be attacked, so that a slip is refused instead of exhausting the memory."""
 
 
 class FederatedData(LightningDataModule, ABC):
@@ -32,12 +36,16 @@ class FederatedData(LightningDataModule, ABC):
         images_per_client: one number for all clients, or a list with one number per client; null: all images are
             distributed.
         attacker_images: the attacker's number of images, if it differs; 0: an attacker without data.
-        image_size: height and width in pixels to which images are cropped and resized, >= 8.
+        image_size: height and width in pixels to which images are cropped and resized, from 8 to 4096.
         partition: how the images are assigned to the clients.
-        csv: a file with the columns `path,label[,client]` that lists images to use instead of the dataset's. Labels
-            are class indices or class names; `client` is a victim's number, from 0, or `attacker`.
+        csv: a file that lists images to use instead of the dataset's. Its first line names the columns
+            `path,label[,client]` in any order and case, separated by commas, semicolons or tabs; a path may also be
+            called file, filename, filepath, image or image_path, a label class, class_name, category or target, and
+            other columns are ignored. Paths are relative to the file, and no image is listed twice. Labels are all
+            class indices, from 0, or all class names; `client` is a victim's number, from 0, or `attacker`. The
+            encoding is UTF-8, or UTF-16 with a byte order mark.
         num_classes: number of classes, greater than every label; null: as many as the dataset has.
-        seed: seeds every random choice of the partition.
+        seed: seeds every random choice of the partition; null for that of `seed_everything`.
         pooled_batch_size: batch size for training on the pooled images of all clients and for evaluating on the test
             set; the clients' own batch size is a setting of the federation.
 
@@ -57,11 +65,13 @@ class FederatedData(LightningDataModule, ABC):
         partition: Partition = InOrder(),  # noqa: B008 - it has no state
         csv: PathLike | None = None,
         num_classes: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         pooled_batch_size: int = 128,
     ) -> None:
         super().__init__()
         _refuse_unfit(num_clients, images_per_client, attacker_images, image_size, num_classes, pooled_batch_size)
+        if seed is not None and not 0 <= seed < 2**32:
+            raise SettingError(f"`data.seed` is {seed}, but seeds are whole numbers from 0 to {2**32 - 1}.")
         self._manifest = None if csv is None else read_manifest(csv, num_classes)
         dealt = self._manifest is not None and self._manifest.shares is not None
         self.num_clients = len(self._manifest.shares) if dealt else num_clients
@@ -69,7 +79,7 @@ class FederatedData(LightningDataModule, ABC):
         self.attacker_images = attacker_images
         self.image_size = image_size
         self.partition = partition
-        self.seed = seed
+        self.seed = seed or 0
         self.pooled_batch_size = pooled_batch_size
         self._least_classes = num_classes
 
@@ -109,6 +119,7 @@ class FederatedData(LightningDataModule, ABC):
         """Compute the partition: each client's images as indices into `labels`."""
         if self._manifest is not None and self._manifest.shares is not None:
             return self._manifest.shares
+        refuse_too_few(labels, self.attacker, self.num_clients)  # every victim needs one
         sizes = self.images_per_client
         if isinstance(sizes, int):
             sizes = [sizes] * self.num_clients
@@ -148,10 +159,21 @@ class FederatedData(LightningDataModule, ABC):
 
     @cached_property
     def test_set(self) -> ImageSet | None:
-        """Images on which the global model is evaluated, read on first access; None if there are none."""
+        """Images on which the global model is evaluated, read on first access; None if there are none.
+
+        Raises:
+            SettingError: after `setup`, if their classes are not those of the clients' images.
+        """
         catalogue = self.test_catalogue() if self._manifest is None else None
         if catalogue is None:
             return None
+        theirs, ours = catalogue.class_names, self.class_names
+        common = min(len(theirs), len(ours))
+        if ours and (theirs[:common] != ours[:common] or catalogue.labels.max() >= len(ours)):
+            raise SettingError(
+                f"The test images have {len(theirs)} classes ({first_of(theirs)}), the clients' images {len(ours)} "
+                f"({first_of(ours)}). Give both the same classes, or set `data.num_classes` to at least {len(theirs)}."
+            )
         return catalogue.read_all(torch.arange(len(catalogue.labels)), self.image_shape)
 
     def train_dataloader(self) -> DataLoader:
@@ -220,9 +242,14 @@ def _refuse_unfit(
     own = images_per_client[-1] if isinstance(images_per_client, list) and attacker_images is None else attacker_images
     if own is not None and own < 0:
         raise SettingError(f"The attacker cannot have {own} images. Set `data.attacker_images` to 0 or more.")
-    if image_size < 8:
-        raise SettingError(f"`data.image_size` is {image_size}, but images need at least 8 pixels per side.")
-    if num_classes is not None and num_classes < 1:
-        raise SettingError(f"`data.num_classes` is {num_classes}. Set it to at least 1, or null for the dataset's own.")
+    if not 8 <= image_size <= MOST_PIXELS:
+        raise SettingError(
+            f"`data.image_size` is {image_size}, but images need at least 8 and at most {MOST_PIXELS} pixels per side."
+        )
+    if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
+        raise SettingError(
+            f"`data.num_classes` is {num_classes}. Set it to at least 1 and at most {MOST_CLASSES}, or null for the "
+            "dataset's own."
+        )
     if pooled_batch_size < 1:
         raise SettingError(f"`data.pooled_batch_size` is {pooled_batch_size}. Set it to at least 1.")

@@ -1,12 +1,13 @@
 """Conversion of image files to tensors, and in-memory image datasets."""
 
 import os
+import warnings
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
@@ -33,17 +34,30 @@ def read_image(file: PathLike | BytesIO, image_size: int, channels: int, name: s
         uint8 (channels, image_size, image_size), see `to_pixels`.
 
     Raises:
-        UnreadableImage: the file is missing, truncated, not an image, or has pixels of unknown value range.
+        UnreadableImage: the file is missing, truncated, not an image, larger than Pillow opens (179 million pixels), or
+            has pixels of unknown value range.
     """
     try:
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # for images of half that size
+            with Image.open(file) as image:
+                upright = ImageOps.exif_transpose(image)
         return to_pixels(upright, image_size, channels)
     except Exception as error:  # for malformed files Pillow's decoders raise many exception types
-        raise UnreadableImage(
-            f"The image '{name or file}' cannot be read ({error}). "
-            "Replace it with an intact JPEG, PNG, TIFF, BMP, GIF or WebP file, or remove it."
-        ) from error
+        raise _unreadable(readable_name(str(name or file)), error) from error
+
+
+def _unreadable(name: str, error: Exception) -> UnreadableImage:
+    """The error for an image at which Pillow raised `error`."""
+    remedy = "Replace it with an intact JPEG, PNG, TIFF, BMP, GIF or WebP file, or remove it."
+    reason = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "it is empty, or no image of a known format"
+    elif isinstance(error, Image.DecompressionBombError):
+        reason, remedy = "it has too many pixels, or a damaged header that claims so", "Make it smaller, or remove it."
+    elif isinstance(error, OSError) and error.strerror:
+        reason, remedy = error.strerror, "Correct the path or its permissions."
+    return UnreadableImage(f"The image '{name}' cannot be read ({reason}). {remedy}")
 
 
 def read_size(file: PathLike) -> tuple[int, int]:
@@ -55,8 +69,8 @@ def read_size(file: PathLike) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
             return min(image.size), 1 if image.mode in ("1", "L", "LA", "I", "I;16") else 3
-    except OSError as error:
-        raise UnreadableImage(f"The image '{file}' cannot be read ({error}). Name an image file.") from error
+    except Exception as error:  # as in `read_image`
+        raise _unreadable(readable_name(file), error) from error
 
 
 def to_pixels(image: Image.Image, image_size: int, channels: int) -> Tensor:
@@ -147,6 +161,11 @@ def pool(sets: list[ImageSet]) -> ImageSet:
 
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def readable_name(path: PathLike) -> str:
+    """A path as text that can be printed and saved; bytes of its name that are no UTF-8 are replaced."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def is_image_name(name: str) -> bool:

@@ -6,6 +6,7 @@ from torchvision import datasets
 from fl_lightning.data.catalogue import Catalogue
 from fl_lightning.data.downloadable import DownloadableData
 from fl_lightning.data.images import to_pixels
+from fl_lightning.errors import SettingError
 
 
 class MNIST(DownloadableData):
@@ -22,6 +23,13 @@ class MNIST(DownloadableData):
 
     def _split(self, train: bool) -> Catalogue:
         split = self.from_torchvision(self.source, train)
+        images, labels = len(split.data), split.targets
+        if images != len(labels) or images == 0 or labels.max() >= len(split.classes):  # torchvision does not compare
+            raise SettingError(
+                f"The files of {self.source.__name__} in '{self.root}' are damaged: {images} images have "
+                f"{len(labels)} labels, of classes {sorted(labels.unique().tolist())}. Delete them and set "
+                "`data.download: true`."
+            )
         return Catalogue(
             labels=split.targets,
             class_names=split.classes,

@@ -29,16 +29,14 @@ class Partition(ABC):
         Raises:
             SettingError: there are too few images, or without `sizes` a client would have none.
         """
-        if sizes is None and len(labels) < num_clients:
+        if sizes is None:
+            refuse_too_few(labels, num_clients, num_clients)
+        elif sum(sizes) > len(labels):
+            shown = ", ".join(map(str, sizes[:8])) + (", ..." if len(sizes) > 8 else "")
             raise SettingError(
-                f"There are {len(labels)} images for {num_clients} clients, so some would have none. "
-                "Lower `data.num_clients` or provide more images."
-            )
-        if sizes is not None and sum(sizes) > len(labels):
-            raise SettingError(
-                f"There are {len(labels)} images, but {num_clients} clients need {sum(sizes)} "
-                f"({', '.join(map(str, sizes))}). Lower `data.images_per_client` or `data.num_clients`, set "
-                "`data.images_per_client` to null to distribute all images, or provide more images."
+                f"There are {len(labels)} images, but {num_clients} clients need {sum(sizes)} ({shown}). Lower "
+                "`data.images_per_client` or `data.num_clients`, set `data.images_per_client` to null to distribute "
+                "all images, or provide more images."
             )
         return self.divide(labels, sizes, num_clients, generator)
 
@@ -76,12 +74,16 @@ class Dirichlet(Partition):
     clients alike.
 
     Args:
-        alpha: concentration, > 0; small values give each client few classes, large values approach `IID`.
+        alpha: concentration, > 0 and at most 1e100; small values give each client few classes, large values approach
+            `IID`.
     """
 
     def __init__(self, alpha: float) -> None:
-        if not positive(alpha):
-            raise SettingError(f"`data.partition.alpha` is {alpha}, but a Dirichlet concentration must be positive.")
+        if not positive(alpha) or alpha > 1e100:
+            raise SettingError(
+                f"`data.partition.alpha` is {alpha}, but a Dirichlet concentration must be positive and at most 1e100. "
+                "Use `--data.partition IID` for equal mixtures."
+            )
         self.alpha = alpha
 
     def divide(
@@ -158,6 +160,15 @@ class ByClass(Partition):
                 "Raise `data.partition.classes_per_client` or lower `data.num_clients`."
             )
         return [torch.cat(share) for share in shares]
+
+
+def refuse_too_few(labels: Tensor, least: int, num_clients: int) -> None:
+    """Raise SettingError if there are fewer than `least` images, and thus none for some of the clients."""
+    if len(labels) < least:
+        raise SettingError(
+            f"There are {len(labels)} images for {num_clients} clients, so some would have none. "
+            "Lower `data.num_clients` or provide more images."
+        )
 
 
 def even_sizes(total: int, parts: int) -> list[int]:

@@ -73,6 +73,9 @@ class NoisePredictor(Denoiser):
 class OpenAIDenoiser(NoisePredictor):
     """OpenAI's unconditional 256x256 ImageNet model: 552,814,086 parameters, 2.2 GB.
 
+    It runs in the precision of its file, float32. The code of arXiv 2410.04661 runs it in fp16, so that single outputs
+    differ from these by its rounding (4e-3 for a small network of this architecture).
+
     Args:
         path: the released `256x256_diffusion_uncond.pt`; null for this file in `checkpoints/`.
         download: whether to download the file if it is missing.
@@ -207,6 +210,6 @@ def _reshaped(name: str, weight: Tensor, head_width: int) -> Tensor:
 
 
 def _some(names: set[str] | list[str]) -> str:
-    """List the first six names and the number of further ones."""
-    shown = sorted(names)[:6]
+    """List the first three names and the number of further ones."""
+    shown = sorted(names)[:3]
     return (", ".join(shown) or "none") + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

@@ -145,7 +145,7 @@ class ClassConditionalDiffusion(AveragedModule):
         dropout: fraction of training images whose label is replaced by the null class, which guidance requires.
         export: file for the EMA weights, written after every epoch; null for `diffusion.safetensors` in the run
             directory.
-        seed: seed of noise levels, noise, horizontal flips and label dropout.
+        seed: seed of noise levels, noise, horizontal flips and label dropout; null for that of `seed_everything`.
 
     Raises:
         SettingError: an argument is out of range.
@@ -161,7 +161,7 @@ class ClassConditionalDiffusion(AveragedModule):
         spread: float = 1.4,
         dropout: float = 0.15,
         export: Path | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if not positive(lr, typical_sigma, spread) or warmup < 0 or not 0 <= decay < 1 or not 0 <= dropout < 1:
             raise SettingError(
@@ -169,7 +169,7 @@ class ClassConditionalDiffusion(AveragedModule):
                 f"lr={lr}, typical_sigma={typical_sigma}, spread={spread}, warmup={warmup}, decay={decay}, "
                 f"dropout={dropout}."
             )
-        super().__init__(model, lr, warmup, decay, export, "diffusion.safetensors", seed)
+        super().__init__(model, lr, warmup, decay, export, "diffusion.safetensors", seed or 0)
         self.typical_sigma = typical_sigma
         self.spread = spread
         self.dropout = dropout

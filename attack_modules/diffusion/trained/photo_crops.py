@@ -1,10 +1,12 @@
 """Random crops of photographs, the training data of diffusion priors."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -24,6 +26,8 @@ class PhotoCrops(LightningDataModule):
     Each crop is downscaled by a factor of 1 to `reduction` with antialiasing, because the prior is applied to images
     that are themselves downscaled photographs.
 
+    A file that is a copy of an image which the lists exclude from training, under any name, is left out with a warning.
+
     Args:
         roots: folders of photographs, searched recursively.
         validation: text file with one name per line; an image is held out for validation if its file name or the name
@@ -35,7 +39,7 @@ class PhotoCrops(LightningDataModule):
         image_size: height and width of the validation images, cropped and resized as in attacks (`read_image`).
         batch_size: crops per training batch, and images per validation batch.
         steps_per_epoch: batches per epoch; after each epoch, weights are exported and a checkpoint is written.
-        seed: seed of the crops.
+        seed: seed of the crops; null for that of `seed_everything`.
 
     Raises:
         SettingError: an argument is below 1.
@@ -51,7 +55,7 @@ class PhotoCrops(LightningDataModule):
         image_size: int = 128,
         batch_size: int = 16,
         steps_per_epoch: int = 100,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if min(crop_size, image_size, batch_size, steps_per_epoch) < 1 or not (positive(reduction) and reduction >= 1):
@@ -67,7 +71,7 @@ class PhotoCrops(LightningDataModule):
         self.image_size = image_size
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
-        self.seed = seed
+        self.seed = seed or 0
 
     def setup(self, stage: str) -> None:
         if hasattr(self, "crops"):
@@ -75,7 +79,8 @@ class PhotoCrops(LightningDataModule):
         validation, left_out = read_names(self.validation), {n for path in self.left_out for n in read_names(path)}
         paths = [path for root in self.roots for path in image_paths(root)]
         held_out = [path for path in paths if {path.name, path.parent.name} & validation]
-        training = [path for path in paths if not {path.name, path.parent.name} & (validation | left_out)]
+        excluded = {path for path in paths if {path.name, path.parent.name} & (validation | left_out)}
+        training = without_copies([path for path in paths if path not in excluded], excluded)
         if not training or not held_out:
             raise SettingError(
                 f"Of {len(paths)} images, {len(training)} remain for training and {len(held_out)} are held out by "
@@ -175,6 +180,36 @@ def image_paths(root: Path) -> list[Path]:
     if not paths:
         raise MissingFile(f"There is no folder '{root}' with images in it. Set `data.roots` to folders of photographs.")
     return paths
+
+
+def without_copies(paths: list[Path], excluded: set[Path]) -> list[Path]:
+    """Return the paths whose files are not equal to one of the excluded files, and warn of those that are.
+
+    Raises:
+        UnreadableImage: a file cannot be read.
+    """
+    known = {content(path) for path in excluded}
+    copies = {path for path in paths if content(path) in known}
+    if copies:
+        rank_zero_warn(
+            f"{len(copies)} of {len(paths)} training images are copies of images held out for validation or left out, "
+            f"for example '{min(copies)}'. They are not trained on."
+        )
+    return [path for path in paths if path not in copies]
+
+
+def content(path: Path) -> bytes:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        UnreadableImage: the file cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError as error:
+        raise UnreadableImage(
+            f"The photograph '{path}' cannot be read ({error.strerror}). Replace it or remove it from the folder."
+        ) from error
 
 
 def read_names(path: Path) -> set[str]:

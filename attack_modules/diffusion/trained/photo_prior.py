@@ -134,7 +134,7 @@ class DiffusionPrior(AveragedModule):
         spread: standard deviation of log sigma; by default, three quarters of the levels lie between 0.02 and 0.5.
         wide_share: fraction of noise levels that are drawn log-uniformly from the prior's whole range instead.
         export: file for the EMA weights, written after every epoch; null for `prior.safetensors` in the run directory.
-        seed: seed of noise levels and noise.
+        seed: seed of noise levels and noise; null for that of `seed_everything`.
 
     Raises:
         SettingError: an argument is out of range.
@@ -152,7 +152,7 @@ class DiffusionPrior(AveragedModule):
         spread: float = 1.2,
         wide_share: float = 0.1,
         export: Path | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         shares = 0 <= decay < 1 and 0 <= wide_share <= 1
         if not positive(lr, typical_sigma, spread) or min(warmup, cooldown) < 0 or not shares:
@@ -161,7 +161,9 @@ class DiffusionPrior(AveragedModule):
                 f"wide_share in [0, 1], but got lr={lr}, typical_sigma={typical_sigma}, spread={spread}, "
                 f"warmup={warmup}, cooldown={cooldown}, decay={decay}, wide_share={wide_share}."
             )
-        super().__init__(TrainedPrior(channels, layers), lr, warmup, decay, export, "prior.safetensors", seed, cooldown)
+        super().__init__(
+            TrainedPrior(channels, layers), lr, warmup, decay, export, "prior.safetensors", seed or 0, cooldown
+        )
         self.typical_sigma = typical_sigma
         self.spread = spread
         self.wide_share = wide_share

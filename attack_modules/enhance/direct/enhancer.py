@@ -46,9 +46,9 @@ class DirectEnhancement(Enhancer):
             be invented; at 0 it approximates the posterior mean, which is smoother and closer to the original. Under a
             Gaussian prior with the spectrum of photographs, DDRM with 4 steps has an error of 0.080 at temperature 0,
             equal to that of the posterior mean; a posterior sample has 0.092.
-        samples: number of samples averaged.
-        magnify: factor by which images are enlarged for the model; the result is averaged back down. For models trained
-            on larger images than the attacked ones.
+        samples: number of samples averaged; more than one needs a temperature above 0, at which samples differ.
+        magnify: factor by which images are enlarged for the model; the result is clamped to [0, 1] and averaged back
+            down. For models trained on larger images than the attacked ones.
         chunk_size: number of images enhanced at once, which bounds memory and does not change the result.
 
     Raises:
@@ -79,6 +79,11 @@ class DirectEnhancement(Enhancer):
                 "`postprocess` needs temperature in [0, 1] and sigma_0 >= 0 or null, but got "
                 f"temperature={temperature}, sigma_0={sigma_0}."
             )
+        if samples > 1 and temperature == 0:
+            raise SettingError(
+                f"`postprocess.samples` is {samples}, but at `postprocess.temperature` 0 all samples are equal. Set a "
+                "temperature above 0, at most 1, or a single sample."
+            )
         if window < 0 or (window and window % 2 == 0):
             raise SettingError(f"`postprocess.window` is {window}, but must be odd, or 0 for one level per image.")
         self.denoiser = denoiser or _shipped_prior()
@@ -95,6 +100,7 @@ class DirectEnhancement(Enhancer):
     @torch.no_grad()
     def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
         images = reconstruction.images.float()
+        self.check(images.shape[1:], reconstruction.num_classes)
         if not len(images):
             return images
         self.denoiser.to(images.device)
@@ -106,10 +112,10 @@ class DirectEnhancement(Enhancer):
                 generators = [torch.Generator().manual_seed(seed_of(seed, n)) for n in numbers[indices].tolist()]
                 chunk = images[indices.to(images.device)]
                 enhanced.append(self._mean_sample(chunk, reconstruction.latent_downscale, generators))
-        return torch.cat(enhanced).clamp(0, 1)
+        return torch.cat(enhanced)
 
     def _mean_sample(self, images: Tensor, latent_downscale: int, generators: list[torch.Generator]) -> Tensor:
-        """The mean of posterior samples, given images (n, C, H, W) that were upsampled by `latent_downscale`."""
+        """The mean of posterior samples, in [0, 1], given images (n, C, H, W) upsampled by `latent_downscale`."""
         observed = F.avg_pool2d(images, latent_downscale)
         sigma_y = self._noise_of(observed, generators)
         start = F.interpolate(images, scale_factor=self.magnify, mode="bicubic") if self.magnify > 1 else images
@@ -117,7 +123,8 @@ class DirectEnhancement(Enhancer):
         sigmas = self._falling(sigma_y, len(images)) if pixelwise else self.schedule(self.denoiser).to(images)
         noise = _drawing(generators, start, self.temperature)
         samples = [self.sampler(self._denoise, observed, sigma_y, sigmas, start, noise) for _ in range(self.samples)]
-        return F.avg_pool2d(torch.stack(samples).mean(0), self.magnify)
+        # As in the paper's code, samples are clamped at the model's image size, before they are averaged.
+        return F.avg_pool2d(torch.stack(samples).clamp(0, 1).mean(0), self.magnify)
 
     def _falling(self, sigma_y: Tensor, count: int) -> Tensor:
         """(T, n) noise levels, geometric from the highest local noise level of each image to a tenth of it."""

@@ -14,6 +14,7 @@ from attack_modules.enhance.rog.usrnet import USRNet
 from attack_modules.weights import load_strictly, read_weights
 from fl_lightning.download import CHECKPOINTS
 from fl_lightning.errors import MissingFile, SettingError
+from fl_lightning.models import ImageShape
 from fl_lightning.storage import StorageError
 
 FACTOR = 4
@@ -28,8 +29,9 @@ MODEL_ZOO = "the model zoo of ROG's authors"
 class GAN(Enhancer):
     """ROG's postprocessing: averages a class-conditional generator's output with a denoised, super-resolved image.
 
-    It was designed for reconstructions with a quarter of the image's side length. Images are therefore downsampled by 4
-    first, regardless of any finer detail.
+    It was designed for reconstructions with a quarter of the image's side length: the latent of an attack with
+    `latent_downscale` 4, not clamped. Other images are reduced to means of 4x4 pixels first, regardless of any finer
+    detail.
 
     Args:
         folder: folder with `postmodel.pth`, `denoiser.pth`, `usrgan.pth` and `kernels_bicubicx234.mat`.
@@ -54,14 +56,24 @@ class GAN(Enhancer):
         self.kernel = read_kernel(folder / "kernels_bicubicx234.mat", FACTOR)
         self.chunk_size = chunk_size
 
-    @torch.no_grad()
-    def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
-        images, labels = reconstruction.images, reconstruction.labels
-        if images.shape[2] % MULTIPLE or images.shape[3] % MULTIPLE:
+    def check(self, image_shape: ImageShape, num_classes: int | None) -> None:
+        super().check(image_shape, num_classes)
+        _, height, width = image_shape
+        if height % MULTIPLE or width % MULTIPLE:
             raise SettingError(
                 f"ROG's networks need image sides that are multiples of {MULTIPLE} pixels, but these are "
-                f"{images.shape[2]}x{images.shape[3]}. Attack images of 128x128, for which they were designed."
+                f"{height}x{width}. Attack images of 128x128, for which they were designed."
             )
+        if num_classes not in (None, NUM_CLASSES):
+            raise SettingError(
+                f"The attacked model has {num_classes} classes, but ROG's generator has ImageNet's {NUM_CLASSES}, so "
+                "their labels differ in meaning. Leave this enhancement out, or attack a model of ImageNet's classes."
+            )
+
+    @torch.no_grad()
+    def enhance(self, reconstruction: Reconstruction, seed: int) -> Tensor:
+        images, labels, latent = reconstruction.images, reconstruction.labels, reconstruction.latent
+        self.check(images.shape[1:], reconstruction.num_classes)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < NUM_CLASSES:
             raise SettingError(
                 f"ROG's generator supports ImageNet labels 0 to {NUM_CLASSES - 1}, but labels run from "
@@ -69,18 +81,20 @@ class GAN(Enhancer):
             )
         for network in (self.generator, self.denoiser, self.usrnet):
             network.to(images.device)
-        chunks = [torch.zeros_like(images[:0])]
-        for part, classes in zip(images.split(self.chunk_size), labels.split(self.chunk_size), strict=True):
+        given = latent is not None and reconstruction.latent_downscale == FACTOR
+        small = latent if given else F.avg_pool2d(images, FACTOR)
+        chunks = [images[:0].expand(-1, 3, -1, -1)]
+        for part, classes in zip(small.split(self.chunk_size), labels.split(self.chunk_size), strict=True):
             if len(part):
-                chunks.append(self._chain(part.expand(-1, 3, -1, -1), classes.to(images.device)))
-        enhanced = torch.cat([chunk.to(images) for chunk in chunks[1:]] or chunks)
+                chunks.append(self._chain(part.to(images).expand(-1, 3, -1, -1), classes.to(images.device)).to(images))
+        enhanced = torch.cat(chunks)
         return enhanced if images.shape[1] == 3 else enhanced.mean(1, keepdim=True)
 
-    def _chain(self, images: Tensor, labels: Tensor) -> Tensor:
-        small = F.avg_pool2d(images, FACTOR)
-        enlarged = F.interpolate(small, scale_factor=FACTOR, mode="bicubic").clamp(0, 1)
+    def _chain(self, small: Tensor, labels: Tensor) -> Tensor:
+        # As torchvision's `Resize` in ROG's code: bilinear, pixels are areas, nothing is clamped.
+        enlarged = F.interpolate(small, scale_factor=FACTOR, mode="bilinear", align_corners=False)
         generated = self.generator(enlarged, labels)
-        sharpened = self.usrnet(self.denoiser(small), self.kernel.to(images), FACTOR, NOISE)
+        sharpened = self.usrnet(self.denoiser(small), self.kernel.to(small), FACTOR, NOISE)
         return (0.5 * generated + 0.5 * sharpened).clamp(0, 1)
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.classes import class_index
-from attack_modules.diffusion.conditional import ConditionalModel
+from attack_modules.diffusion.conditional import ConditionalModel, explicit_timesteps
 from attack_modules.diffusion.trained.class_conditional import TrainedConditional
 from attack_modules.enhance.enhancer import Enhancer
-from attack_modules.enhance.semantic.noise_search import NoiseSearch, Step
+from attack_modules.enhance.semantic.noise_search import NoiseSearch, Step, refuse_unfit
 from attack_modules.enhance.semantic.reconstructed_image import ReconstructedImage
 from attack_modules.enhance.semantic.search_report import SearchReport
 from fl_lightning.errors import SettingError, positive
+from fl_lightning.models import ImageShape
 
 
 class SemanticEnhancer(LightningModule, Enhancer):
@@ -37,10 +38,10 @@ class SemanticEnhancer(LightningModule, Enhancer):
         steps: maximum number of optimisation steps after an attack; `fit` uses `trainer.max_steps`.
         starts: number of initial noise draws per image, the best of which is optimised.
         patience: number of steps without improvement of an image, after which its search stops.
-        margin: minimum relative improvement of the score.
+        margin: minimum relative improvement of the score that `patience` counts; a smaller one is kept, too.
         chunk_size: number of images optimised at once, which bounds memory and does not change the result.
         checkpoint_every: steps between checkpoints of `fit`, from which `--ckpt_path` resumes.
-        seed: seed of the starts in `fit`.
+        seed: seed of the starts in `fit`; null for that of `seed_everything`.
 
     Raises:
         SettingError: a setting is out of range, or the model has no class `class_label`.
@@ -58,7 +59,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
         margin: float = 0.01,
         chunk_size: int = 16,
         checkpoint_every: int = 10,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if not positive(lr, timesteps, steps, starts, patience, chunk_size) or not 0 <= margin < 1:
@@ -68,6 +69,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
                 f"patience={patience}, chunk_size={chunk_size}, margin={margin}."
             )
         model = model or TrainedConditional()
+        explicit_timesteps(timesteps, len(model.alphas))  # refuse more than the model has now
         self._model = (model,)  # not a submodule, so that checkpoints exclude it
         self.class_label = None if class_label is None else class_index(class_label, model.classes)
         self.lr = lr
@@ -78,7 +80,7 @@ class SemanticEnhancer(LightningModule, Enhancer):
         self.margin = margin
         self.chunk_size = chunk_size
         self.checkpoint_every = checkpoint_every
-        self.seed = seed
+        self.seed = seed or 0
         self.watch: Callable[[int, Tensor, Step], None] | None = None
         """Called by `enhance` at every step with the step number, the images' indices and the results."""
 
@@ -91,6 +93,9 @@ class SemanticEnhancer(LightningModule, Enhancer):
     def noise_size(self) -> int:
         """Number of values in one image's initial noise."""
         return math.prod(self.model.latent_shape)
+
+    def check(self, image_shape: ImageShape, num_classes: int | None) -> None:
+        refuse_unfit(self.model, image_shape, num_classes)
 
     def search(self, reconstruction: Reconstruction, seed: int) -> NoiseSearch:
         """Set up the noise search for a reconstruction, on the device of its images."""
@@ -154,10 +159,13 @@ class SemanticEnhancer(LightningModule, Enhancer):
         return {"loss": loss, "found": found}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        theirs = checkpoint["state_dict"].get("found.target"), checkpoint["state_dict"].get("found.labels")
+        state = checkpoint["state_dict"]
+        theirs = state.get("found.target"), state.get("found.labels")
         ours = self.found.target.cpu(), self.found.labels.cpu()
         if any(their is None or not torch.equal(their.cpu(), our) for their, our in zip(theirs, ours, strict=True)):
             raise SettingError(
                 "This checkpoint is of another image or another class. Give a checkpoint of this search, or omit "
                 "`--ckpt_path` to start from the beginning."
             )
+        for name in ("score", "step"):  # earlier versions kept only what `patience` counts
+            state.setdefault(f"found.counted_{name}", state[f"found.best_{name}"])

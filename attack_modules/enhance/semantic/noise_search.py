@@ -10,6 +10,7 @@ from attack_modules.attack import Reconstruction
 from attack_modules.diffusion.conditional import ConditionalModel, ddim, explicit_timesteps
 from attack_modules.enhance.noise_level import wavelet_noise
 from fl_lightning.errors import SettingError
+from fl_lightning.models import ImageShape
 from fl_lightning.seeds import seed_of
 
 
@@ -40,11 +41,11 @@ class NoiseSearch(nn.Module):
     Only the resolution and channels of the reconstruction are compared: finer detail, and the colours where the
     reconstruction is grey, are unconstrained.
 
-    Early stopping is applied per image, so that no image depends on another. A search stops after `patience` steps that
-    do not improve the best score by more than a relative `margin`, and keeps the best sample. If the attack provides a
-    per-image data-consistency error (`Reconstruction.consistency_error`), that is the score. Otherwise the score is the
-    pixel loss, bounded below by the noise variance of the reconstruction (`wavelet_noise`); the search stops as soon as
-    it reaches this bound, since a lower loss would only fit the noise.
+    Early stopping is applied per image, so that no image depends on another. A search keeps the sample with the best
+    score, and stops after `patience` steps that together do not improve it by more than a relative `margin`. If the
+    attack provides a per-image data-consistency error (`Reconstruction.consistency_error`), that is the score.
+    Otherwise the score is the pixel loss, bounded below by the noise variance of the reconstruction (`wavelet_noise`);
+    the search stops as soon as it reaches this bound, since a lower loss would only fit the noise.
 
     Args:
         model: class-conditional diffusion model.
@@ -52,7 +53,7 @@ class NoiseSearch(nn.Module):
         timesteps: number of DDIM steps.
         starts: number of initial noise draws per image, of which the one with the best score is optimised.
         patience: number of steps without improvement of an image, after which its search stops.
-        margin: minimum relative improvement of the score.
+        margin: minimum relative improvement of the score that `patience` counts; a smaller one is kept, too.
         seed: seed of the draws; every image has its own generator.
 
     Raises:
@@ -72,7 +73,8 @@ class NoiseSearch(nn.Module):
     ) -> None:
         super().__init__()
         images, labels, latent_downscale = reconstruction.images, reconstruction.labels, reconstruction.latent_downscale
-        _refuse_unfit(model, reconstruction)
+        refuse_unfit(model, images.shape[1:], reconstruction.num_classes)
+        _refuse_unknown(model, labels)
         self._model = (model,)  # not a submodule, so that checkpoints exclude it
         self.timesteps = explicit_timesteps(timesteps, len(model.alphas))
         self.patience = patience
@@ -86,6 +88,8 @@ class NoiseSearch(nn.Module):
         self.register_buffer("best", images.new_zeros(len(images), 3, model.image_size, model.image_size))
         self.register_buffer("best_score", torch.full((len(images),), torch.inf))
         self.register_buffer("best_step", torch.zeros(len(images), dtype=torch.long))
+        self.register_buffer("counted_score", torch.full((len(images),), torch.inf))
+        self.register_buffer("counted_step", torch.zeros(len(images), dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         numbers = range(len(images)) if reconstruction.indices is None else reconstruction.indices.tolist()
         generators = [torch.Generator().manual_seed(seed_of(seed, number)) for number in numbers]
@@ -100,7 +104,7 @@ class NoiseSearch(nn.Module):
     @property
     def finished(self) -> Tensor:
         """(N,) bool, true for images whose search has stopped."""
-        finished = self.steps - self.best_step > self.patience
+        finished = self.steps - self.counted_step > self.patience
         if self.consistency_error is None:
             finished |= (1 - self.margin) * self.best_score <= self.tolerance  # no improvement could exceed the margin
         return finished
@@ -125,10 +129,13 @@ class NoiseSearch(nn.Module):
         pixel_loss = self._pixel_loss(images, active)
         images = images.detach().clamp(0, 1)
         found = Step(active, images, pixel_loss.detach(), self._score(images, pixel_loss.detach(), active))
-        better = found.score < (1 - self.margin) * self.best_score[active]
+        better = found.score < self.best_score[active]
         self.best[active[better]] = images[better]
         self.best_score[active[better]] = found.score[better]
         self.best_step[active[better]] = self.steps
+        counts = found.score < (1 - self.margin) * self.counted_score[active]
+        self.counted_score[active[counts]] = found.score[counts]
+        self.counted_step[active[counts]] = self.steps
         self.steps += 1
         return pixel_loss.sum(), found
 
@@ -171,21 +178,24 @@ def typical(noise: Tensor) -> Tensor:
     return noise / lengths.view(-1, *[1] * (noise.ndim - 1))
 
 
-def _refuse_unfit(model: ConditionalModel, reconstruction: Reconstruction) -> None:
-    """Raise SettingError for images or labels that the search does not support."""
-    images, labels = reconstruction.images, reconstruction.labels
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
+def refuse_unfit(model: ConditionalModel, image_shape: ImageShape, attacked: int | None) -> None:
+    """Raise SettingError for images (C, H, W) or a number of attacked classes that the search does not support."""
+    if len(image_shape) != 3 or image_shape[0] not in (1, 3) or image_shape[1] != image_shape[2]:
         raise SettingError(
-            f"Semantic enhancement takes square RGB or grey images, (N, 3 or 1, H, H), but got {tuple(images.shape)}. "
+            f"Semantic enhancement takes square RGB or grey images, (3 or 1, H, H), but got {tuple(image_shape)}. "
             "Crop them to a square."
         )
-    known, attacked = len(model.classes), reconstruction.num_classes
+    known = len(model.classes)
     if attacked not in (None, known):
         raise SettingError(
             f"The attacked model has {attacked} classes, but the diffusion model has {known}, {model.classes[0].name} "
             f"to {model.classes[-1].name}, so their labels differ in meaning. Set `model` to a diffusion model of the "
             "attacked classes, or omit semantic enhancement."
         )
+
+
+def _refuse_unknown(model: ConditionalModel, labels: Tensor) -> None:
+    """Raise SettingError for labels that are not among the model's classes."""
     unknown = labels[(labels < 0) | (labels >= len(model.classes))].unique().tolist()
     if unknown:
         raise SettingError(

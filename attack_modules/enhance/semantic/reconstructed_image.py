@@ -13,13 +13,12 @@ class ReconstructedImage(LightningDataModule):
     Args:
         image: image file of any size, cropped to its central square. A grey image stays grey; the model adds colours.
         latent_downscale: factor by which the image was upsampled after reconstruction; 1 if it was not.
-        seed: not used; the command line sets it for all data modules.
 
     Raises:
         SettingError: the image cannot be read, or `latent_downscale` is not between 1 and the image's side in pixels.
     """
 
-    def __init__(self, image: PathLike, latent_downscale: int = 1, seed: int = 0) -> None:
+    def __init__(self, image: PathLike, latent_downscale: int = 1) -> None:
         super().__init__()
         size, channels = read_size(image)
         if latent_downscale < 1 or latent_downscale > size:

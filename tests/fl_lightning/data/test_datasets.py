@@ -1,7 +1,9 @@
 """Each dataset reads what it says, from files made here or from ../shared/data where that is present."""
 
+import os
 import pickle
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 from urllib.error import URLError
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from fl_lightning.data import CIFAR10, IID, MNIST, FashionMNIST, FederatedData, ImageFolder, Photographs
+from fl_lightning.data import CIFAR10, IID, MNIST, FashionMNIST, FederatedData, ImageFolder, Photographs, image_folder
 from fl_lightning.data.photographs import PHOTOGRAPHS
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -56,8 +58,12 @@ def test_image_folder(tmp_path: Path) -> None:
     (tmp_path / "a" / "._x.tif").write_text("hidden")
     (tmp_path / "d").mkdir()
     (tmp_path / "README.md").write_text("not a class")
+    (tmp_path / "b" / "folder.png").mkdir()
     data = ImageFolder(tmp_path, num_clients=2, image_size=8)
-    assert held(data) == [[120, 60], [0, 180]]
+    sentence = r"skipped: 4 \(README\.md, a/\._x\.tif, a/notes\.txt, \.\.\.\); classes without images: 1 \(d\)\."
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        assert held(data) == [[120, 60], [0, 180]]
+    assert len(caught) == 1
     assert data.class_names == ["a", "b", "c", "d"]
     assert [client.labels.tolist() for client in data.clients] == [[0, 1], [1, 2]]
     assert data.describe()["root"] == str(tmp_path)
@@ -68,6 +74,31 @@ def test_image_folder_that_is_none(tmp_path: Path) -> None:
         ImageFolder(tmp_path / "nowhere").setup()
     with pytest.raises(FileNotFoundError, match=r"has no images in class folders\. Arrange them as"):
         ImageFolder(tmp_path).setup()
+    save(tmp_path / "flat.png", 0)
+    save(tmp_path / "train" / "cat" / "deep.png", 0)
+    with pytest.raises(FileNotFoundError, match=r"So far not images in class folders.*: 2 \(flat\.png, train/cat\)"):
+        ImageFolder(tmp_path).setup()
+    with pytest.raises(FileNotFoundError, match=r"flat\.png' is a file\. Set `data\.root` to a folder"):
+        ImageFolder(tmp_path / "flat.png").setup()
+
+
+def test_image_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(image_folder.os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"cannot be listed \(Permission denied\)\. Check its permissions"):
+        ImageFolder(tmp_path).setup()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no file names that are not text")
+def test_names_that_are_not_text_can_be_saved(tmp_path: Path) -> None:
+    for name in (b"k\xe9", b"k\xe8"):
+        save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)) / "x.png", name[-1])
+    data = ImageFolder(tmp_path, num_clients=2, image_size=8)
+    assert held(data) == [[0xE8], [0xE9]]
+    assert [client.labels.tolist() for client in data.clients] == [[0], [1]]
+    "".join([*data.class_names, *data.clients[0].sources]).encode()
 
 
 def test_imagenet_sample_differs_by_seed_and_agrees_by_the_same() -> None:
@@ -113,11 +144,26 @@ def test_cifar10_as_files(cifar_folder: Path, layout: str) -> None:
     assert data.test_set.labels.tolist() == [0, 1, 1]
 
 
-def test_cifar10_broken_tar(cifar_folder: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+def test_cifar10_broken_tar(cifar_folder: Path, content: bytes | None) -> None:
     path = pack(cifar_folder, ".")
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"cifar\.tar\.gz' cannot be read as a tar file .* Download it again"):
+    path.write_bytes(path.read_bytes()[:200] if content is None else content)
+    with pytest.raises(
+        ValueError, match=r"cifar\.tar\.gz' cannot be read as a tar file .* Download it again"
+    ) as caught:
         CIFAR10(path).setup()
+    assert len(str(caught.value)) <= 400
+
+
+def test_cifar10_folders_must_agree(cifar_folder: Path) -> None:
+    data = CIFAR10(cifar_folder, num_clients=1)
+    data.setup()
+    shutil.move(cifar_folder / "test" / "airplane", cifar_folder / "test" / "zebra")
+    with pytest.raises(ValueError, match=r"have 2 classes \(cat, zebra\), the clients' images 2 \(airplane, cat\)"):
+        data.test_set  # noqa: B018
+    shutil.rmtree(cifar_folder / "test")
+    with pytest.raises(FileNotFoundError, match=r"has a folder 'train', but none 'test'\. Add it, or .*ImageFolder"):
+        data.test_set  # noqa: B018
 
 
 def test_cifar10_foreign_tar(cifar_folder: Path) -> None:
@@ -155,7 +201,7 @@ def test_cifar10_in_torchvisions_layout(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dataset", [CIFAR10, MNIST, FashionMNIST])
 def test_absent_dataset_says_how_to_get_it(dataset: type[CIFAR10 | MNIST], tmp_path: Path) -> None:
     sentence = (
-        rf"{dataset.__name__} is not in '.*' \(.*\)\. Set `data\.download: true` to download it, or set `data\.root`"
+        rf"{dataset.__name__} is not in '.*', or damaged \(.*\)\. Set `data\.download: true` to .* set `data\.root`"
     )
     with pytest.raises(FileNotFoundError, match=sentence):
         dataset(tmp_path).setup()
@@ -166,7 +212,7 @@ def test_download_without_network_says_so(tmp_path: Path, monkeypatch: pytest.Mo
         raise URLError("no route to host")
 
     monkeypatch.setattr(datasets.MNIST, "download", offline)
-    with pytest.raises(FileNotFoundError, match=r"no route to host.*Check the connection, or set `data\.root`"):
+    with pytest.raises(FileNotFoundError, match=r"no route to host.*Check the connection, .* set `data\.root`"):
         MNIST(tmp_path, download=True).setup()
 
 
@@ -206,3 +252,28 @@ def test_mnist(dataset: type[MNIST], tmp_path: Path) -> None:
     assert data.clients[1].labels.tolist() == [4, 1]
     assert len(data.test_set) == 2
     assert len(next(iter(data.val_dataloader()))[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "cut", "sentence"),
+    [
+        (3, [0, 1], 0, "3 images have 2 labels"),
+        (2, [0, 12], 0, r"of classes \[0, 12\]"),
+        (2, [0, 1], 999, "or damaged"),
+        (0, [], 0, "damaged"),
+    ],
+)
+def test_damaged_mnist(tmp_path: Path, images: int, labels: list[int], cut: int, sentence: str) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    for prefix in ("train", "t10k"):
+        write_idx(raw, prefix, np.zeros((images, 28, 28), np.uint8), np.array(labels, np.uint8))
+    path = raw / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    with pytest.raises((ValueError, FileNotFoundError), match=f"MNIST .*{sentence}"):
+        MNIST(tmp_path).setup()
+
+
+def test_a_file_is_no_dataset(tmp_path: Path) -> None:
+    save(tmp_path / "x.png", 0)
+    with pytest.raises(ValueError, match=r"x\.png' is a file\. Set `data\.root` to the folder of MNIST"):
+        MNIST(tmp_path / "x.png", download=True).setup()

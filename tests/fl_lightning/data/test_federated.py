@@ -9,6 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from fl_lightning.data import CIFAR10, IID, ByClass, Catalogue, Dirichlet, FederatedData, InOrder
+from fl_lightning.federation import Federation
 
 
 class Numbers(FederatedData):
@@ -141,7 +142,11 @@ def test_the_description_is_json_and_follows_every_setting() -> None:
         ({"num_clients": 2, "images_per_client": [1, -1]}, "The attacker cannot have -1 images"),
         ({"attacker_images": -2}, "The attacker cannot have -2 images. Set `data.attacker_images` to 0 or more"),
         ({"image_size": 7}, "`data.image_size` is 7, but images need at least 8"),
+        ({"image_size": 100_000}, "`data.image_size` is 100000, but .* at most 4096 pixels"),
         ({"num_classes": 0}, "`data.num_classes` is 0. Set it to at least 1"),
+        ({"num_classes": 10**9}, "`data.num_classes` is 1000000000. .* at most 10000000"),
+        ({"seed": -1}, "`data.seed` is -1, but seeds are whole numbers from 0"),
+        ({"seed": 2**70}, "`data.seed` is 1180591620717411303424, but"),
         ({"pooled_batch_size": 0}, "`data.pooled_batch_size` is 0. Set it to at least 1"),
     ],
 )
@@ -155,6 +160,7 @@ def test_impossible_settings_are_refused_at_once(settings: dict[str, Any], sente
     [
         ({"images_per_client": 16}, "There are 40 images, but 5 clients need 80"),
         ({"num_clients": 41}, "There are 40 images for 41 clients"),
+        ({"num_clients": 10**9, "images_per_client": 4}, "There are 40 images for 1000000000 clients"),
         ({"attacker_images": 37}, "The attacker takes 37 of 40 images, which leaves too few for 4 victims"),
         ({"num_classes": 3}, "`data.num_classes` is 3, but the images have labels up to 3. Set it to at least 4"),
     ],
@@ -213,3 +219,18 @@ def test_printed_config_names_the_default_partition(capsys: pytest.CaptureFixtur
         command_line("--data=Photographs", "--print_config")
     text = " ".join(capsys.readouterr().out.split())
     assert "partition: class_path: fl_lightning.data.InOrder csv: null" in text
+
+
+def test_what_does_not_fit_into_memory_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"1000000000 images of 3x4096x4096 need 50331648 GB, .* Lower `data.image_size`"
+    ):
+        Numbers().catalogue().read_all(torch.zeros(1, dtype=torch.long).expand(10**9), (3, 4096, 4096))
+
+
+def test_images_of_one_class_leak_nothing(noise_images: type[FederatedData], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Catalogue(torch.zeros(64, dtype=torch.long), ["cat"], noise_images(image_size=16).catalogue().read)
+    monkeypatch.setattr(noise_images, "catalogue", lambda self: one)
+    with pytest.raises(ValueError, match=r"All images are of one class, 'cat', .* set `data\.num_classes` to 2"):
+        Federation().settings(noise_images(image_size=16))
+    assert Federation().settings(noise_images(image_size=16, num_classes=2))["model"]["init_args"]["num_classes"] == 2

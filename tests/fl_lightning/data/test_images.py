@@ -1,5 +1,6 @@
 """`read_image` against pixels worked out by hand, and `ImageSet`'s batches."""
 
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from fl_lightning.data import ImageSet, UnreadableImage, read_image
+from fl_lightning.data.images import read_size
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -123,6 +125,26 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
         read_image(tmp_path / "missing.jpg", 8, channels=3)
     with pytest.raises(UnreadableImage, match=r"The image 'tar:a/b\.jpg' cannot be read"):
         read_image(BytesIO(b"no image"), 8, channels=3, name="tar:a/b.jpg")
+
+
+def test_a_missing_or_empty_file_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(UnreadableImage, match=r"empty\.jpg' cannot be read \(it is empty, or no image"):
+        read_image(tmp_path / "empty.jpg", 8, channels=3)
+    with pytest.raises(UnreadableImage, match=r"\(No such file or directory\)\. Correct the path"):
+        read_image(tmp_path / "missing.jpg", 8, channels=3)
+
+
+def test_too_many_pixels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(Image.new("RGB", (16, 16)), tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # Pillow warns from there on, and refuses twice as many
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(path, 8, channels=3).shape == (3, 8, 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for read in (lambda: read_image(path, 8, channels=3), lambda: read_size(path)):
+        with pytest.raises(UnreadableImage, match=r"too many pixels, .*\. Make it smaller"):
+            read()
 
 
 @pytest.fixture

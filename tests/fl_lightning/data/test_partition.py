@@ -7,7 +7,7 @@ from torch import Tensor
 from fl_lightning.data import IID, ByClass, Dirichlet, InOrder, Partition
 
 LABELS = torch.arange(10).repeat(60)
-PARTITIONS = [InOrder(), IID(), Dirichlet(0.3), Dirichlet(1e-4), ByClass(4)]
+PARTITIONS = [InOrder(), IID(), Dirichlet(0.3), Dirichlet(1e-4), Dirichlet(1e100), ByClass(4)]
 
 
 def deal(
@@ -88,6 +88,8 @@ def test_by_class_leaves_out_classes_that_nobody_holds() -> None:
 def test_too_few_images_are_counted() -> None:
     with pytest.raises(ValueError, match=r"There are 600 images, but 3 clients need 700 \(300, 300, 100\)"):
         deal(InOrder(), [300, 300, 100], 3)
+    with pytest.raises(ValueError, match=r"need 900 \(9, 9, 9, 9, 9, 9, 9, 9, \.\.\.\)\."):
+        deal(InOrder(), [9] * 100, 100)
     with pytest.raises(ValueError, match="There are 3 images for 5 clients, so some would have none"):
         deal(IID(), None, 5, labels=torch.zeros(3))
 
@@ -102,7 +104,8 @@ def test_by_class_refuses_what_its_classes_cannot_give() -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="is 0, but a Dirichlet concentration must be positive"):
-        Dirichlet(0)
+    for alpha in (0, 1e101):
+        with pytest.raises(ValueError, match="a Dirichlet concentration must be positive and at most 1e100"):
+            Dirichlet(alpha)
     with pytest.raises(ValueError, match="is 0, but a client needs at least one class"):
         ByClass(0)

@@ -96,8 +96,19 @@ def test_guidance_changes_three_of_four_channels_by_the_power_schedule() -> None
 def test_timesteps_are_those_of_ddpm_respacing() -> None:
     steps = explicit_timesteps(250, 1000)
     assert (steps[0], steps[-1], len(set(steps))) == (999, 0, 250)
-    assert steps == sorted((round(i * 999 / 249) for i in range(250)), reverse=True)
     assert {a - b for a, b in itertools.pairwise(steps)} == {4, 5}
+    assert explicit_timesteps(21, 1000)[10] == 499
+    for count in range(1, 1001):  # as guided-diffusion's `space_timesteps` goes
+        stride = 1 if count <= 1 else 999 / (count - 1)
+        place, taken = 0.0, set()
+        for _ in range(count):
+            taken.add(round(place))
+            place += stride
+        assert explicit_timesteps(count, 1000) == sorted(taken, reverse=True), count
+        assert len(taken) == count
+    for count in (0, 1001):
+        with pytest.raises(SettingError, match=f"`timesteps` is {count}, .* Give a number from 1 to 1000"):
+            explicit_timesteps(count, 1000)
 
 
 def test_ddim_is_exact_where_the_noise_is_known() -> None:
@@ -189,5 +200,14 @@ def test_a_class_by_index_synset_or_name() -> None:
         class_index("crane", twice)
     with pytest.raises(SettingError, match="index 1000 is out of range: the model has classes 0 to 999"):
         class_index(1000, classes)
+    with pytest.raises(SettingError, match="index -1 is out of range"):
+        class_index("-1", classes)
     with pytest.raises(SettingError, match=r"no class 'scotch terier'.*'Scotch terrier'"):
         class_index("scotch terier", classes)
+
+
+@pytest.mark.parametrize("wanted", ["", " ", "--5", "-", "5.0", "9" * 5000])
+@pytest.mark.parametrize("classes", [imagenet_classes(), [ImageClass("cat")], [ImageClass("cat"), ImageClass("dog")]])
+def test_what_names_no_class(wanted: str, classes: list[ImageClass]) -> None:
+    with pytest.raises(SettingError, match="has no class '"):
+        class_index(wanted, classes)

@@ -140,6 +140,17 @@ def test_held_out_images_are_not_trained_on(folders: Path) -> None:
     assert (len(data.crops.photographs), len(data.held_out)) == (4, 1)
 
 
+@pytest.mark.parametrize("original", ["n4", "n5"])
+def test_a_copy_of_an_image_that_the_lists_exclude_is_not_trained_on(folders: Path, original: str) -> None:
+    photos = folders / "photos"
+    copy = photos / "n0/again.png"
+    copy.write_bytes((photos / original / "photo.png").read_bytes())
+    data = PhotoCrops([photos], folders / "validation.txt", [folders / "evaluation.txt"], 16, image_size=16)
+    with pytest.warns(UserWarning, match=r"1 of 5 training images are copies .* for example '.*again.png'"):
+        data.setup("fit")
+    assert (len(data.crops.photographs), len(data.held_out)) == (4, 1)
+
+
 def test_samples_are_images() -> None:
     samples = sample(TrainedPrior([8], layers=1), (2, 3, 8, 8), torch.device("cpu"), steps=3)
     assert samples.shape == (2, 3, 8, 8)

@@ -11,7 +11,7 @@ from attack_modules.diffusion.schedules import Karras, LinearBetas
 from attack_modules.enhance.direct.ddrm import DDRM
 from attack_modules.enhance.direct.diffpir import DiffPIR
 from attack_modules.enhance.direct.enhancer import DirectEnhancement
-from attack_modules.enhance.direct.sampler import Sampler
+from attack_modules.enhance.direct.sampler import Denoise, Noise, Sampler
 from fl_lightning.errors import SettingError
 
 
@@ -51,7 +51,7 @@ def reconstructed(
 @pytest.mark.parametrize(("latent_downscale", "left"), [(1, 0.3), (2, 0.6), (4, 0.95)])
 def test_images_come_nearer_to_their_originals(sampler: type[Sampler], latent_downscale: int, left: float) -> None:
     originals, reconstruction = reconstructed(4, 48, latent_downscale, 0.1)
-    enhanced = DirectEnhancement(SmoothDenoiser(), sampler(), samples=4).enhance(reconstruction, seed=0)
+    enhanced = DirectEnhancement(SmoothDenoiser(), sampler()).enhance(reconstruction, seed=0)
     assert enhanced.min() >= 0
     assert enhanced.max() <= 1
     before = (reconstruction.images - originals).square().mean((1, 2, 3))
@@ -101,6 +101,42 @@ def test_the_papers_setting_on_a_model_of_larger_images() -> None:
     assert shapes == [(1, 3, 32, 32)] * 50
 
 
+def test_several_samples_differ_and_average_to_a_nearer_image() -> None:
+    originals, reconstruction = reconstructed(4, 32, 4, 0.1)
+
+    def error(samples: int) -> Tensor:
+        enhancer = DirectEnhancement(SmoothDenoiser(), DDRM(), Karras(4), temperature=1.0, samples=samples)
+        return (enhancer.enhance(reconstruction, seed=0) - originals).square().mean((1, 2, 3))
+
+    assert (error(4) < 0.95 * error(1)).all()
+
+
+@pytest.mark.parametrize("magnify", [1, 2])
+def test_samples_are_clamped_at_the_models_size_before_they_are_averaged(magnify: int) -> None:
+    class Extreme(Sampler):
+        """Pixel after pixel along a row -1, 0.5, 2, 0.5; the other way round in every second sample."""
+
+        calls = 0
+
+        def __call__(
+            self, denoise: Denoise, means: Tensor, sigma_y: Tensor, sigmas: Tensor, start: Tensor, noise: Noise
+        ) -> Tensor:
+            self.calls += 1
+            row = torch.tensor([-1.0, 0.5, 2.0, 0.5]).repeat(start.shape[-1] // 4)
+            return (row.flip(0) if self.calls % 2 == 0 else row).expand(start.shape)
+
+    _, reconstruction = reconstructed(1, 16, 1, 0.0)
+
+    def row(samples: int) -> list[float]:
+        enhancer = DirectEnhancement(
+            SmoothDenoiser(), Extreme(), sigma_0=0.0, temperature=1.0, samples=samples, magnify=magnify
+        )
+        return enhancer.enhance(reconstruction, seed=0)[0, 0, 0, :4].tolist()
+
+    assert row(1) == ([0.0, 0.5, 1.0, 0.5] if magnify == 1 else [0.25, 0.75, 0.25, 0.75])
+    assert row(2) == ([0.25, 0.75, 0.75, 0.25] if magnify == 1 else [0.5, 0.5, 0.5, 0.5])
+
+
 def test_schedules_fall_within_what_the_denoiser_knows() -> None:
     sigmas = Karras(steps=5, first=100.0, last=1e-4)(SmoothDenoiser())
     assert (sigmas.diff() < 0).all()
@@ -115,6 +151,10 @@ def test_wrong_settings_are_refused() -> None:
         DirectEnhancement(SmoothDenoiser(), temperature=1.5)
     with pytest.raises(SettingError, match="samples=0"):
         DirectEnhancement(SmoothDenoiser(), samples=0)
+    with pytest.raises(SettingError, match=r"samples` is 4, but at `postprocess.temperature` 0 all samples are equal"):
+        DirectEnhancement(SmoothDenoiser(), samples=4)
+    with pytest.raises(SettingError, match="DirectEnhancement enhances RGB or grey images, but these have 4 channels"):
+        DirectEnhancement(SmoothDenoiser()).check((4, 16, 16), None)
     with pytest.raises(SettingError, match="window` is 4"):
         DirectEnhancement(SmoothDenoiser(), window=4)
     with pytest.raises(SettingError, match="falls from `first`"):

@@ -1,6 +1,7 @@
 """ROG's networks: released names and shapes, wiring, USRNet's data step against its normal equations; spandrel."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,16 +112,37 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_chain(folder: Path) -> None:
+def linearly_enlarged(small: Tensor) -> Tensor:
+    """Four times as high and wide: each pixel takes from its two nearest centres along a side, the nearer the more."""
+
+    def weights(size: int) -> Tensor:  # (4 size, size)
+        centres = ((torch.arange(4 * size) + 0.5) / 4 - 0.5).clamp(0, size - 1)
+        return (1 - (centres[:, None] - torch.arange(size)).abs()).clamp_min(0)
+
+    return weights(small.shape[2]) @ small @ weights(small.shape[3]).T
+
+
+@pytest.mark.parametrize(("latent_downscale", "with_latent"), [(1, False), (4, True), (4, False), (2, True)], ids=str)
+def test_the_chain(folder: Path, latent_downscale: int, with_latent: bool) -> None:
+    """The latent itself where it is a quarter as large, else block means; nothing is clamped before the networks."""
     enhancer = GAN(folder, chunk_size=2)
     assert enhancer.kernel.shape == (5, 5)
     images, labels = torch.rand(3, 3, 32, 64), torch.tensor([0, 4, 1])
-    enhanced = enhancer.enhance(Reconstruction(images, labels), seed=0)
-    small = F.avg_pool2d(images, 4)
-    large = F.interpolate(small, scale_factor=4, mode="bicubic").clamp(0, 1)
-    half = enhancer.generator(large, labels)
+    latent = 0.5 + torch.randn(3, 3, 32 // latent_downscale, 64 // latent_downscale) if with_latent else None
+    given = Reconstruction(images, labels, latent_downscale, latent)
+    enhanced = enhancer.enhance(given, seed=0)
+    small = latent if with_latent and latent_downscale == 4 else images.unfold(2, 4, 4).unfold(3, 4, 4).mean((-2, -1))
+    half = enhancer.generator(linearly_enlarged(small), labels)
     other = enhancer.usrnet(enhancer.denoiser(small), enhancer.kernel, 4, 0.01)
     torch.testing.assert_close(enhanced, (0.5 * half + 0.5 * other).clamp(0, 1), rtol=1e-4, atol=1e-5)
+    part = enhancer.enhance(given.part(torch.tensor([2, 0])), seed=0)
+    torch.testing.assert_close(part, enhanced[[2, 0]], rtol=1e-4, atol=1e-5)
+
+
+def test_the_chain_takes_labels_grey_images_and_none(folder: Path) -> None:
+    enhancer = GAN(folder)
+    images, labels = torch.rand(3, 3, 32, 64), torch.tensor([0, 4, 1])
+    enhanced = enhancer.enhance(Reconstruction(images, labels), seed=0)
     assert not torch.allclose(enhanced, enhancer.enhance(Reconstruction(images, labels.flip(0)), seed=0))
     assert enhancer.enhance(Reconstruction(images[:, :1], labels), seed=0).shape == (3, 1, 32, 64)
     assert enhancer.enhance(Reconstruction(images[:0], labels[:0]), seed=0).shape == (0, 3, 32, 64)
@@ -130,6 +152,11 @@ def test_what_the_chain_refuses(folder: Path) -> None:
     enhancer = GAN(folder)
     with pytest.raises(SettingError, match="multiples of 32 pixels, but these are 48x48"):
         enhancer.enhance(Reconstruction(torch.rand(1, 3, 48, 48), torch.tensor([0])), seed=0)
+    with pytest.raises(SettingError, match="attacked model has 10 classes, but ROG's generator has ImageNet's 5"):
+        enhancer.check((3, 32, 32), 10)
+    with pytest.raises(SettingError, match="GAN enhances RGB or grey images, but these have 2 channels"):
+        enhancer.check((2, 32, 32), None)
+    enhancer.check((1, 32, 32), 5)
     with pytest.raises(SettingError, match="labels 0 to 4, but labels run from 5 to 5"):
         enhancer.enhance(Reconstruction(torch.rand(1, 3, 32, 32), torch.tensor([5])), seed=0)
     (folder / "kernels_bicubicx234.mat").write_bytes(b"no kernels")
@@ -159,6 +186,44 @@ def test_any_restoration_network(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "foreign.pth")
     with pytest.raises(StorageError, match="holds no network that spandrel supports"):
         Restoration(tmp_path / "foreign.pth")
+
+
+def doubling(input_channels: int, output_channels: int) -> type:
+    """A package like spandrel, for a network that repeats every pixel."""
+
+    class Doubling(nn.Upsample):
+        def __init__(self) -> None:
+            super().__init__(scale_factor=2)
+            self.scale, self.input_channels, self.output_channels = 2, input_channels, output_channels
+
+    loader = SimpleNamespace(load_from_state_dict=lambda state: Doubling())
+    return SimpleNamespace(ImageModelDescriptor=Doubling, ModelLoader=lambda device: loader)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (15, 16), (16, 15), (15, 15)])
+def test_images_are_reduced_before_restoration_if_both_sides_allow_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "spandrel", doubling(3, 3))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x2.pth")
+    images = torch.rand(2, 3, *shape)
+    restored = Restoration(tmp_path / "x2.pth").enhance(Reconstruction(images, torch.zeros(2), 4), seed=0)
+    if shape == (16, 16):
+        expected = images.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    else:  # doubled and halved
+        doubled = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        expected = F.interpolate(doubled, shape, mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(restored, expected)
+
+
+@pytest.mark.parametrize("channels", [(4, 3), (3, 4)])
+def test_networks_of_other_channels_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: tuple[int, int]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "spandrel", doubling(*channels))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x2.pth")
+    with pytest.raises(SettingError, match=f"from {channels[0]} to {channels[1]} channels, but"):
+        Restoration(tmp_path / "x2.pth")
 
 
 def test_without_spandrel_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

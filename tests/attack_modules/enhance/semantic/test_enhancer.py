@@ -159,6 +159,36 @@ def test_what_is_within_the_margin_of_the_noise_has_no_more_to_gain() -> None:
     assert not search.finished.any()
 
 
+def test_every_better_sample_is_kept_and_patience_counts_what_exceeds_the_margin() -> None:
+    scores = [1.0, 0.995, 0.997, 0.991, 0.985, 0.98, 0.981, 0.979, 0.978]  # counted: 1, 0.985
+    steps = iter(scores)
+    best = [(0, False), (1, False), (1, False), (3, False), (4, False), (5, False), (5, False), (7, False), (8, True)]
+
+    def scripted(candidates: Tensor, indices: Tensor) -> Tensor:
+        return torch.full((1,), next(steps))
+
+    search = NoiseSearch(
+        tiny(), given(images(1))._replace(consistency_error=scripted), timesteps=2, patience=4, margin=0.012
+    )
+    for step, expected in enumerate(best):
+        search.noise.data.normal_(generator=torch.Generator().manual_seed(step))
+        _, found = search.step()
+        assert (int(search.best_step), bool(search.finished)) == expected
+        if expected[0] == step:
+            torch.testing.assert_close(search.best, found.images)
+        assert float(search.best_score) == pytest.approx(min(scores[: step + 1]))
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on() -> None:
+    enhancer = SemanticEnhancer(tiny(), class_label="cat", timesteps=2)
+    enhancer.found = enhancer.search(given(images(1)), seed=0)
+    enhancer.found.step()
+    whole = {name: tensor.clone() for name, tensor in enhancer.state_dict().items()}
+    earlier = {name: tensor for name, tensor in whole.items() if "counted" not in name}
+    enhancer.on_load_checkpoint({"state_dict": earlier})
+    assert {name: tensor.tolist() for name, tensor in earlier.items()} == {n: t.tolist() for n, t in whole.items()}
+
+
 def test_an_image_whose_search_has_ended_is_sampled_no_more_and_stays() -> None:
     search = NoiseSearch(tiny(), given(images()), timesteps=2)
     search.tolerance[0] = 1.0
@@ -198,12 +228,14 @@ def test_the_best_of_several_starts_goes_on() -> None:
 
 
 def test_what_it_refuses() -> None:
-    with pytest.raises(SettingError, match=r"square RGB or grey images, .* but got \(1, 3, 16, 12\)"):
+    with pytest.raises(SettingError, match=r"square RGB or grey images, .* but got \(3, 16, 12\)"):
         NoiseSearch(tiny(), given(torch.rand(1, 3, 16, 12)))
     with pytest.raises(SettingError, match=r"has 2 classes, cat to dog, but the labels \[2, 900\] are not among"):
         NoiseSearch(tiny(), Reconstruction(images(3), torch.tensor([1, 900, 2])))
     with pytest.raises(SettingError, match=r"no class 'cta'.*'cat'"):
         SemanticEnhancer(tiny(), class_label="cta")
+    with pytest.raises(SettingError, match="`timesteps` is 1001, but the diffusion model has 1000"):
+        SemanticEnhancer(tiny(), timesteps=1001)
     with pytest.raises(SettingError, match="lr > 0"):
         SemanticEnhancer(tiny(), lr=0)
 
@@ -243,7 +275,7 @@ def test_one_image_by_command_and_resume(command: list[str], capsys: pytest.Capt
 
 
 def test_an_image_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"The image '.*gone.png' cannot be read .* Name an image file"):
+    with pytest.raises(SettingError, match=r"The image '.*gone.png' cannot be read .* Correct the path"):
         ReconstructedImage(tmp_path / "gone.png")
     Image.new("RGB", (8, 9)).save(tmp_path / "small.png")
     assert ReconstructedImage(tmp_path / "small.png").image.shape == (3, 8, 8)
