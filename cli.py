@@ -1,8 +1,13 @@
 """The command line: `python cli.py {fit,validate,test,predict,federate} --config configs/X.yaml`."""
 
-import logging
+import os
+import signal
 import sys
-import warnings
+
+if __name__ == "__main__":  # until all is imported, Ctrl-C ends the program without a word
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,45 +16,44 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import attack_modules
 import fl_lightning.data
 import fl_lightning.models  # noqa: F401
-from attack_modules.attack import Attack
+from attack_modules.attack import Attack, Reconstruction
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.postprocessing import Postprocessing
 from attack_modules.enhance.shortcuts import NAMED, all_that_can_be
 from attack_modules.evaluation.callback import Evaluation
 from attack_modules.evaluation.progress import Progress
+from attack_modules.evaluation.run_directory import NotLogged, runs_of
+from attack_modules.panels import save_png
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRounds
 from fl_lightning.allocation import keep_freed_memory
-from fl_lightning.data import FederatedData
-from fl_lightning.errors import AuditError
-from fl_lightning.federation import Federation
-from fl_lightning.storage import load_checkpoint
-
-FORMER_MODULES = {
-    "attack_modules.cifar10_classifier": "attack_modules.evaluation.cifar10_classifier",
-    "attack_modules.diffusion.photo_crops": "attack_modules.diffusion.trained.photo_crops",
-    "attack_modules.diffusion.prior": "attack_modules.diffusion.trained.photo_prior",
-    "attack_modules.diffusion.small": "attack_modules.diffusion.trained.class_conditional",
-}
-FORMER_CLASSES = {"Cifar10Training": "Cifar10Classifier", "ConditionalTraining": "ClassConditionalDiffusion"}
-FORMER_SETTINGS = {"scale_factor": "latent_downscale"}
-"""Names in configurations that version 0.1 saved -> today's."""
-LOAD_YAML = get_loader("yaml")
-QUIET = (
-    "The following callbacks returned in `LightningModule.configure_callbacks` will override",
-    "Using ModelCheckpoint with manual optimization",
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    "The '.*_dataloader' does not have many workers",
-    "GPU available but not used",
-    "The dirpath has changed",
+from fl_lightning.command_line.checks import (
+    refuse_foreign_checkpoint,
+    refuse_missing_accelerator,
+    refuse_unfit_machine,
+    refuse_unfit_numbers,
+    refuse_unwritable,
 )
-"""Warnings of Lightning and PyTorch that ask nothing of the user."""
+from fl_lightning.command_line.explanations import explain
+from fl_lightning.command_line.foreign_errors import for_the_user, from_libraries_alone, refused_by_trainer, short
+from fl_lightning.command_line.former_names import with_todays_names
+from fl_lightning.command_line.given import Given, UsageError
+from fl_lightning.command_line.plain_output import speak_plainly
+from fl_lightning.data import FederatedData
+from fl_lightning.errors import SettingError
+from fl_lightning.federation import Federation
+
+LOAD_YAML = get_loader("yaml")
+SEEDED = ("data.init_args", "model.init_args", "federation")
+"""Settings whose `seed` is that of `seed_everything` unless they have their own."""
+EVALUATES = ("validate", "test", "predict")
+"""Commands that look at what a checkpoint holds."""
 
 
 class AuditTrainer(Trainer):
@@ -57,8 +61,6 @@ class AuditTrainer(Trainer):
 
     def federate(self, model: LightningModule | None = None, datamodule: LightningDataModule | None = None) -> None:
         """Run the federation alone: accuracy by round to TensorBoard, and the Observations to disk."""
-        if not isinstance(datamodule, ObservedRounds):
-            raise SystemExit("`federate` needs federated images as `data:`, for instance `--data ImageFolder`.")
         datamodule.prepare_data()
         print(f"Record of the federation: {datamodule.record.directory}")
 
@@ -89,22 +91,30 @@ class AuditCLI(LightningCLI):
             help="Enhancement of the images: `none`, one by its short name (attack_modules/enhance/shortcuts.py), "
             "`compare` for all of these that have their weights, or a class with its settings.",
         )
-        parser.link_arguments("seed_everything", "data.init_args.seed")
-        parser.link_arguments("seed_everything", "model.init_args.seed")
-        parser.link_arguments("seed_everything", "federation.seed")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "federate": {"model", "datamodule"}}
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        super().parse_arguments(parser, args)
-        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
-        if ckpt_path not in (None, "best", "last", "hpc"):
-            load_checkpoint(Path(ckpt_path))  # a file that is cut short or foreign is refused before work starts
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        given = Given.read(sys.argv[1:] if args is None else args)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise explain(error, self._subcommand_parsers, given) from error
+        settings = self.config[self.config.subcommand]
+        refuse_unfit_numbers(settings.as_dict())
+        ckpt_path = settings.get("ckpt_path")
+        if ckpt_path is not None:  # also Lightning's words `best` and `last`: a new run has neither
+            refuse_foreign_checkpoint(Path(ckpt_path))
 
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.config.subcommand].trainer
+        self.as_given = self.config.clone()  # this is saved, so that its seeds go on following `seed_everything`
+        settings = self.config[self.config.subcommand]
+        for arguments in filter(None, map(settings.get, SEEDED)):
+            if arguments.get("seed", 0) is None:
+                arguments.seed = int(settings.seed_everything)
+        trainer = settings.trainer
         interval, steps = trainer.val_check_interval, trainer.max_steps
         if isinstance(interval, int) and 0 < steps < interval:  # Lightning refuses it; the end is looked at anyway
             trainer.val_check_interval = steps
@@ -112,10 +122,30 @@ class AuditCLI(LightningCLI):
             callbacks = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, RichProgressBar)]
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if for_the_user(error) or not from_libraries_alone(error):
+                raise
+            raise SettingError(f"A class that the settings name cannot be made: {short(error, 300)}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
         settings = self.config_init[self.subcommand]
+        asked = settings.trainer
+        self._refuse_no_steps(asked)
+        if asked.logger is False:  # what is not logged needs a directory of its own all the same
+            kwargs["logger"] = NotLogged(asked.default_root_dir or "runs", type(self.model).__name__)
+        self.config = self.as_given
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except Exception as error:
+            if not from_libraries_alone(error):
+                raise
+            raise refused_by_trainer(error, asked, self._parser(self.subcommand).get_defaults().trainer) from error
+        refuse_unfit_machine(trainer, asked.precision)
         evaluation = next(callback for callback in trainer.callbacks if isinstance(callback, Evaluation))
+        self.evaluation = evaluation
         evaluation.seed = settings.seed_everything
         enhancer = settings.postprocess
         if enhancer == "compare":
@@ -125,48 +155,99 @@ class AuditCLI(LightningCLI):
             evaluation.postprocessing = Postprocessing({"enhanced": named})
         return trainer
 
+    def _refuse_no_steps(self, trainer: Any) -> None:
+        """Refuse settings of the trainer with which nothing would be run, or be left of a run."""
+        if self.subcommand != "fit":
+            return
+        attacks = isinstance(self.model, Attack)
+        if trainer.max_steps == 0 or (attacks and trainer.max_steps < 1):
+            raise SettingError(
+                f"`trainer.max_steps` is {trainer.max_steps}, so nothing would be run. Give the number of steps, at "
+                "least 1."
+            )
+        if trainer.max_epochs == 0:
+            raise SettingError("`trainer.max_epochs` is 0, so nothing would be run. Give at least 1, or leave it out.")
+        if trainer.check_val_every_n_epoch == 0:  # Lightning would divide by it
+            raise SettingError("`trainer.check_val_every_n_epoch` is 0. Give at least 1, or leave it out.")
+        if attacks and trainer.fast_dev_run:
+            raise SettingError(
+                "`trainer.fast_dev_run` keeps nothing of a run, but an attack is run for its images. For a short "
+                "trial, give `--trainer.max_steps 1` instead."
+            )
+
     def after_instantiate_classes(self) -> None:
+        settings: Any = self.config_init[self.subcommand]
         attacked = self.model is None or isinstance(self.model, Attack)  # other models train on the images themselves
-        if attacked and isinstance(self.datamodule, FederatedData):
-            settings: Any = self.config_init[self.subcommand]
-            self.datamodule = ObservedRounds(
-                settings.knowledge, settings.federation, self.datamodule, settings.observation
+        if self.model is None and self.subcommand != "federate":
+            raise UsageError(
+                f"`{self.subcommand}` needs a `model:`, e.g. `--model GradientInversion`, or a file of configs/."
             )
-            if self.model is not None:
-                self.model.check(self.datamodule.summary(), self.trainer.world_size)
-        if self.subcommand != "federate" and self.model is None:
-            self.parser.error(
-                f"`{self.subcommand}` needs a `model:`, e.g. `--model GradientInversion` or a config from configs/."
+        if (attacked or self.subcommand == "federate") and not isinstance(self.datamodule, FederatedData):
+            raise SettingError(
+                f"`{self.subcommand}` needs federated images, but `data` is {type(self.datamodule).__name__}. Give, "
+                "for instance, `--data ImageFolder --data.root FOLDER`, or `--data Photographs`."
+            )
+        if not attacked and settings.postprocess != "none":
+            raise SettingError(
+                f"`postprocess` enhances what an attack reconstructs, but {type(self.model).__name__} is no attack. "
+                "Leave it out, or choose a `model` such as FeatureInversion."
+            )
+        runs = runs_of(self.trainer)  # not `log_dir`, for which Lightning would settle the run's number already now
+        if isinstance(self.model, Attack) and runs is None:
+            raise SettingError(
+                "`trainer.logger` gives the run no folder for its results. Choose TensorBoardLogger or CSVLogger, or "
+                "false for none."
+            )
+        if runs is not None and self.subcommand != "federate":
+            refuse_unwritable(runs, "--trainer.logger.save_dir")
+        if attacked or self.subcommand == "federate":
+            self._observe(settings)
+
+    def _observe(self, settings: Any) -> None:
+        """Take the federation's record as the data, and refuse what cannot be attacked."""
+        if self.datamodule.num_clients < 2:
+            raise SettingError(
+                f"`data.num_clients` is {self.datamodule.num_clients}, the attacker alone, so there is no peer to "
+                "attack. Set it to at least 2."
+            )
+        rounds = ObservedRounds(settings.knowledge, settings.federation, self.datamodule, settings.observation)
+        self.datamodule = rounds
+        if not rounds.foreign:
+            refuse_missing_accelerator(settings.federation.accelerator)
+        if not rounds.record.directory.is_dir():
+            refuse_unwritable(rounds.record.directory, "--observation")
+        if isinstance(self.model, Attack) and self.subcommand != "federate":
+            summary = rounds.summary()
+            self.model.check(summary, self.trainer.world_size, self.trainer.strategy.root_device.type)
+            self.evaluation.postprocessing.check(summary)
+            if self.subcommand in EVALUATES and not settings.ckpt_path:
+                rank_zero_warn(f"`{self.subcommand}` without `--ckpt_path` looks at the attack's start, step 0.")
+
+    def _make_directory(self) -> None:
+        self.evaluation.make_directory(self.trainer)
+
+    before_fit = before_validate = before_test = before_predict = _make_directory
+
+    def after_fit(self) -> None:
+        if status := self.evaluation.interruption.status:
+            sys.exit(status)
+        if self.trainer.global_step == 0:
+            rank_zero_warn(
+                "No step was run, so there is no result: the settings of `trainer` leave no data or no time."
             )
 
-
-def with_todays_names(setting: Any) -> Any:
-    """A loaded setting with former names of classes and settings replaced by today's, at any depth."""
-    if isinstance(setting, list):
-        return [with_todays_names(item) for item in setting]
-    if not isinstance(setting, dict):
-        return setting
-    renamed = {FORMER_SETTINGS.get(name, name): with_todays_names(value) for name, value in setting.items()}
-    if isinstance(path := renamed.get("class_path"), str):
-        module, _, name = path.rpartition(".")
-        renamed["class_path"] = f"{FORMER_MODULES.get(module, module)}.{FORMER_CLASSES.get(name, name)}".strip(".")
-        arguments = renamed.get("init_args") or {}
-        if name.endswith("Inversion") and name != "GradientInversion" and "anneal" in arguments:
-            arguments["prior_limit"] = arguments.pop("anneal")
-    return renamed
+    def after_predict(self) -> None:
+        """Write the reconstructed images, and nothing else: a prediction reads no truth."""
+        directory = Path(self.trainer.log_dir) / "images"
+        for found in self.trainer.predict_loop.predictions or []:
+            if isinstance(found, Reconstruction) and self.trainer.is_global_zero:
+                for index, image in enumerate(found.images):
+                    save_png(image.cpu(), directory / f"{index:03d}.png")
+                print(f"{len(found.images)} reconstructed images, without scores: {directory}", flush=True)
 
 
-def speak_plainly() -> None:
-    """Keep the output to what a user needs: no advertisements, no advice to developers, warnings in one line."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message)
-    warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr, flush=True)
-
-
-def main(args: ArgsType = None) -> AuditCLI:
-    """Run the command line; tests call this in-process with a list of arguments."""
+def main(args: list[str] | None = None) -> AuditCLI:
+    """Run a command and raise whatever goes wrong; tests and programs call this with a list of arguments."""
     attack_modules.load_all()
     set_loader("yaml", lambda text: with_todays_names(LOAD_YAML(text)), (yaml.YAMLError,))
     return AuditCLI(
@@ -174,22 +255,36 @@ def main(args: ArgsType = None) -> AuditCLI:
         trainer_defaults={"callbacks": [Progress(), Evaluation()]},
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
+        parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
         auto_configure_optimizers=False,
         args=args,
     )
 
 
+def run(args: list[str] | None = None) -> int:
+    """Run a command as a user does: what is wrong with its input is one sentence on standard error.
+
+    Returns:
+        The exit status: 0 after success, 1 for settings, files or a machine that do not fit, 2 for a command line or a
+        configuration that cannot be read, 130 after Ctrl-C. A defect of the program is raised.
+    """
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        refused = for_the_user(error)
+        if refused is None:
+            raise
+        if rank_zero_only.rank == 0:
+            print(f"Error: {refused}", file=sys.stderr)
+        return 2 if isinstance(refused, UsageError) else 1
+    return 0
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     speak_plainly()
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    try:
-        main()
-    except Exception as error:
-        cause = error  # jsonargparse wraps what a constructor raises
-        while cause and not isinstance(cause, AuditError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        # A sentence for the user, once; a traceback is for defects of the program.
-        sys.exit(f"Error: {cause}" if rank_zero_only.rank == 0 else 1)
+    sys.exit(run())

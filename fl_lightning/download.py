@@ -4,7 +4,6 @@ torchvision's datasets (`fl_lightning.data.downloadable`) are downloaded by torc
 addresses and hashes.
 """
 
-import fcntl
 import http.client
 import os
 import urllib.error
@@ -16,7 +15,7 @@ from typing import IO
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from fl_lightning.errors import AuditError
-from fl_lightning.storage import sha256_of
+from fl_lightning.storage import locked, sha256_of
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 """Folder of model weights, both those shipped with this project and those it downloads."""
@@ -51,7 +50,7 @@ class ReleasedFile:
         """Verify the file at `path`, after downloading it if it is missing and `download` is set.
 
         Data is received in `<path>.part` until the file is complete, so that a later call resumes an interrupted
-        download. A lock on that file makes concurrent processes wait for the first one.
+        download. Concurrent processes wait for the first one.
 
         Args:
             path: location of the file, existing or to be created.
@@ -83,31 +82,35 @@ class ReleasedFile:
         return path
 
     def _fetch(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
-        with part.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-            if path.exists():  # another process completed the download meanwhile
+        with locked(path.with_name(f"{path.name}.lock"), f"Another process downloads '{path}': waiting for it."):
+            if path.exists():  # that process completed the download
                 return
             try:
-                self._receive(file)
-            except urllib.error.HTTPError as error:
-                if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                    raise
-                # The partial file is already complete, so no bytes are left to request; the hash is verified below.
-            if (found := sha256_of(part)) != self.sha256:
-                file.truncate(0)
-                raise DownloadError(
-                    f"The download of {self.url} has SHA-256 {found}, expected {self.sha256}. It was deleted. "
-                    "Run the same command again; if the error recurs, the file at this address was changed."
-                )
-            os.replace(part, path)
+                with part.open("ab") as file:
+                    self._receive(file)
+                if (found := sha256_of(part)) != self.sha256:
+                    part.unlink()
+                    raise DownloadError(
+                        f"The download of {self.url} has SHA-256 {found}, expected {self.sha256}. It was deleted. "
+                        "Run the same command again; if the error recurs, the file at this address was changed."
+                    )
+                os.replace(part, path)
+            finally:
+                if part.exists() and not part.stat().st_size:  # nothing that could be resumed
+                    part.unlink()
 
     def _receive(self, file: IO[bytes]) -> None:
         """Append the missing bytes to `file`, or rewrite it if the server cannot resume."""
         have = file.seek(0, os.SEEK_END)
         request = urllib.request.Request(self.url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response, _progress() as progress:
+        try:
+            answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise
+            return  # no bytes are left to request: the file is complete, or its hash will tell
+        with answer as response, _progress() as progress:
             if response.status != http.HTTPStatus.PARTIAL_CONTENT:
                 have = 0  # the server ignores Range requests and sends the whole file
                 file.truncate(0)

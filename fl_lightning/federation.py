@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,10 +19,10 @@ from fl_lightning.data import FederatedData
 from fl_lightning.engines import Engine, InProcess
 from fl_lightning.errors import SettingError, positive
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5
-from fl_lightning.observation import Observation, describe_model
+from fl_lightning.observation import Observation, describe_model, on_meta
 from fl_lightning.record import Record
 from fl_lightning.seeds import seed_of
-from fl_lightning.storage import load_checkpoint, save_checkpoint
+from fl_lightning.storage import has_record, load_checkpoint, save_checkpoint
 from fl_lightning.truth import Truth
 
 
@@ -36,13 +36,18 @@ class Federation:
         model: the global model's class, called with the number of classes and the shape of an image.
         client: the clients' local training.
         rounds: number of communication rounds.
-        clients_per_round: clients sampled in each round; null for all.
+        clients_per_round: clients sampled in each round, of those with images and the observer; null for all of them.
+            An observer without images that is sampled receives the models, and sends nothing.
         server_lr: learning rate of the server's step `w_{t+1} = w_t - server_lr * u`, `u` the mean update.
         share_buffers: whether BatchNorm's running statistics are averaged with the model, or stay with each client.
-        observed_rounds: rounds, from 0, that are written to the record; null for the last.
+        broadcast: who receives the models before and after a round, and so can observe it. `participants`: the clients
+            sampled in it, as in FedAvg's paper and where a server talks to the sampled devices alone. `all`: every
+            client, as with Flower, whose server by default has all clients evaluate every round's model.
+        observed_rounds: rounds, from 0, that are written to the record; null for the last that can be observed.
         engine: where clients run.
         accelerator: what clients train on (`cpu`, `gpu`, `auto`).
-        seed: of the model's initial weights, the sampling of clients and the order of mini-batches.
+        seed: of the model's initial weights, the sampling of clients and the order of mini-batches; null for
+            that of `seed_everything`.
     """
 
     def __init__(
@@ -53,21 +58,21 @@ class Federation:
         clients_per_round: int | None = None,
         server_lr: float = 1.0,
         share_buffers: bool = True,
+        broadcast: Literal["participants", "all"] = "participants",
         observed_rounds: list[int] | None = None,
         engine: Engine | None = None,
         accelerator: str = "cpu",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
-        self.observed_rounds = [rounds - 1] if observed_rounds is None else sorted(set(observed_rounds))
         if rounds < 1 or not positive(server_lr) or (clients_per_round is not None and clients_per_round < 1):
             raise SettingError(
                 "`federation` needs rounds >= 1, server_lr > 0 and clients_per_round >= 1 or null, but got "
                 f"rounds={rounds}, server_lr={server_lr}, clients_per_round={clients_per_round}."
             )
-        if not set(self.observed_rounds) <= set(range(rounds)):
+        if observed_rounds is not None and not (observed_rounds and set(observed_rounds) <= set(range(rounds))):
             raise SettingError(
-                f"`federation.observed_rounds` is {observed_rounds}, but rounds go from 0 to {rounds - 1}. "
-                "Name rounds among them, or raise `federation.rounds`."
+                f"`federation.observed_rounds` is [{_listed(observed_rounds)}], but rounds go from 0 to {rounds - 1}. "
+                "Name rounds among them, or null for the last, or raise `federation.rounds`."
             )
         self.model = model
         self.client = client
@@ -75,9 +80,11 @@ class Federation:
         self.clients_per_round = clients_per_round
         self.server_lr = server_lr
         self.share_buffers = share_buffers
+        self.broadcast = broadcast
+        self.observed_rounds = None if observed_rounds is None else sorted(set(observed_rounds))
         self.engine = engine or InProcess()
         self.accelerator = accelerator
-        self.seed = seed
+        self.seed = seed or 0
 
     def initial_model(self, data: FederatedData) -> ImageClassifier:
         """The global model `w_0` for this data (after `data.setup()`)."""
@@ -86,9 +93,20 @@ class Federation:
             return self.model(data.num_classes, data.image_shape)
 
     def settings(self, data: FederatedData) -> dict[str, Any]:
-        """Everything that determines the federation's course, as plain JSON types."""
-        with torch.device("meta"):
-            model = describe_model(self.model(data.num_classes, data.image_shape))
+        """Everything that determines the federation's course and what is observed of it, as plain JSON types.
+
+        `broadcast` is not among it: it only says which rounds may be observed.
+
+        Raises:
+            SettingError: a round cannot be observed, or there is one class only.
+        """
+        data.setup()
+        if data.num_classes < 2:
+            raise SettingError(
+                f"All images are of one class, '{data.class_names[0]}', so training changes nothing and nothing leaks. "
+                "Add images of other classes, or set `data.num_classes` to 2 or more."
+            )
+        model = describe_model(on_meta(lambda: self.model(data.num_classes, data.image_shape)))
         return {
             "model": model,
             "client": asdict(self.client),
@@ -96,7 +114,7 @@ class Federation:
             "clients_per_round": self.clients_per_round,
             "server_lr": self.server_lr,
             "share_buffers": self.share_buffers,
-            "observed_rounds": self.observed_rounds,
+            "observed_rounds": self.rounds_to_observe(data),
             "seed": self.seed,
             "data": data.describe() | {"content": data.content},
         }
@@ -117,27 +135,59 @@ class Federation:
         """Run all rounds, or those that are missing, and leave a `Record` in `directory`.
 
         The global model is saved after every round, so an interrupted run continues with the next round and ends
-        with the same weights as an uninterrupted one.
+        with the same weights as an uninterrupted one. If the Observation of a former round is missing, all rounds are
+        run again. A process that comes second waits for the first, and then finds its record.
 
         Raises:
             RecordError: the directory holds the record of a federation with other settings.
-            StorageError: the disk is full.
+            StorageError: the disk is full, or the directory is not writable.
         """
         settings = json.loads(json.dumps(self.settings(data)))
         record = Record(directory)
-        record.claim(settings)
+        if record.settings.exists():
+            record.claim(settings)
+            if self._is_complete(record, settings["observed_rounds"]):
+                return  # without a lock, for which the folder would have to be writable
+        with record.locked():
+            record.claim(settings)
+            if self._is_complete(record, settings["observed_rounds"]):
+                return
+            try:
+                self._run(data, record, settings["observed_rounds"])
+            except (KeyboardInterrupt, SystemExit):  # a client's Trainer turns the first into the second
+                print("Interrupted. Finished rounds are kept, and the same command goes on after them.", flush=True)
+                raise KeyboardInterrupt from None
+
+    def _is_complete(self, record: Record, observed: list[int]) -> bool:
+        if not record.checkpoint.exists() or load_checkpoint(record.checkpoint)["rounds_done"] < self.rounds:
+            return False
+        return all(has_record(stem) for r in observed for stem in (record.observation(r), record.truth(r)))
+
+    def _run(self, data: FederatedData, record: Record, observed: list[int]) -> None:
+        for round_ in observed:
+            if not has_record(record.truth(round_)):
+                self.truth(round_, data).save(record.truth(round_))
         model = self.initial_model(data)
         kept_buffers: dict[str, Tensors] = {}  # by client, where they are not shared
         start = 0
         if record.checkpoint.exists():
             state = load_checkpoint(record.checkpoint)
-            model.load_state_dict(state["model"])
-            start, kept_buffers = state["rounds_done"], state["kept_buffers"]
-        logger = TensorBoardLogger(directory, name="", version="tensorboard")
+            lost = [r for r in observed if r < state["rounds_done"] and not has_record(record.observation(r))]
+            if lost:
+                print(
+                    f"'{record.directory}' lacks observed round {_listed(lost)}: all rounds are run again.", flush=True
+                )
+            else:
+                model.load_state_dict(state["model"])
+                start, kept_buffers = state["rounds_done"], state["kept_buffers"]
+        _ = data.test_set  # one that cannot be read is refused before the rounds, not after the first
+        logger = TensorBoardLogger(record.directory, name="", version="tensorboard")
         with Progress() as progress:
             task = progress.add_task("Federation, rounds", total=self.rounds, completed=start)
             for round_ in range(start, self.rounds):
-                model = self._round(round_, model, data, kept_buffers, record)
+                model, observation = self._round(round_, model, data, kept_buffers)
+                if round_ in observed:
+                    observation.save(record.observation(round_))
                 save_checkpoint(
                     record.checkpoint,
                     {"rounds_done": round_ + 1, "model": model.state_dict(), "kept_buffers": kept_buffers},
@@ -147,6 +197,8 @@ class Federation:
                 logger.save()
                 shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
                 progress.update(task, advance=1, description=f"Federation, rounds ({shown})")
+                if self.rounds > 1:
+                    progress.print(f"After round {round_}: {shown}")
         logger.finalize("success")
 
     def _round(
@@ -155,58 +207,82 @@ class Federation:
         model: ImageClassifier,
         data: FederatedData,
         kept_buffers: dict[str, Tensors],
-        record: Record,
-    ) -> ImageClassifier:
+    ) -> tuple[ImageClassifier, Observation]:
+        """The next global model, and what the observer sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        participants = self._sample(round_, data)
+        training = [client for client in self._sample(round_, data) if len(data.clients[client])]
         own = None
 
         def tasks() -> Iterator[ClientTask]:
-            for client in participants:
+            for client in training:
                 model.load_state_dict(kept_buffers.get(str(client), {}), strict=False)
                 yield ClientTask(model, data.clients[client], seed_of(self.seed, round_, client))
 
         def updates() -> Iterator[ClientUpdate]:
             nonlocal own
-            for client, result in zip(
-                participants, self.engine.train(tasks(), self.client, self.accelerator), strict=True
-            ):
+            for client, result in zip(training, self.engine.train(tasks(), self.client, self.accelerator), strict=True):
                 if not self.share_buffers:
                     kept_buffers[str(client)] = result.buffers
                 if client == data.attacker:
                     own = result
                 yield result
 
+        if not training:  # only an observer without images was sampled
+            return model, Observation(round_, before, before, {}, 0.0, describe_model(model))
         mean = aggregate(updates())
         parameters_after = server_step(parameters(model), mean.update, self.server_lr)
         model.load_state_dict({**before, **parameters_after, **(mean.buffers if self.share_buffers else {})})
-        after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if round_ in self.observed_rounds:
-            observation = Observation(
-                round=round_,
-                before=before,
-                after=after,
-                own_update=own.update if own else {},
-                own_weight=own.num_examples / mean.num_examples if own else 0.0,
-                model=describe_model(model),
-            )
-            self.truth(round_, data).save(record.truth(round_))
-            observation.save(record.observation(round_))
-        return model
+        return model, Observation(
+            round=round_,
+            before=before,
+            after={name: tensor.clone() for name, tensor in model.state_dict().items()},
+            own_update=own.update if own else {},
+            own_weight=own.num_examples / mean.num_examples if own else 0.0,
+            model=describe_model(model),
+        )
 
     def _sample(self, round_: int, data: FederatedData) -> list[int]:
-        """The clients of a round, in ascending order; those without images never take part."""
-        able = [client for client, images in enumerate(data.clients) if len(images)]
+        """The clients of a round, in ascending order: of those with images, and the observer."""
+        able = [client for client, images in enumerate(data.clients) if len(images) or client == data.attacker]
         if self.clients_per_round is None:
             return able
         if self.clients_per_round > len(able):
             raise SettingError(
-                f"`federation.clients_per_round` is {self.clients_per_round}, but only {len(able)} clients hold "
-                "images. Lower it, or raise `data.num_clients`."
+                f"`federation.clients_per_round` is {self.clients_per_round}, but only {len(able)} clients can take "
+                "part: those with images, and the attacker. Lower it, or raise `data.num_clients`."
             )
         generator = torch.Generator().manual_seed(seed_of(self.seed, round_))
         chosen = torch.randperm(len(able), generator=generator)[: self.clients_per_round]
         return sorted(able[i] for i in chosen.tolist())
+
+    def _peers(self, round_: int, data: FederatedData) -> list[int]:
+        """The other clients that train in a round."""
+        return [client for client in self._sample(round_, data) if client != data.attacker]
+
+    def _reaches_observer(self, round_: int, data: FederatedData) -> bool:
+        """Whether the observer receives a round's models."""
+        return self.broadcast == "all" or data.attacker in self._sample(round_, data)
+
+    def rounds_to_observe(self, data: FederatedData) -> list[int]:
+        """The rounds that are written to the record, ascending (after `data.setup()`).
+
+        Raises:
+            SettingError: the observer does not receive the models of one of them.
+        """
+        reached = [round_ for round_ in range(self.rounds) if self._reaches_observer(round_, data)]
+        unseen = sorted(set(self.observed_rounds or []) - set(reached))
+        if self.observed_rounds is not None and not unseen:
+            return self.observed_rounds
+        seen = [round_ for round_ in reached if self._peers(round_, data)]
+        if self.observed_rounds is None and seen:
+            return seen[-1:]
+        wanted = f"round {_listed(unseen)} of `federation.observed_rounds`" if unseen else "any round with peers"
+        instead = f"observe round {_listed(seen)}, " if seen else ""
+        raise SettingError(
+            f"The attacker does not take part in {wanted}, so it does not receive the models. To change that, {instead}"
+            f"raise `federation.clients_per_round` ({self.clients_per_round}) or `federation.rounds` ({self.rounds}), "
+            "or set `federation.broadcast: all` if your system sends every round's model to all clients."
+        )
 
     def truth(self, round_: int, data: FederatedData) -> Truth:
         """The ground truth of a round, which is known before the round is run.
@@ -214,11 +290,11 @@ class Federation:
         Raises:
             SettingError: no peer of the observing client takes part in the round.
         """
-        peers = [client for client in self._sample(round_, data) if client != data.attacker]
+        peers = self._peers(round_, data)
         sets = [data.clients[peer] for peer in peers]
         if not sets:
             raise SettingError(
-                "Only the attacker took part in an observed round, so there is no peer to observe. "
+                f"Only the attacker takes part in round {round_}, so there is no peer to observe. "
                 "Raise `federation.clients_per_round` or name other `federation.observed_rounds`."
             )
         return Truth(
@@ -253,3 +329,7 @@ class Federation:
         model.load_state_dict(state, strict=False)
         model.train()
         return {f"{split}_loss": loss / total, f"{split}_accuracy": correct / total}
+
+
+def _listed(rounds: list[int], most: int = 8) -> str:
+    return ", ".join(map(str, rounds[:most])) + (f", ... ({len(rounds)} in all)" if len(rounds) > most else "")

@@ -1,11 +1,16 @@
 """What one client of a federation received in one round."""
 
-import importlib
+import copy
+import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from fl_lightning.client import Tensors, parameters
@@ -129,7 +134,7 @@ def build_model(description: dict[str, Any], state: Tensors, shared: bool = Fals
     """The described model with the given parameters and buffers, or with copies of them unless `shared`.
 
     Raises:
-        StorageError: the class cannot be imported or is no `ImageClassifier`, or the state does not fit it.
+        StorageError: the class is not loaded or is no `ImageClassifier`, or the state does not fit it.
     """
     model_class = _model_class(description)
     refuse_unfit(description, state)
@@ -142,11 +147,31 @@ def build_on_meta(description: dict[str, Any]) -> ImageClassifier:
     """The described architecture on the meta device: modules, names and shapes without memory.
 
     Raises:
-        StorageError: the class cannot be imported or is no `ImageClassifier`.
+        StorageError: the class is not loaded, is no `ImageClassifier`, or does not take these arguments.
     """
     model_class = _model_class(description)
-    with torch.device("meta"):
-        return model_class(**description["init_args"])
+    try:
+        return copy.deepcopy(_built_on_meta(model_class, json.dumps(description["init_args"])))
+    except (KeyError, TypeError) as error:
+        raise StorageError(
+            f"{model_class.__name__} cannot be built from the Observation's `model`: {error}. Its `init_args` are the "
+            "arguments of the class's constructor, with `num_classes` and `image_shape`."
+        ) from error
+
+
+@lru_cache(maxsize=4)  # a deep model takes a second, and each observed round asks several times
+def _built_on_meta(model_class: type[ImageClassifier], arguments: str) -> ImageClassifier:
+    return on_meta(lambda: model_class(**json.loads(arguments)))
+
+
+def on_meta(build: Callable[[], ImageClassifier]) -> ImageClassifier:
+    """Build a model on the meta device, or move it there where its constructor looks at the values of tensors."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:  # RegNet's and timm's widths and rates, computed by torch
+        with isolate_rng():
+            return build().to("meta")
 
 
 def refuse_unfit(description: dict[str, Any], state: Tensors) -> list[str]:
@@ -156,7 +181,7 @@ def refuse_unfit(description: dict[str, Any], state: Tensors) -> list[str]:
         The names of the parameters (the other tensors are buffers).
 
     Raises:
-        StorageError: the class cannot be imported or is no `ImageClassifier`, or the state does not fit it.
+        StorageError: the class is not loaded or is no `ImageClassifier`, or the state does not fit it.
     """
     model = build_on_meta(description)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -164,21 +189,26 @@ def refuse_unfit(description: dict[str, Any], state: Tensors) -> list[str]:
     if expected != found:
         differing = sorted(set(expected.items()) ^ set(found.items()))
         raise StorageError(
-            f"The observed tensors do not fit {type(model).__name__}: they differ at {differing[:6]}. "
-            "This Observation belongs to another model; run the federation again into another folder."
+            f"The observed tensors do not fit {type(model).__name__}: they differ at {differing[:4]}. Correct their "
+            "names and shapes, or the Observation's `model`; a record of this program can be simulated again into "
+            "another folder."
         )
     return list(parameters(model))
 
 
 def _model_class(description: dict[str, Any]) -> type[ImageClassifier]:
-    module_name, _, class_name = str(description.get("class_path", "")).rpartition(".")
-    try:
-        model_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    path = str(description.get("class_path", ""))
+    module_name, _, class_name = path.rpartition(".")
+    if module_name not in sys.modules:  # the file of an Observation must not choose what code is run
         raise StorageError(
-            f"The model class '{description.get('class_path')}' cannot be imported ({error}). "
-            "Put it on the Python path, or run the federation again."
-        ) from error
+            f"The Observation names the model class '{path}', but no module '{module_name}' is loaded, and a file may "
+            "not load one. If you trust it, put it on the Python path and name it yourself: "
+            f"`--federation.model {path}`, or `import {module_name}` in Python."
+        )
+    model_class = getattr(sys.modules[module_name], class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, ImageClassifier)):
-        raise StorageError(f"'{description['class_path']}' is not an `ImageClassifier`, so it cannot be simulated.")
+        raise StorageError(
+            f"'{path}' is not an `ImageClassifier`, so it cannot be simulated. Name the class of the global model in "
+            "the Observation's `model`."
+        )
     return model_class

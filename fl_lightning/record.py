@@ -1,12 +1,14 @@
 """A federation's folder on disk: its settings and checkpoint, what was observed, and the ground truth."""
 
 import hashlib
+import inspect
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from fl_lightning.errors import AuditError
-from fl_lightning.storage import read_json, write_json
+from fl_lightning.storage import locked, read_json, write_json
 
 
 class RecordError(AuditError):
@@ -51,11 +53,22 @@ class Record:
         """
         if not self.settings.exists():
             write_json(self.settings, settings)
-        elif differing := _differences(read_json(self.settings), settings):
+        elif differing := differences(read_json(self.settings), settings):
             raise RecordError(
-                f"'{self.directory}' holds a federation with other settings: {'; '.join(differing)}. "
+                f"'{self.directory}' holds a federation with other settings: {summary(differing)}. "
                 "Name another folder with `--observation`, or delete this one."
             )
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from writing to the directory, after waiting for one that does.
+
+        Raises:
+            StorageError: the directory is not writable.
+        """
+        return locked(
+            self.directory / "federation.lock",
+            f"Another run simulates the federation of '{self.directory}': waiting for its end.",
+        )
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -63,13 +76,44 @@ def fingerprint(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs; settings that an earlier version did not record yet are not compared."""
+def describe(component: Any) -> Any:
+    """The settings of a component in JSON types, to compare those of one run with those of another.
+
+    Of an object these are the name of its class, and the arguments of its constructor that it keeps under their names.
+    """
+    if component is None or isinstance(component, bool | int | float | str):
+        return component
+    if isinstance(component, list | tuple):
+        return [describe(item) for item in component]
+    if isinstance(component, dict):
+        return {str(name): describe(item) for name, item in component.items()}
+    if isinstance(component, Path):
+        return str(component)
+    constructors = [vars(base)["__init__"] for base in type(component).__mro__ if "__init__" in vars(base)]
+    arguments = [argument for made in constructors for argument in inspect.signature(made).parameters.values()]
+    names = {a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)}
+    kept = {name: describe(getattr(component, name)) for name in sorted(names) if hasattr(component, name)}
+    return {"class": type(component).__name__, **kept}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs, in words; settings that an earlier version did not record yet are not compared."""
     found = []
     for key in sorted(old):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
+            found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append(f"{prefix}{key} was {before!r} and is now {after!r}")
+            found.append(f"{prefix}{key} was {_shown(before)} and is now {_shown(after)}")
     return found
+
+
+def summary(differing: list[str], most: int = 3) -> str:
+    """The first differences, and how many more there are."""
+    more = len(differing) - most
+    return "; ".join(differing[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

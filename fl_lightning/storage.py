@@ -1,14 +1,17 @@
-"""Atomic file writes, and reading and writing of tensors without pickle, verified by SHA-256."""
+"""Atomic file writes, locks, and reading and writing of tensors without pickle, verified by SHA-256."""
 
 import hashlib
+import io
 import json
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +30,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or the folder is not writable; a previous file at `path` is left unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -36,10 +39,54 @@ def atomic_path(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"Could not write '{path}': {error}. Free disk space or choose another folder, then run the same "
-            "command again; files written before are intact."
-        ) from error
+        raise not_writable(path, error) from error
+
+
+def not_writable(path: Path | None, error: Exception) -> StorageError:
+    """The error to raise when a file or folder cannot be written; without a path if it is not known which."""
+    return StorageError(
+        f"Could not write {f'{str(path)!r}' if path else 'a file'}: {getattr(error, 'strerror', None) or error}. Free "
+        "disk space or choose another folder, then run the same command again; files written before are intact."
+    )
+
+
+@contextmanager
+def locked(path: Path, notice: str) -> Iterator[None]:
+    """Hold a lock of the operating system, which ends with the process, whatever ends it.
+
+    Args:
+        path: the lock file; it exists only while the lock is held.
+        notice: printed if another process holds the lock, before waiting for it.
+
+    Raises:
+        StorageError: the folder is not writable.
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(notice, flush=True)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
+        raise not_writable(path, error) from error
+    try:
+        yield
+    finally:
+        unlock(lock)
+
+
+def unlock(lock: FileLock) -> None:
+    """Release a lock and remove its file."""
+    file = Path(lock.lock_file)
+    if os.name == "posix":
+        file.unlink(missing_ok=True)  # while it is held: afterwards, it could be another process's
+        lock.release()
+    else:
+        lock.release()
+        with suppress(OSError):  # Windows removes no open file: neither our own before, nor another's now
+            file.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,17 +97,29 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically; infinite and NaN numbers, which JSON cannot represent, become null."""
+    write_text(path, _strict_json(content))
+
+
+def _strict_json(content: Any) -> str:
     strict = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    write_text(path, json.dumps(strict, indent=2, allow_nan=False) + "\n")
+    return json.dumps(strict, indent=2, allow_nan=False) + "\n"
 
 
 def save_record(stem: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Save tensors as `stem.safetensors`, and their metadata `facts` with the SHA-256 of that file as `stem.json`."""
-    path = stem.with_suffix(".safetensors")
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        digest = sha256_of(temporary)
-    write_json(stem.with_suffix(".json"), {**facts, "sha256": digest})
+    """Save tensors as `stem.safetensors`, and their metadata `facts` with the SHA-256 of that file as `stem.json`.
+
+    The JSON file is there only with its tensors: a former one goes first, and the new one comes last.
+    """
+    described, path = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+    with atomic_path(described) as new_facts, atomic_path(path) as new_tensors:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new_tensors)
+        new_facts.write_text(_strict_json({**facts, "sha256": sha256_of(new_tensors)}), encoding="utf-8")
+        described.unlink(missing_ok=True)
+
+
+def has_record(stem: Path) -> bool:
+    """Whether both files that `save_record` writes are there."""
+    return stem.with_suffix(".json").exists() and stem.with_suffix(".safetensors").exists()
 
 
 def load_record(stem: Path, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -108,8 +167,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Save tensors and plain Python types atomically, readable with `weights_only=True`."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # into a file, a full disk would raise an error of torch that does not name its cause
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

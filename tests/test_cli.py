@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,15 +18,17 @@ from torch import Tensor
 
 from attack_modules import FeatureInversion
 from attack_modules.analytic.typical_head import pink_noise
-from attack_modules.attack import Reconstruction
+from attack_modules.attack import AttackError, Reconstruction
 from attack_modules.diffusion.classes import CIFAR10
 from attack_modules.diffusion.trained.class_conditional import SmallConditional
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.shortcuts import NAMED
+from attack_modules.gradient_matching.gradient_inversion import GradientInversion
 from attack_modules.panels import save_png
-from cli import main, with_todays_names
+from cli import AuditTrainer, main, run
+from fl_lightning.command_line.former_names import with_todays_names
 from fl_lightning.errors import AuditError, MissingFile, SettingError
-from fl_lightning.storage import StorageError
+from fl_lightning.storage import StorageError, load_checkpoint
 from fl_lightning.truth import Truth
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +36,8 @@ SMALL = ["--data.image_size", "16", "--trainer.max_steps", "4", "--trainer.val_c
          "--trainer.accelerator", "cpu"]  # fmt: skip
 INVERSION = ["fit", "--config", str(ROOT / "configs/inversion.yaml"), *SMALL]
 DEMO = ["fit", "--config", str(ROOT / "configs/demo.yaml"), *SMALL]
+TINY = [*INVERSION, "--data.num_clients", "2", "--data.images_per_client", "1"]
+CROPS = "attack_modules.diffusion.trained.photo_crops.PhotoCrops"
 
 
 @pytest.fixture(autouse=True)
@@ -237,12 +243,12 @@ def test_leakage_configuration(image_folder: Path) -> None:
 
 def test_attribution_names_the_peer_of_every_image_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     run = [*DEMO, "--config", str(ROOT / "configs/attribution.yaml"), "--federation.client.local_epochs", "1",
-           "--model.checkpoint_every", "2"]  # fmt: skip
+           "--model.checkpoint_every", "2", "--data.images_per_client", "2"]  # fmt: skip
     main(run)
-    assert "12 different ones" in capsys.readouterr().out
+    assert "6 different ones" in capsys.readouterr().out
     attribution = results(0, "demo")["attribution"]
     assert attribution == {"peers": 3, "clients": 3, "adjusted_rand": 1}
-    assert results(0, "demo")["scores"]["originals"] == results(0, "demo")["scores"]["reconstructions"] == 12
+    assert results(0, "demo")["scores"]["originals"] == results(0, "demo")["scores"]["reconstructions"] == 6
     rows = list(csv.DictReader(Path("runs/demo/version_0/per_image.csv").read_text().splitlines()))
     assert len({(row["client"], row["peer"]) for row in rows}) == 3
 
@@ -387,21 +393,177 @@ def test_federate_shows_accuracy_by_round(tmp_path: Path) -> None:
 
 def test_damaged_and_foreign_checkpoints_are_refused_before_work_starts() -> None:
     Path("broken.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
-    with pytest.raises(StorageError, match="cannot be read as a checkpoint"):
-        main([*INVERSION, "--ckpt_path", "broken.ckpt"])
+    with pytest.raises(StorageError, match=r"'broken\.ckpt' is no checkpoint of a run"):
+        main([*TINY, "--ckpt_path", "broken.ckpt"])
     assert not Path("runs").exists()
-    main(INVERSION)
-    with pytest.raises(Exception, match="does not belong to this attack on this Observation"):
-        main([*INVERSION, "--seed_everything", "1", "--ckpt_path", "runs/inversion/version_0/checkpoints/last.ckpt"])
+    main(TINY)
+    checkpoint = ["--ckpt_path", "runs/inversion/version_0/checkpoints/last.ckpt"]
+    for changed, difference in (
+        ("--seed_everything=1", "model.seed was 0 and is now 1; the observed models are others"),
+        ("--knowledge.labels=inferred", "knowledge.labels was 'known' and is now 'inferred'"),
+        ("--model.subtract_own=false", "model.subtract_own was True and is now False"),
+    ):
+        with pytest.raises(AttackError, match=f"does not belong to this attack on this Observation: {difference}"):
+            main([*TINY, changed, *checkpoint])
+    assert [path.name for path in Path("runs/inversion").iterdir()] == ["version_0"]
+
+
+def refusal(status: int, command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence that a command ends with."""
+    assert run(command.split()) == status
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
+    assert len(sentence) <= 400 + len("Error: ")
+    return sentence.removeprefix("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("fti", "'fti' is no command. Did you mean `fit`?"),
+        ("fit", "`data` is not given. Add `--data VALUE`, or a configuration"),
+        ("fit --config nothere.yaml", "There is no configuration 'nothere.yaml'."),
+        ("fit --config dmeo.yaml", "There is no configuration 'dmeo.yaml'. Did you mean 'demo.yaml'?"),
+        ("fit --config broken.yaml", "'broken.yaml', line 2 is not valid YAML ("),
+        ("--config typo.yaml", "`FeatureInversion` has no setting `model.lrr` in 'typo.yaml'. Did"),
+        ("--modle X", "There is no setting `--modle`. Did you mean `--model`"),
+        ("--trainer.max_step 3", "There is no setting `--trainer.max_step`. Did you mean `--tra"),
+        ("--model.lrr 1", "`FeatureInversion` has no setting `model.lrr`. Did you mean `lr`?"),
+        ("--model FeatureInversoin", "`model` is 'FeatureInversoin', but must be a subclass of"),
+        ("--federation.model LeNet6", "`federation.model` is 'LeNet6', but must be a subclass of"),
+        ("--federation.model my.Net", "`federation.model` names my.Net, which cannot be imported"),
+        ("--knowledge.labels no", "`knowledge.labels` is 'no', but must be 'known' or 'inferred'"),
+        ("--postprocess.denoiser X", "`postprocess.denoiser` is a setting of a class, but `postp"),
+        ("--federation.client.lr", "`--federation.client.lr` has no value. Write"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence_with_the_nearest_names(
+    command: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(ROOT / "configs/demo.yaml", "demo.yaml")
+    Path("broken.yaml").write_text("trainer: {max_steps: 3\nmodel: [\n")
+    Path("typo.yaml").write_text("model: {class_path: FeatureInversion, init_args: {lrr: 0.1}}\n")
+    full = f"fit --config demo.yaml {command}" if command.startswith("-") else command
+    assert refusal(2, full, capsys).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ("--trainer.max_steps 0", "`trainer.max_steps` is 0, so nothing would be run."),
+        ("--trainer.fast_dev_run true", "`trainer.fast_dev_run` keeps nothing of a run"),
+        ("--trainer.accelerator abacus", "Lightning refuses `trainer.accelerator: abacus`: "),
+        ("--federation.accelerator abacus", "`federation.accelerator` is 'abacus', which cannot be used here ("),
+        ("--trainer.check_val_every_n_epoch 0", "`trainer.check_val_every_n_epoch` is 0. Give at least 1"),
+        ("--model.checkpoint_every 0", "`model.checkpoint_every` is 0, but it must be at least 1."),
+        ("--trainer.precision 16-mixed", "`trainer.precision` is 16-mixed, but processors do not compute in float16."),
+        ("--trainer.logger.save_dir afile", "Nothing can be written in 'afile/inversion' ("),
+        ("--model.betas [0.9,.nan]", "`model.betas` is nan, but must be a finite number"),
+        ("--seed_everything -1", "`seed_everything` is -1, but a seed is a whole number from 0 to 4294967295."),
+        ("--data.num_clients 1", "`data.num_clients` is 1, the attacker alone, so there is no peer to attack."),
+        (f"--data {CROPS} --data.roots [.] --data.validation .", "`fit` needs federated images, but `data` is PhotoCr"),
+        ("--model Cifar10Classifier --postprocess direct", "`postprocess` enhances what an attack reconstructs, but"),
+        ("--ckpt_path afile", "'afile' is no checkpoint of a run."),
+        ("--ckpt_path last", "There is no checkpoint 'last'."),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_sentence(
+    settings: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("afile").write_text("text")
+    command = f"fit --config {ROOT}/configs/inversion.yaml --trainer.accelerator cpu {settings}"
+    assert refusal(1, command, capsys).startswith(sentence)
+    assert [path.name for path in Path().iterdir()] == ["afile"]
+
+
+def test_a_defect_of_this_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GradientInversion, "check", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        run(TINY)
 
 
 def test_an_attack_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     configuration = yaml.safe_load((ROOT / "configs/inversion.yaml").read_text())
     del configuration["model"]
     Path("no_model.yaml").write_text(yaml.safe_dump(configuration))
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", "no_model.yaml"])
-    assert "`fit` needs a `model:`" in capsys.readouterr().err
+    assert refusal(2, "fit --config no_model.yaml", capsys).startswith("`fit` needs a `model:`")
+
+
+def test_every_seed_can_be_given_and_else_follows_the_common_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AuditTrainer, "federate", lambda *_, **__: None)
+    Path("seeds.yaml").write_text("data: {init_args: {seed: 5}}\nfederation: {seed: 6}\n")
+    for own, (data, federation, model) in {
+        (): (3, 3, 3),
+        ("--config", "seeds.yaml"): (5, 6, 3),
+        ("--config", "seeds.yaml", "--federation.seed", "0", "--model.seed", "7"): (5, 0, 7),
+    }.items():
+        program = main(["federate", *INVERSION[1:3], *own, "--trainer.accelerator", "cpu", "--seed_everything", "3"])
+        settings = program.config_init["federate"]
+        assert (settings["data"].seed, settings["federation"].seed, program.model.seed) == (data, federation, model)
+        saved = program.config["federate"]  # a seed that follows goes on following when this is loaded
+        assert saved["federation"].seed == (None if not own else federation)
+
+
+def test_an_interrupted_attack_leaves_its_best_so_far_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(TINY)
+    step = GradientInversion.training_step
+
+    def interrupted(self: GradientInversion, batch: int, batch_idx: int) -> None:
+        if batch_idx == 2:
+            signal.raise_signal(signal.SIGINT)
+        step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(GradientInversion, "training_step", interrupted)
+        run(TINY)
+    assert ended.value.code == 128 + signal.SIGINT
+    assert (results(1)["finished"], results(1)["steps"]) == (False, 3)
+    assert (Path("runs/inversion/version_1/panel.png")).exists()
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if "To go on: " in line]
+    go_on = shlex.split(command.partition("To go on: python ")[2])[1:]  # the program's name is that of the tests
+    assert run(go_on) == 0
+    assert (results(2)["finished"], results(2)["steps"]) == (True, 4)
+    assert results(2)["seconds"] > load_checkpoint(Path(go_on[-1]))["callbacks"]["Evaluation"]["seconds"] > 0
+    for path in Path("runs/inversion/version_0/images").iterdir():
+        assert (Path("runs/inversion/version_2/images") / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(KeyboardInterrupt):  # as before
+        signal.raise_signal(signal.SIGINT)
+
+    go_on[-1] = go_on[-1].replace("version_1", "version_2")
+    assert "is finished: all its 4 steps are done, and its results lie in" in refusal(1, shlex.join(go_on), capsys)
+    assert not Path("runs/inversion/version_3").exists()
+    assert run([*go_on, "--trainer.max_steps", "6"]) == 0
+    assert (results(3)["finished"], results(3)["steps"]) == (True, 6)
+
+
+def test_a_full_disk_leaves_the_best_so_far_and_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("Could not write 'last.ckpt': No space left on device. Free disk space.")
+
+    monkeypatch.setattr("attack_modules.evaluation.run_directory.save_checkpoint", full)
+    assert "No space left" in refusal(1, shlex.join([*TINY, "--model.checkpoint_every", "3"]), capsys)
+    assert (results(0)["finished"], results(0)["steps"]) == (False, 3)
+    assert len(list(Path("runs/inversion/version_0/images").iterdir())) == 1
+    with pytest.raises(KeyboardInterrupt):  # an interruption is what it was before the run
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_that_is_not_logged_keeps_to_a_folder_of_its_own() -> None:
+    for number in range(2):
+        main([*TINY, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false"])
+        assert results(number, "GradientInversion")["steps"] == 4
+    assert [path.name for path in Path().iterdir()] == ["runs"]
+    assert not list(Path("runs/GradientInversion").rglob("*.ckpt"))
+
+
+def test_a_prediction_writes_images_without_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["predict", *TINY[1:]])
+    assert "1 reconstructed images, without scores: runs/inversion/version_0/images" in capsys.readouterr().out
+    assert len(list(Path("runs/inversion/version_0/images").iterdir())) == 1
+    assert not Path("runs/inversion/version_0/results.json").exists()
 
 
 def test_all_enhancements_are_compared_or_left_out_with_a_reason(

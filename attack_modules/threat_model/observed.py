@@ -15,6 +15,7 @@ from fl_lightning.federation import Federation
 from fl_lightning.models import ImageClassifier, ImageShape
 from fl_lightning.observation import Observation, build_on_meta
 from fl_lightning.record import Record, RecordError, fingerprint
+from fl_lightning.storage import has_record
 from fl_lightning.truth import Truth
 
 RECORDS = Path("runs/federations")
@@ -87,7 +88,10 @@ class ObservedRounds(LightningDataModule):
         data: the clients' images.
         directory: the federation's record; None for `runs/federations/<fingerprint of the settings>`. A directory with
             Observations and without `settings.json` was written by another system: nothing is simulated then, and
-            `federation` and `data` have no effect.
+            `federation` and `data` have no effect. If a `truth/` lies in it, the attacker can be told of it.
+
+    Raises:
+        SettingError: a round to be observed does not reach the attacker.
     """
 
     def __init__(
@@ -99,10 +103,12 @@ class ObservedRounds(LightningDataModule):
         self.foreign = directory is not None and Record(directory).foreign
         self._source: tuple[Federation, FederatedData] | None = None
         self._dataset: str | None = None
+        self._wanted: list[int] | None = None  # None for all that are there
         if not self.foreign:
             data.setup()
             self._source = federation, data
             settings = federation.settings(data)
+            self._wanted = settings["observed_rounds"]
             self._dataset = None if settings["data"]["csv"] else settings["data"]["class"]
             directory = directory or RECORDS / fingerprint(settings)
         self.record = Record(directory)
@@ -114,7 +120,7 @@ class ObservedRounds(LightningDataModule):
                 self.setup()
             return RoundsSummary.of(self.rounds, self._dataset)
         federation, data = self._source
-        truths = [federation.truth(round_, data) for round_ in federation.observed_rounds]
+        truths = [federation.truth(round_, data) for round_ in federation.rounds_to_observe(data)]
         assumptions = [self.knowledge.assumptions(truth) for truth in truths]
         return RoundsSummary.of_model(federation.settings(data)["model"], assumptions, self._dataset)
 
@@ -124,12 +130,18 @@ class ObservedRounds(LightningDataModule):
             federation, data = self._source
             print(federation.introduction(data), flush=True)
             federation.run(data, self.record.directory)
+        elif self.foreign:
+            print(
+                f"'{self.record.directory}' has no settings.json: its rounds are taken as observed in another system, "
+                "and `federation` and `data` have no effect.",
+                flush=True,
+            )
 
     def setup(self, stage: str | None = None) -> None:
         """Load the observed rounds, with what this run's attacker assumes of them.
 
         Raises:
-            RecordError: there is none.
+            RecordError: one is missing.
             KnowledgeError: something is to be known, but there is no truth.
             StorageError: a file is damaged or foreign.
         """
@@ -137,15 +149,20 @@ class ObservedRounds(LightningDataModule):
         record = self.record
         if self.rounds:
             return
-        if not record.observed_rounds:
-            raise RecordError(f"'{record.directory}' holds no Observation. Run `python cli.py federate` into it first.")
+        wanted = record.observed_rounds if self._wanted is None else self._wanted
+        if missing := sorted(set(wanted) - set(record.observed_rounds)):
+            raise RecordError(
+                f"'{record.directory}' lacks observed round {', '.join(map(str, missing))}. Run `python cli.py "
+                "federate` with the same settings, which simulates what is missing, or call `prepare_data` first."
+            )
         self.rounds = [
             ObservedRound(Observation.load(record.observation(round_)), self.knowledge.assumptions(self._truth(round_)))
-            for round_ in record.observed_rounds
+            for round_ in wanted
         ]
 
     def _truth(self, round_: int) -> Truth | None:
-        return None if self.foreign else Truth.load(self.record.truth(round_))
+        stem = self.record.truth(round_)
+        return None if self.foreign and not has_record(stem) else Truth.load(stem)
 
     def train_dataloader(self) -> Iterable[int]:
         """One item for each step of the attack, in every process: Lightning would divide a DataLoader's."""

@@ -105,5 +105,6 @@ def test_offline_it_says_where_to_put_the_file(tmp_path: Path) -> None:
     by_hand = rf"download http://127.0.0.1:9/weights.pt by hand and save it as '{path}'"
     with pytest.raises(DownloadError, match=rf"could not be downloaded: .*Connection refused.*{by_hand}"):
         released.at(path, download=True)
+    assert not list(tmp_path.iterdir())  # nothing that could be resumed
     with pytest.raises(DownloadError, match=rf"Set `download: true` to fetch it, or {by_hand}"):
         released.at(path, download=False)

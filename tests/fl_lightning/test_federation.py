@@ -2,7 +2,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ from PIL import Image
 from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import FederatedData, ImageFolder, Photographs
+from fl_lightning.engines import InProcess
+from fl_lightning.errors import SettingError
 from fl_lightning.federation import Federation
 from fl_lightning.models import ImageClassifier
 from fl_lightning.observation import Observation
@@ -49,7 +51,7 @@ def _run(directory: Path) -> None:
     data = Photographs(num_clients=4, images_per_client=2, image_size=16)
     data.setup()
     training = LocalTraining(lr=0.1, local_epochs=2, batch_size=1)
-    federation = Federation(client=training, rounds=4, clients_per_round=2, observed_rounds=[1, 3])
+    federation = Federation(client=training, rounds=4, clients_per_round=2, broadcast="all", observed_rounds=[1, 3])
     federation.run(data, directory)
 
 
@@ -70,7 +72,9 @@ module.save_checkpoint = save_and_die
 data = Photographs(num_clients=4, images_per_client=2, image_size=16)
 data.setup()
 training = LocalTraining(lr=0.1, local_epochs=2, batch_size=1)
-federation = module.Federation(client=training, rounds=4, clients_per_round=2, observed_rounds=[1, 3])
+federation = module.Federation(
+    client=training, rounds=4, clients_per_round=2, broadcast="all", observed_rounds=[1, 3]
+)
 federation.run(data, Path(sys.argv[1]))
 """
 
@@ -97,6 +101,73 @@ def test_rounds_sample_clients_and_truth_names_them(tmp_path: Path) -> None:
     for truth, seen in zip(truths, observed, strict=True):
         assert seen.own_weight == (0.0 if len(truth.client_sizes) == 2 else 0.5)
         assert bool(seen.own_update) == bool(seen.own_weight)
+
+
+def test_what_is_missing_of_a_finished_record_comes_back(
+    tmp_path: Path,
+    noise_images: type[FederatedData],
+    linear_classifier: type[ImageClassifier],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = noise_images(num_clients=2, images_per_client=1, image_size=16)
+    federation = Federation(model=linear_classifier, rounds=2, observed_rounds=[0, 1])
+    federation.run(data, tmp_path)
+    files = {path: path.read_bytes() for folder in ("observed", "truth") for path in (tmp_path / folder).iterdir()}
+    assert len(files) == 8
+    for lost in ("observed/round_0000.*", "observed/round_0001.safetensors", "truth/*"):
+        for path in tmp_path.glob(lost):
+            path.unlink()
+        federation.run(data, tmp_path)
+        assert {path: path.read_bytes() for path in files} == files
+    monkeypatch.setattr(Record, "locked", lambda self: pytest.fail("it locks, but the folder may be read-only"))
+    federation.run(data, tmp_path)
+
+
+def test_an_interrupted_federation_says_how_to_go_on(
+    tmp_path: Path, noise_images: type[FederatedData], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(InProcess):
+        def train(self, *arguments: object) -> Iterator:
+            if Record(tmp_path).checkpoint.exists():
+                raise SystemExit(1)  # as a client's Trainer after Ctrl-C
+            return super().train(*arguments)
+
+    data = noise_images(num_clients=2, images_per_client=1, image_size=16)
+    with pytest.raises(KeyboardInterrupt):
+        Federation(rounds=2, engine=Interrupted()).run(data, tmp_path)
+    assert "Finished rounds are kept, and the same command goes on after them." in capsys.readouterr().out
+    Federation(rounds=2).run(data, tmp_path)
+    printed = capsys.readouterr().out
+    assert "After round 1: train loss" in printed
+    assert "After round 0" not in printed
+
+
+def test_only_rounds_that_reach_the_attacker_are_observed(noise_images: type[FederatedData]) -> None:
+    data = noise_images(num_clients=5, images_per_client=2, image_size=16)
+
+    def rounds(observed: list[int] | None, **settings: object) -> list[int]:
+        federation = Federation(**{"rounds": 8, "clients_per_round": 2, **settings}, observed_rounds=observed)
+        return federation.settings(data)["observed_rounds"]
+
+    data.setup()
+    reached = [r for r in range(8) if data.attacker in Federation(rounds=8, clients_per_round=2)._sample(r, data)]
+    assert 0 < len(reached) < 8
+    assert reached[-1] != 7
+    assert rounds(None) == reached[-1:]
+    assert rounds(reached) == reached
+    assert rounds(None, broadcast="all") == rounds(None, clients_per_round=None) == [7]
+    assert rounds([6, 7], broadcast="all") == [6, 7]
+    with pytest.raises(SettingError, match=rf"take part in round 7 of.*observe round {reached[0]}, .*broadcast: all`"):
+        rounds([reached[0], 7])
+    with pytest.raises(SettingError, match=r"take part in any round with peers.*To change that, raise"):
+        rounds(None, clients_per_round=1)
+
+
+def test_an_attacker_without_images_is_sampled_like_the_others(observe: Observe) -> None:
+    federation = Federation(client=STEEP, rounds=2, clients_per_round=2)
+    seen = observe(federation, num_clients=3, attacker_images=0).observation
+    assert (seen.own_weight, seen.own_update) == (0.0, {})
+    assert any(not torch.equal(seen.before[name], seen.after[name]) for name in seen.after)
 
 
 def test_another_federation_in_the_same_directory_is_refused(tmp_path: Path, noise_images: type[FederatedData]) -> None:
@@ -181,6 +252,7 @@ def test_local_training_needs_numbers(bad: dict) -> None:
         ({"rounds": 0}, "rounds >= 1"),
         ({"server_lr": 0.0}, "server_lr > 0"),
         ({"rounds": 2, "observed_rounds": [2]}, "rounds go from 0 to 1"),
+        ({"observed_rounds": []}, r"is \[\], but rounds go from 0 to 0.*null for the last"),
     ],
 )
 def test_impossible_federations_are_refused(arguments: dict, sentence: str) -> None:
@@ -189,5 +261,5 @@ def test_impossible_federations_are_refused(arguments: dict, sentence: str) -> N
 
 
 def test_more_clients_a_round_than_there_are(observe: Observe) -> None:
-    with pytest.raises(ValueError, match="only 3 clients hold images"):
+    with pytest.raises(ValueError, match="only 3 clients can take part"):
         observe(Federation(clients_per_round=4))

@@ -1,5 +1,9 @@
+import dataclasses
 import errno
 import json
+import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation
 from fl_lightning.models import LeNet5
 from fl_lightning.observation import Observation, describe_model
-from fl_lightning.storage import StorageError, write_json, write_text
+from fl_lightning.storage import StorageError, has_record, locked, write_json, write_text
 
 Observe = Callable[..., ObservedRound]
 
@@ -42,12 +46,19 @@ def test_truncated_tensors_are_refused(stem: Path) -> None:
         Observation.load(stem)
 
 
-def test_foreign_and_missing_files_are_refused(stem: Path, tmp_path: Path) -> None:
+def test_foreign_and_missing_files_are_refused(stem: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil.py").write_text("raise AssertionError('the file of an Observation chose what code is run')")
+    monkeypatch.syspath_prepend(tmp_path)
     facts = json.loads(stem.with_suffix(".json").read_text())
     for damage, sentence in [
         ({"version": 99}, "format version 99"),
         ({"model": {"class_path": "os.system", "init_args": {}}}, "not an `ImageClassifier`"),
-        ({"model": {"class_path": "no_such_package.Model", "init_args": {}}}, "cannot be imported"),
+        (
+            {"model": {"class_path": "evil.Model", "init_args": {}}},
+            "no module 'evil' is loaded.*--federation.model evil.M",
+        ),
+        ({"model": {"class_path": "evil", "init_args": {}}}, "no module '' is loaded"),
+        ({"model": {**facts["model"], "init_args": {"colour": 1}}}, "LeNet5 cannot be built"),
         ({"model": describe_model(LeNet5(11, (3, 16, 16)))}, "do not fit LeNet5"),
         ({"model": "LeNet5"}, "not an Observation"),
     ]:
@@ -73,6 +84,40 @@ def test_full_disk_leaves_the_old_file_and_says_what_to_do(stem: Path, monkeypat
         observation.save(stem)
     assert stem.with_suffix(".safetensors").read_bytes() == old
     assert not list(stem.parent.glob(".*.tmp"))
+
+
+def test_readers_never_find_half_a_pair(stem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    observation, replace = Observation.load(stem), os.replace
+    seen = []
+
+    def look_and_replace(source: Path, target: Path) -> None:
+        seen.append(has_record(stem))
+        replace(source, target)
+        if has_record(stem):
+            Observation.load(stem)
+
+    monkeypatch.setattr(storage.os, "replace", look_and_replace)
+    dataclasses.replace(observation, round=5).save(stem)
+    assert seen == [False, False]
+    assert Observation.load(stem).round == 5
+
+
+def test_a_lock_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inside = threading.Event()
+
+    def enter() -> None:
+        with locked(tmp_path / "lock", "waiting"):
+            inside.set()
+
+    second = threading.Thread(target=enter)
+    with locked(tmp_path / "lock", "not waiting"):
+        second.start()
+        while "waiting" not in capsys.readouterr().out:
+            time.sleep(0.01)
+        assert not inside.is_set()
+    second.join(timeout=60)
+    assert inside.is_set()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -62,11 +62,12 @@ class SemanticEnhancer(LightningModule, Enhancer):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if not positive(lr, timesteps, steps, starts, patience, chunk_size) or not 0 <= margin < 1:
+        counts = timesteps, steps, starts, patience, chunk_size, checkpoint_every
+        if not positive(lr, *counts) or not 0 <= margin < 1:
             raise SettingError(
-                "`SemanticEnhancer` needs lr > 0, timesteps, steps, starts, patience and chunk_size >= 1, and margin "
-                f"in [0, 1), but got lr={lr}, timesteps={timesteps}, steps={steps}, starts={starts}, "
-                f"patience={patience}, chunk_size={chunk_size}, margin={margin}."
+                "`SemanticEnhancer` needs lr > 0, timesteps, steps, starts, patience, chunk_size and checkpoint_every "
+                f">= 1, and margin in [0, 1), but got lr={lr}, timesteps={timesteps}, steps={steps}, starts={starts}, "
+                f"patience={patience}, chunk_size={chunk_size}, checkpoint_every={checkpoint_every}, margin={margin}."
             )
         model = model or TrainedConditional()
         explicit_timesteps(timesteps, len(model.alphas))  # refuse more than the model has now
