@@ -9,8 +9,8 @@ from fl_lightning.errors import SettingError
 def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
     """Average the clients' updates and buffers, each weighted by the client's number of examples.
 
-    The mean is computed incrementally, so that at most two clients' updates need to be in memory. Integer buffers
-    (BatchNorm's batch counters) are taken from the first client.
+    A client without examples has no weight. The mean is computed incrementally, so that at most two clients' updates
+    need to be in memory. Integer buffers (BatchNorm's batch counters) are taken from the first client.
 
     Args:
         clients: results of the round's clients, in any order.
@@ -25,6 +25,8 @@ def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
     buffers: Tensors = {}
     total = 0
     for client in clients:
+        if not client.num_examples:
+            continue
         total += client.num_examples
         for mean, terms in ((update, client.update), (buffers, client.buffers)):
             for name, term in terms.items():

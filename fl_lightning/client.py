@@ -54,6 +54,9 @@ class ClientModule(LightningModule):
     Args:
         model: the client's own copy of the global model.
         training: the settings of its optimiser.
+
+    Raises:
+        SettingError: while training, a batch is too small for the model.
     """
 
     def __init__(self, model: ImageClassifier, training: LocalTraining) -> None:
@@ -63,7 +66,15 @@ class ClientModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(self.model(images), labels)
+        try:
+            logits = self.model(images)
+        except ValueError as error:  # BatchNorm, whose statistics need more than one value
+            raise SettingError(
+                f"{type(self.model).__name__} cannot train on a batch of {len(images)} image(s) of shape "
+                f"{tuple(images.shape[1:])} ({error}). Give the clients more images (`data.images_per_client`), larger "
+                "ones (`data.image_size`), or another model."
+            ) from error
+        return F.cross_entropy(logits, labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = self.training_settings

@@ -21,6 +21,7 @@ from attack_modules.threat_model.requirements import (
     NoBatchNorm,
     NoRandomLayers,
     Requirement,
+    SeparableModel,
     check,
 )
 from fl_lightning.client import Tensors, buffers, parameters
@@ -58,8 +59,8 @@ class SimulatedPeers:
         offset: (D,) added to the features of every image; None for nothing.
 
     Raises:
-        RequirementError: the model has random layers, client sizes are needed and unknown, or the work cannot be
-            divided into chunks or among the processes.
+        RequirementError: the model is not `head(features)` or has random layers, client sizes are needed and unknown,
+            or the work cannot be divided into chunks or among the processes.
     """
 
     def __init__(
@@ -81,14 +82,17 @@ class SimulatedPeers:
         self.client_sizes = None if merged else self.assumptions.client_sizes
         self.chunk_size = chunk_size
         trained = self.model if frozen is None else nn.ModuleDict({"head": self.model.head})
-        self.parameters = parameters(trained)
-        self.linear_weights = {f"head.{i}.weight" for i, m in enumerate(self.model.head) if isinstance(m, nn.Linear)}
+        frozen_layers = {name for name, tensor in trained.named_parameters() if not tensor.requires_grad}
+        self.parameters = {name: t for name, t in parameters(trained).items() if name not in frozen_layers}
+        linear = {f"head.{i}.weight" for i, layer in enumerate(self.model.head) if type(layer) is nn.Linear}
+        self.linear_weights = linear & self.parameters.keys()
 
     @staticmethod
     def requirements(merged: bool, chunk_size: int | None = None, processes: int = 1) -> list[Requirement]:
         """What a simulation requires of the observed rounds, given the constructor's arguments."""
         divided = chunk_size is not None or (merged and processes > 1)
         return [
+            SeparableModel(),
             NoRandomLayers(),
             *([] if merged else [KnownClientSizes(processes), KnownLabelsByPeer()]),
             *([NoBatchNorm()] if divided else []),
@@ -220,17 +224,21 @@ class SimulatedPeers:
                 x = x.detach().requires_grad_()
             seen, outputs = {}, {}
             for index, layer in enumerate(self.model.head):
-                name = f"head.{index}.weight"
-                if name not in weights:
-                    x = layer(x)
+                prefix = f"head.{index}."
+                own = {n.removeprefix(prefix): weight for n, weight in weights.items() if n.startswith(prefix)}
+                name = f"{prefix}weight"
+                if name not in self.linear_weights:
+                    x = functional_call(layer, own, (x,))
                     continue
                 seen[name] = x if differentiable else x.detach()
-                outputs[name] = x = weights[name].linear(x)
+                outputs[name] = x = own["weight"].linear(x)
                 if layer.bias is not None:
-                    x = x + weights[f"head.{index}.bias"]
+                    x = x + own.get("bias", layer.bias)
             loss = F.cross_entropy(x, labels, reduction="sum") / batch_size
             sources = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)} | outputs
-            slopes = torch.autograd.grad(loss, sources.values(), create_graph=differentiable)
+            slopes = torch.autograd.grad(  # a parameter without influence has the gradient 0
+                loss, sources.values(), create_graph=differentiable, materialize_grads=True
+            )
         gradient = dict(zip(sources, slopes, strict=True))
         for name, inputs_seen in seen.items():
             gradient[name] = LowRank(self.parameters[name], 0.0, (gradient[name],), (inputs_seen,))

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from attack_modules.threat_model.observed import RoundsSummary
+from attack_modules.threat_model.trial import Trial, no_second_derivative
 from fl_lightning.errors import AuditError
 
 
@@ -52,17 +53,67 @@ class SingleRound(Requirement):
         return None
 
 
+class SeparableModel(Requirement):
+    """A model that is its head applied to its features, with all parameters in these two; tried on random images."""
+
+    name = "a model that is a head applied to features"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        if fault := Trial.of(rounds.model).split:
+            return (
+                f"{type(rounds.model).__name__} {fault}. Build it as `ImageClassifier` describes: `features`, then "
+                "`head`, and nothing beside them."
+            )
+        return None
+
+
+class TwiceDifferentiable(Requirement):
+    """A model whose parameters' gradient can be differentiated with respect to the images, tried on random ones."""
+
+    name = "a model with second derivatives"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        if fault := no_second_derivative(rounds.model):
+            return (
+                f"{type(rounds.model).__name__} has none ({fault}). Attack it by `--model FeatureInversion`, or set "
+                "`model.simulate: head`."
+            )
+        return None
+
+
 class LinearHead(Requirement):
-    """A head of one or two linear layers with a ReLU between; of one layer, a single round."""
+    """A head of one or two linear layers with a ReLU between, tried on random inputs."""
 
     name = "a head of one or two linear layers"
 
     def violation(self, rounds: RoundsSummary) -> str | None:
+        if fault := SeparableModel().violation(rounds):
+            return fault
         count = sum(isinstance(layer, nn.Linear) for layer in rounds.model.head)
         if count not in (1, 2):
             return (
                 f"{type(rounds.model).__name__} has {count}. Attack this model by gradient matching "
                 "(`GradientInversion`) instead."
+            )
+        if fault := Trial.of(rounds.model).head:
+            return (
+                f"{type(rounds.model).__name__} {fault}, and the closed form reads linear layers with a ReLU between. "
+                "Attack this model by gradient matching (`--model GradientInversion`) instead."
+            )
+        return None
+
+
+class LabelsOrLinearHead(Requirement):
+    """The images' labels, or a head of linear layers and ReLUs, whose update shows them."""
+
+    name = "told labels, or a head of linear layers and ReLUs that shows them"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        fault = Trial.of(rounds.model).head
+        if fault and any(assumptions.labels is None for assumptions in rounds.assumptions):
+            return (
+                f"labels are unknown, and {type(rounds.model).__name__} {fault}. Tell the attacker the labels or their "
+                "counts (`knowledge.labels: known`), or use another model."
             )
         return None
 
@@ -142,20 +193,16 @@ class KnownLabelsByPeer(Requirement):
 
 
 class NoRandomLayers(Requirement):
-    """A model that computes the same outputs every time."""
+    """A model that computes the same outputs every time it trains on the same images, tried on random images."""
 
     name = "a model without random layers"
 
     def violation(self, rounds: RoundsSummary) -> str | None:
-        random = [
-            name
-            for name, layer in rounds.model.named_modules()
-            if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p
-        ]
-        if random:
+        if random := Trial.of(rounds.model).random:
             return (
-                f"{type(rounds.model).__name__} drops units at random ({', '.join(random)}), which cannot be simulated "
-                "exactly. Train the federation without dropout (`federation.model.dropout: 0`)."
+                f"{type(rounds.model).__name__} is random while it trains: {random}. Which units a peer dropped is "
+                "unknown, so its training cannot be simulated. Train the federation without (torchvision's models: "
+                "`federation.model.dropout: 0`)."
             )
         return None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fl_lightning.data.images import ImageSet
 from fl_lightning.errors import SettingError
+from fl_lightning.memory import exceeds_memory
 from fl_lightning.models.classifier import ImageShape
 
 
@@ -33,14 +34,15 @@ class Catalogue:
             SettingError: the images do not fit into memory.
             UnreadableImage: an image cannot be read.
         """
+        images = f"{len(indices)} images of {'x'.join(map(str, image_shape))}"
+        needed = len(indices) * math.prod(image_shape)
+        lower = "Lower `data.image_size` or `data.images_per_client`."
+        if excess := exceeds_memory(needed):  # to allocate it may succeed all the same, until it is filled
+            raise SettingError(f"{images} need {excess}. {lower}")
         try:
             pixels = torch.empty((len(indices), *image_shape), dtype=torch.uint8)
         except RuntimeError as error:
-            raise SettingError(
-                f"{len(indices)} images of {'x'.join(map(str, image_shape))} need "
-                f"{len(indices) * math.prod(image_shape) / 1e9:.0f} GB, more memory than is free. "
-                "Lower `data.image_size` or `data.images_per_client`."
-            ) from error
+            raise SettingError(f"{images} need {needed / 1e9:.0f} GB, more memory than is free. {lower}") from error
         numbers = track(indices.tolist(), "Reading images", transient=True, disable=len(indices) <= 1000)
         for row, number in enumerate(numbers):
             pixels[row] = self.read(number)

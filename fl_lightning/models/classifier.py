@@ -1,7 +1,9 @@
 """Interface of the global models: a convolutional feature extractor followed by a head of linear layers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.core.mixins import HyperparametersMixin
@@ -49,6 +51,12 @@ class ImageClassifier(nn.Module, HyperparametersMixin):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.embed(images))
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load parameters and buffers; those without a version, as they come over the wire, are of today's version."""
+        state = OrderedDict(state_dict)
+        state._metadata = getattr(state_dict, "_metadata", self.state_dict()._metadata)  # MNASNet refuses to do without
+        return super().load_state_dict(state, strict, assign)
+
     def embed(self, images: Tensor) -> Tensor:
         """Compute the features: (N, C, H, W) images in [0, 1] -> (N, D) inputs of the head."""
         return self.features(self.normalise(images)).flatten(1)
@@ -71,6 +79,8 @@ def feature_width(features: nn.Module, image_shape: ImageShape) -> int:
     """
     try:
         return features(torch.zeros(1, *image_shape)).shape[1]
+    except NotImplementedError:  # the model looks at values, which the meta device has not
+        raise
     except RuntimeError as error:
         raise SettingError(
             f"Images of shape {tuple(image_shape)} do not fit this model ({error}). "

@@ -1,21 +1,27 @@
 """torchvision's classifiers as global models."""
 
-import copy
+import difflib
 from collections.abc import Sequence
 
 import torch
 import torchvision
 from torch import nn
+from torch.func import functional_call
+from torchvision.ops import StochasticDepth
 
 from fl_lightning.errors import SettingError
 from fl_lightning.models.classifier import ImageClassifier, ImageShape
+
+AUXILIARY = ("googlenet", "inception_v3")
+"""Models that return the logits of auxiliary classifiers beside their own, unless told otherwise."""
 
 
 class TorchvisionClassifier(ImageClassifier):
     """A classifier from `torchvision.models` without pretrained weights; its last linear layer is the head.
 
     BatchNorm is in train mode during local training; `federation.share_buffers` sets whether its running statistics
-    are aggregated with the model.
+    are aggregated with the model. Stochastic depth (EfficientNet, ConvNeXt, Swin, MaxViT) is off and auxiliary
+    classifiers (GoogLeNet, Inception) are left out, because the attack can simulate neither.
 
     Args:
         num_classes: number of logits.
@@ -44,11 +50,13 @@ class TorchvisionClassifier(ImageClassifier):
         self.save_hyperparameters()
         classifiers = torchvision.models.list_models(module=torchvision.models)
         if name not in classifiers:
+            near = difflib.get_close_matches(name.lower(), classifiers) or ["resnet18", "vgg11", "mobilenet_v3_small"]
             raise SettingError(
-                f"torchvision has no classifier named '{name}'. `federation.model.name` is one of "
-                f"{', '.join(classifiers)}."
+                f"torchvision has no classifier named '{name}'. Set `federation.model.name` to one, for example "
+                f"{', '.join(near)}; `torchvision.models.list_models()` lists them all."
             )
-        self.features = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+        extra = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
+        self.features = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
         layer_name, layer = [pair for pair in self.features.named_modules() if not list(pair[1].children())][-1]
         if not isinstance(layer, nn.Linear):
             raise SettingError(
@@ -60,13 +68,17 @@ class TorchvisionClassifier(ImageClassifier):
         for module in self.features.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
+            if isinstance(module, StochasticDepth):
+                module.p = 0.0
         self._refuse_unfit(image_shape)
 
     @torch.no_grad()
     def _refuse_unfit(self, image_shape: ImageShape) -> None:
-        trial = copy.deepcopy(self)  # the trial would change BatchNorm's running statistics
+        statistics = {name: buffer.clone() for name, buffer in self.named_buffers()}  # BatchNorm changes these
         try:
-            logits = trial(torch.zeros(2, *image_shape))
+            logits = functional_call(self, statistics, (torch.zeros(2, *image_shape),))
+        except NotImplementedError:  # the model looks at values, which the meta device has not
+            raise
         except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
             raise SettingError(
                 f"Images of shape {tuple(image_shape)} do not fit torchvision's '{self.hparams['name']}' in train mode "

@@ -26,6 +26,15 @@ def test_integer_buffers_are_not_averaged() -> None:
     assert aggregate(clients).buffers["num_batches_tracked"].item() == 3
 
 
-def test_nobody_to_aggregate_is_refused() -> None:
+EMPTY = ClientUpdate({"w": torch.tensor([9.0])}, {}, 0)
+
+
+@pytest.mark.parametrize("clients", [[], [EMPTY, EMPTY]])
+def test_nobody_to_aggregate_is_refused(clients: list[ClientUpdate]) -> None:
     with pytest.raises(ValueError, match="No client with images"):
-        aggregate([])
+        aggregate(clients)
+
+
+def test_a_client_without_images_has_no_weight() -> None:
+    one = ClientUpdate({"w": torch.tensor([1.0])}, {}, 2)
+    assert aggregate([EMPTY, one, EMPTY]).update["w"].item() == 1.0

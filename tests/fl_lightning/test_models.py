@@ -55,6 +55,7 @@ def test_description_rebuilds_the_same_function() -> None:
     ("name", "image_shape", "sentence"),
     [
         ("resnet19", (3, 64, 64), "no classifier named 'resnet19'.*resnet18"),
+        ("no such model", (3, 64, 64), "^torchvision has no classifier .{1,200}$"),
         ("squeezenet1_0", (3, 64, 64), "not in a linear layer"),
         ("resnet18", (1, 64, 64), "do not fit torchvision's 'resnet18'.*Give 3 channels"),
     ],

@@ -60,6 +60,18 @@ def test_simulated_peers_give_what_real_clients_gave(
     assert relative_error(dense(simulated), observation.peers_update()) < 2e-3
 
 
+def test_any_head_and_frozen_or_unused_parameters_are_simulated(
+    observe: Observe, noise_images: type, relative_error: Callable
+) -> None:
+    training = LocalTraining(lr=0.1, local_epochs=3, momentum=0.5)
+    observation = observe(Federation(model=AnyHead, client=training))
+    images, labels = truth_of(observation, observe, noise_images)
+    simulated = dense(SimulatedPeers(observation, merged=False, device=CPU).mean_update(images, labels))
+    seen = observation.peers_update()
+    assert seen.keys() - simulated.keys() == {"features.0.weight", "features.0.bias"}
+    assert relative_error(simulated, {name: seen[name] for name in simulated}) < 2e-3
+
+
 def test_batch_norm_in_train_mode_is_simulated(
     observe: Observe, noise_images: type, relative_error: Callable, batch_norm_classifier: ClassifierFactory
 ) -> None:
@@ -106,6 +118,21 @@ class LinearInside(ImageClassifier):
         self.save_hyperparameters()
         self.features = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 12), nn.Tanh())
         self.head = nn.Sequential(nn.Linear(12, num_classes))
+
+
+class AnyHead(ImageClassifier):
+    """A head of other layers with parameters, one of them nested; a frozen convolution, and an unused parameter."""
+
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__((0.5,), (0.25,))
+        self.save_hyperparameters()
+        frozen = nn.Conv2d(3, 4, 4, 4).requires_grad_(False)
+        self.features = nn.Sequential(frozen, nn.Flatten())
+        self.features.register_parameter("unused", nn.Parameter(torch.ones(3)))
+        self.head = nn.Sequential(
+            nn.LayerNorm(64), nn.Linear(64, 12), nn.PReLU(), nn.Sequential(nn.Linear(12, 12), nn.Sigmoid()),
+            nn.Linear(12, num_classes),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -213,7 +240,7 @@ def test_dropout_and_unknown_client_sizes_are_refused(observe: Observe) -> None:
         return TorchvisionClassifier(num_classes, image_shape, name="mobilenet_v3_small", dropout=0.2)
 
     seen = observe(Federation(model=with_dropout, client=LocalTraining(local_epochs=1)), image_size=32)
-    with pytest.raises(RequirementError, match=r"without random layers.*drops units at random.*dropout: 0"):
+    with pytest.raises(RequirementError, match=r"without random layers.*is random while it trains.*dropout: 0"):
         SimulatedPeers(seen, True, CPU)
     blind = observe(Federation(), Knowledge(num_clients="inferred"))
     with pytest.raises(RequirementError, match=r"the number of peers.*Give `knowledge.num_clients`"):

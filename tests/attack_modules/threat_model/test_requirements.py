@@ -88,7 +88,7 @@ def test_random_layers_and_deep_heads(observe: Observe) -> None:
 
     training = LocalTraining(local_epochs=1)
     random = RoundsSummary.of([observe(Federation(model=with_dropout, client=training), image_size=32)])
-    refused(NoRandomLayers(), random, "drops units at random")
+    refused(NoRandomLayers(), random, r"is random while it trains: features.classifier.2 \(Dropout\)")
     random.model.head.append(random.model.head[0])
     random.model.head.append(random.model.head[0])
     refused(LinearHead(), random, "has 3. Attack this model by gradient matching")

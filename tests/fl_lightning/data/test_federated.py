@@ -223,7 +223,7 @@ def test_printed_config_names_the_default_partition(capsys: pytest.CaptureFixtur
 
 def test_what_does_not_fit_into_memory_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"1000000000 images of 3x4096x4096 need 50331648 GB, .* Lower `data.image_size`"
+        ValueError, match=r"1000000000 images of 3x4096x4096 need 50331648.0 GB of memory, .* Lower `data.image_size`"
     ):
         Numbers().catalogue().read_all(torch.zeros(1, dtype=torch.long).expand(10**9), (3, 4096, 4096))
 

@@ -1,0 +1,179 @@
+"""What a model does on random images, where its modules' names do not tell: checked before an attack relies on it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fl_lightning.errors import AuditError, SettingError
+from fl_lightning.models import ImageClassifier
+
+PROBES = 2
+"""Random images; BatchNorm needs two."""
+TOLERANCE = 1e-4
+"""Relative to the largest output: float32 sums in another order differ less, another activation differs more."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was found, each as a clause that goes on after the model's name; None where nothing is wrong.
+
+    Attributes:
+        split: why the logits are not `head(features(normalise(images)).flatten(1))`.
+        head: why the head is not a chain of linear layers and ReLUs.
+        random: the modules that draw random numbers in train mode, with their types, or how it showed otherwise.
+    """
+
+    split: str | None
+    head: str | None
+    random: str | None
+
+    @staticmethod
+    def of(model: ImageClassifier) -> "Trial":
+        """Of a model's class and arguments, with new weights; tried once. `model` itself may be on the meta device.
+
+        Raises:
+            SettingError: the model fails on random images.
+        """
+        return _tried(type(model), json.dumps(dict(model.hparams), sort_keys=True))
+
+
+def no_second_derivative(model: ImageClassifier) -> str | None:
+    """Why the gradient of a model's parameters cannot be differentiated with respect to images; tried once.
+
+    Args:
+        model: its class and arguments are tried with new weights; it may be on the meta device itself.
+    """
+    return _without_second_derivative(type(model), json.dumps(dict(model.hparams), sort_keys=True))
+
+
+@lru_cache(maxsize=32)
+def _without_second_derivative(model_class: type[ImageClassifier], arguments: str) -> str | None:
+    with isolate_rng():
+        torch.manual_seed(0)
+        model = model_class(**json.loads(arguments))
+        images = torch.rand(PROBES, *model.hparams["image_shape"], requires_grad=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            loss = F.cross_entropy(model(images), torch.zeros(PROBES, dtype=torch.long))
+            gradient = torch.autograd.grad(loss, trained, create_graph=True, materialize_grads=True)
+            sum(part.square().sum() for part in gradient).backward(inputs=[images])
+        except RuntimeError as error:  # an operation without second derivative, or one that cuts the graph
+            return " ".join(str(error).split())[:150]
+    return None
+
+
+@lru_cache(maxsize=32)
+def _tried(model_class: type[ImageClassifier], arguments: str) -> Trial:
+    with isolate_rng():
+        torch.manual_seed(0)
+        model = model_class(**json.loads(arguments))
+        images = torch.rand(PROBES, *model.hparams["image_shape"])
+        try:
+            split = split_fault(model, images)
+            return Trial(split, None if split else head_fault(model, images), random_modules(model, images))
+        except AuditError:
+            raise
+        except Exception as error:  # of a user's model
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise SettingError(
+                f"{model_class.__name__} fails on {PROBES} random images of shape {tuple(images.shape[1:])} "
+                f"({reason}). Correct its `forward`, `embed` or `head`."
+            ) from error
+
+
+@torch.no_grad()
+def split_fault(model: ImageClassifier, images: Tensor) -> str | None:
+    """Why a model is not its head applied to its features, which the simulation computes one after the other."""
+    if not isinstance(model.head, nn.Sequential):
+        return f"has a head of type {type(model.head).__name__} where an nn.Sequential is needed"
+    elsewhere = [n for n, _ in model.named_parameters() if not n.startswith(("features.", "head."))]
+    if elsewhere:
+        return f"has parameters outside `features` and `head` ({_listed(elsewhere)})"
+    model.eval()
+    features, logits = model.embed(images), model(images)
+    if features.ndim != 2:
+        return f"has features of shape {tuple(features.shape)} where (N, D) is needed"
+    if not _same(model.head(features), logits):
+        return "computes other logits in `forward` than `head(embed(images))`"
+    if type(model).embed is ImageClassifier.embed:
+        return None
+    if not _same(model.features(model.normalise(images)).flatten(1), features):
+        return "computes other features in `embed` than `features(normalise(images)).flatten(1)`"
+    return None
+
+
+@torch.no_grad()
+def head_fault(model: ImageClassifier, images: Tensor) -> str | None:
+    """Why a head is not linear layers with ReLUs between: a module that is neither, or other outputs."""
+    layers = list(model.head.named_children())
+    for name, layer in layers:
+        if not isinstance(layer, nn.Linear | nn.ReLU | nn.Dropout | nn.Flatten | nn.Identity):
+            return f"has a {type(layer).__name__} in its head (head.{name})"
+    if not (layers and isinstance(model.head[0], nn.Linear) and isinstance(model.head[-1], nn.Linear)):
+        return "has a head that does not begin and end in a linear layer"
+    model.eval()
+    features = model.embed(images)
+    linear = [layer for layer in model.head if isinstance(layer, nn.Linear)]
+    for inputs in (features, torch.randn_like(features)):  # features may all be 0
+        x = inputs
+        for layer in linear:
+            x = F.linear(x, layer.weight, layer.bias)
+            x = x if layer is linear[-1] else x.relu()
+        if not _same(model.head(inputs), x):
+            return "has a head that computes something else than its linear layers with a ReLU between each two"
+    return None
+
+
+@torch.no_grad()
+def random_modules(model: ImageClassifier, images: Tensor) -> str | None:
+    """The innermost modules that draw random numbers in train mode, or how a second pass differs."""
+    model.train()
+    with _drawing(model) as names:
+        first, second = model(images), model(images)
+    innermost = sorted(n for n in names if not any(m != n and m.startswith(f"{n}." if n else "") for m in names))
+    if innermost:
+        types = {name: type(model.get_submodule(name)).__name__ for name in innermost}
+        return _listed([f"{name} ({types[name]})" if name else f"{types[name]}.forward" for name in innermost])
+    return None if _same(first, second) else "two passes of the same images in train mode differ"
+
+
+@contextmanager
+def _drawing(model: nn.Module) -> Iterator[set[str]]:
+    """Collect the names of the modules during whose forward pass torch's random state changes."""
+    names: set[str] = set()
+    before: list[Tensor] = []
+
+    def enter(*_: object) -> None:
+        before.append(torch.get_rng_state())
+
+    def leave(name: str) -> None:
+        if not torch.equal(before.pop(), torch.get_rng_state()):
+            names.add(name)
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(lambda *_, name=name: leave(name)))
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    scale = expected.abs().max().item()
+    return torch.allclose(found, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,31 @@
+"""How much main memory a process can still get."""
+
+import os
+import re
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that can still be had, never too few; None where the system does not tell (Windows).
+
+    On Linux what is available, with swap, and no more than a container is allowed; on macOS all of the machine's.
+    """
+    if MEMINFO.exists():
+        kilobytes = dict(re.findall(r"(\w+):\s+(\d+) kB", MEMINFO.read_text()))
+        limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
+        free = 1024 * (int(kilobytes["MemAvailable"]) + int(kilobytes["SwapFree"]))
+        return free if limit == "max" else min(free, int(limit))
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def exceeds_memory(needed: int) -> str | None:
+    """The clause "N GB of memory, and M GB are free" where that is so; None where it fits, or nothing is known."""
+    free = available_memory()
+    if free is None or needed <= free:
+        return None
+    return f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
