@@ -1,22 +1,34 @@
 """The contract of all attacks: observed rounds in, a reconstruction out."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.simulation.distributed import Ranks
 from attack_modules.threat_model.observed import ObservedRound, RoundsSummary
-from attack_modules.threat_model.requirements import Requirement, check
+from attack_modules.threat_model.plausibility import doubts, refuse_impossible
+from attack_modules.threat_model.requirements import Requirement, RequirementError, check
 from fl_lightning.client import Tensors
-from fl_lightning.errors import AuditError
+from fl_lightning.errors import AuditError, SettingError
+from fl_lightning.memory import exceeds_memory
+from fl_lightning.record import describe, differences, summary
+from fl_lightning.storage import load_checkpoint
+
+OF_NO_EFFECT = ("checkpoint_every", "chunk_size")
+"""Settings that change no result, and may differ between a checkpoint and the run that it is loaded into."""
 
 
 class Reconstruction(NamedTuple):
@@ -28,6 +40,9 @@ class Reconstruction(NamedTuple):
     """(N,) long, told or inferred."""
     latent_downscale: int = 1
     """The images were reconstructed this much smaller and upsampled (bicubic); 1 if at full resolution."""
+    latent: Tensor | None = None
+    """(N, C, H / latent_downscale, W / latent_downscale), what the images were upsampled from, not clamped; None if the
+    images were reconstructed at full resolution."""
     num_classes: int | None = None
     """Number of classes of the attacked model, None if unknown."""
     consistency_error: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -44,10 +59,76 @@ class Reconstruction(NamedTuple):
         return self._replace(
             images=self.images[indices],
             labels=self.labels[indices],
+            latent=None if self.latent is None else self.latent[indices],
             peers=None if self.peers is None else self.peers[indices],
             consistency_error=error and (lambda images, i: error(images, indices.to(i.device)[i])),
             indices=indices if self.indices is None else self.indices[indices],
         )
+
+
+class Level(str, Enum):
+    """How far to trust a reconstructed image: whether it shows the peer's image at 20 dB PSNR or better.
+
+    How often it does was measured over runs that work and that fail: notebooks/results.md.
+    """
+
+    CERTAIN = "certain"
+    LIKELY = "likely"
+    UNRELIABLE = "unreliable"
+    NOT_READ = "not read"
+
+    def limited(self, most: "Level") -> "Level":
+        """This level, but no better than `most`."""
+        return max(self, most, key=list(Level).index)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far to trust a result, from what an attacker can see: no original is needed.
+
+    Attributes:
+        levels: of each reconstructed image.
+        missing: images that the update shows but that were not reconstructed.
+        reasons: why images are less than certain, each a clause.
+        advice: what to try, each a sentence.
+        expected_psnr: of each image in dB, where it was measured on control images; None otherwise.
+    """
+
+    levels: list[Level]
+    missing: int = 0
+    reasons: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    expected_psnr: list[float] | None = None
+
+    @property
+    def level(self) -> Level:
+        """Of the whole: the level that more than half of the images reach, missing ones included."""
+        every = sorted([*self.levels, *[Level.NOT_READ] * self.missing], key=list(Level).index)
+        return every[len(every) // 2]
+
+    def sentence(self, originals: int | None = None) -> str:
+        """The verdict, its reasons and what to try, in a few lines.
+
+        Args:
+            originals: number of images that the peers trained on, where the truth is at hand.
+        """
+        counts = Counter(self.levels)
+        parts = ", ".join(f"{counts[level]} {level.value}" for level in Level if counts[level])
+        every = len(self.levels) + self.missing if originals is None else originals
+        because = f", because {'; '.join(self.reasons)}" if self.reasons else ""
+        lines = [f"Verdict: {self.level.value}. {len(self.levels)} of {every} images found ({parts}){because}."]
+        return "\n".join([*lines, *(f"To try: {sentence}" for sentence in self.advice)])
+
+    def results(self) -> dict[str, Any]:
+        """What goes into `results.json`."""
+        counts = Counter(level.value for level in self.levels)
+        return {
+            "level": self.level.value,
+            "images": {level.value: counts[level.value] for level in Level},
+            "missing": self.missing,
+            "reasons": self.reasons,
+            "advice": self.advice,
+        }
 
 
 class AttackError(AuditError):
@@ -60,13 +141,25 @@ class Attack(LightningModule, ABC):
     A subclass declares its `requirements`, creates its parameters in `configure_model`, and implements
     `reconstruction`, `misfit` and `introduction`.
 
+    A run goes on from a checkpoint as if it had not been interrupted. With a larger `trainer.max_steps` than before,
+    what depends on the share of steps done (the learning rate, weights that are annealed, simulations at even
+    distances) is from there on as in a run of that length from the beginning; so the learning rate rises again.
+
     Args:
         subtract_own: subtract the attacker's own update from the aggregate first.
-        checkpoint_every: steps between checkpoints, from which `--ckpt_path` resumes.
+        checkpoint_every: steps between checkpoints, from which `--ckpt_path` resumes, >= 1.
+
+    Raises:
+        SettingError: `checkpoint_every` is below 1.
     """
 
     def __init__(self, subtract_own: bool = True, checkpoint_every: int = 10) -> None:
         super().__init__()
+        if checkpoint_every < 1:
+            raise SettingError(
+                f"`model.checkpoint_every` is {checkpoint_every}, but it must be at least 1. To keep no checkpoints, "
+                "set `trainer.enable_checkpointing: false`."
+            )
         self.subtract_own = subtract_own
         self.checkpoint_every = checkpoint_every
 
@@ -94,6 +187,10 @@ class Attack(LightningModule, ABC):
         """
 
     @abstractmethod
+    def verdict(self, images: Tensor, labels: Tensor) -> Verdict:
+        """How far to trust the reconstruction, from what the attacker has; arguments as of `misfit`."""
+
+    @abstractmethod
     def introduction(self) -> str:
         """What the attack found so far and what it is going to do, in a few lines."""
 
@@ -106,16 +203,39 @@ class Attack(LightningModule, ABC):
         """The attack's name in results and checkpoints."""
         return type(self).__name__
 
-    def check(self, rounds: RoundsSummary, processes: int = 1) -> None:
+    def least_memory(self, rounds: RoundsSummary) -> int:
+        """Bytes that the attack certainly holds at once, beside the observed rounds; of all processes together."""
+        return sum(parameter.nbytes for parameter in rounds.model.parameters())  # the peers' update
+
+    def check(self, rounds: RoundsSummary, processes: int = 1, device: str = "cpu") -> None:
         """Refuse rounds that this attack cannot run on.
 
+        Args:
+            rounds: the observed rounds, or those that are to be simulated.
+            processes: number of processes that run the attack.
+            device: type of the device that computes; only a CPU's memory is checked.
+
         Raises:
-            RequirementError: a requirement is not met.
+            RequirementError: a requirement is not met, or the attack needs more memory than there is.
         """
-        check(self.requirements(processes), rounds, type(self).__name__)
+        name = type(self).__name__
+        check(self.requirements(processes), rounds, name)
+        if device == "cpu" and (excess := exceeds_memory(self.least_memory(rounds) // processes)):
+            raise RequirementError(
+                f"{name} takes at least {excess}. Lower `data.image_size` or the number of images, choose a smaller "
+                "`federation.model`, or, with GradientInversion, set `model.chunk_size`."
+            )
 
     def setup(self, stage: str) -> None:
-        self.check(self.trainer.datamodule.summary(), self.trainer.world_size)
+        device = self.trainer.strategy.root_device.type
+        self.check(self.trainer.datamodule.summary(), self.trainer.world_size, device)
+        for seen in self.observed_rounds:
+            refuse_impossible(seen)
+            for doubt in doubts(seen):
+                rank_zero_warn(doubt)
+        path = Path(self.trainer.ckpt_path or "")
+        if path.is_file():  # before the closed form is computed; an address is checked when Lightning has loaded it
+            self._refuse_checkpoint(load_checkpoint(path), path)
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -146,6 +266,8 @@ class Attack(LightningModule, ABC):
         return observed.peers_update() if self.subtract_own else observed.aggregated_update()
 
     def configure_callbacks(self) -> list[Callback]:
+        if not self.trainer.checkpoint_callbacks:  # `trainer.enable_checkpointing: false`
+            return []
         return [
             ModelCheckpoint(
                 filename="{step}",
@@ -161,10 +283,12 @@ class Attack(LightningModule, ABC):
         return min(self.checkpoint_every, max(self.trainer.max_steps, 1))
 
     def on_train_batch_end(self, outputs: object, batch: int, batch_idx: int) -> None:
-        """Save the last step too where it is no multiple of `checkpoint_every`."""
+        """Save the step at which the run ends or is stopped, too, where it is no multiple of `checkpoint_every`."""
         kept = self.trainer.checkpoint_callback  # None where nothing is to be kept
-        if kept and self.global_step == self.trainer.max_steps and self.global_step % self._steps_between_checkpoints:
-            self.trainer.save_checkpoint(kept.last_model_path)
+        ends = self.trainer.should_stop or self.global_step == self.trainer.max_steps
+        if kept and ends and self.global_step % self._steps_between_checkpoints:
+            self.trainer.save_checkpoint(kept.last_model_path or Path(kept.dirpath) / "last.ckpt", weights_only=False)
+            kept.save_last = False  # it would save once more after the last epoch, where no step could follow
 
     @torch.no_grad()
     def validation_step(self, batch: int, batch_idx: int) -> Reconstruction:
@@ -176,17 +300,52 @@ class Attack(LightningModule, ABC):
         checkpoint["observed"] = self._fingerprint()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        if checkpoint.get("observed") != self._fingerprint():
+        self._refuse_checkpoint(checkpoint, self.trainer.ckpt_path)
+        if loops := checkpoint.get("loops"):  # the last step of a run is not that of a longer one
+            loops["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+    def _refuse_checkpoint(self, checkpoint: dict, path: str | Path | None) -> None:
+        """Refuse a checkpoint of another run, or one after which nothing is left to do.
+
+        Raises:
+            AttackError: the attack, its settings, its knowledge or the observed rounds differ, or all steps are done.
+        """
+        made = checkpoint.get("observed")
+        if made is None:
             raise AttackError(
-                "This checkpoint does not belong to this attack on this Observation: it was made by "
-                f"{checkpoint.get('observed', 'another program')}, but here is {self._fingerprint()}. "
-                "Name its own configuration, or start without `--ckpt_path`."
+                f"'{path}' is no checkpoint of an attack, but of another model or program. Name the last.ckpt of an "
+                "attack's run folder, or start without `--ckpt_path`."
+            )
+        here = self._fingerprint()
+        differing = differences({**made, "rounds": None}, {**here, "rounds": None})
+        if made["rounds"] != here["rounds"]:
+            before, now = ([numbers[0] for numbers in found["rounds"]] for found in (made, here))
+            same = "the observed models are others, as of another federation, seed or data"
+            differing.append(same if before == now else f"observed rounds were {before} and are now {now}")
+        if differing:
+            raise AttackError(
+                f"This checkpoint does not belong to this attack on this Observation: {summary(differing)}. Use the "
+                "config.yaml of its own run folder, or start without `--ckpt_path`."
+            )
+        steps, wanted = checkpoint.get("global_step", 0), self.trainer.max_steps
+        if self.trainer.training and 0 < wanted <= steps:
+            raise AttackError(
+                f"The attack of '{path}' is finished: all its {steps} steps are done, and its results lie in "
+                f"'{Path(path).parent.parent}'. To go on from there, raise `--trainer.max_steps` above {steps}."
             )
 
-    def _fingerprint(self) -> dict[str, str | list]:
-        """The attack's name and one number of each observed tensor, which tell Observations apart."""
+    def _fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that it is loaded into.
+
+        One number of each observed tensor tells Observations apart.
+        """
         probe = [
             [seen.observation.round, *(float(tensor.flatten()[0]) for tensor in seen.observation.after.values())]
             for seen in self.observed_rounds
         ]
-        return {"attack": self.title, "rounds": probe}
+        assumed = self.observed_rounds[-1].assumptions
+        knowledge = {
+            name: getattr(assumed, name) if source == "guessed" else source for name, source in assumed.sources.items()
+        }
+        settings = {name: value for name, value in describe(self).items() if name not in (*OF_NO_EFFECT, "class")}
+        return {"attack": self.title, "rounds": probe, "model": settings, "knowledge": knowledge}

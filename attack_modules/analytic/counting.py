@@ -20,12 +20,16 @@ LEAST_SHARE = 0.03
 CLEAR_FALL = 1.5
 """Fall of the singular values over two steps that is no chance. Measured: at most 1.4 beyond the last image under noise
 or quantisation, 1.9 or more at the last image otherwise."""
-FALL_OF_COMPRESSED = 3.0
+COMPRESSED_FALL = 3.0
 """The same where entries were pruned or quantised, which adds directions of its own. Measured: at most 1.8 by these."""
+SLIGHT_FALL = 1.2
+"""Fall over two steps at N that supports an edge of the rounding at the local epochs times N."""
 STEEP_FALL = 30.0
 """Fall from an image to the rounding of the weights."""
-MOST_OF_RANK = 0.85
-"""Singular values beyond this share of the rank are not searched: pruning and quantisation end in a fall there."""
+MOST_OF_RANK = 0.97
+"""Singular values beyond this share of the rank are not searched."""
+MOST_OF_COMPRESSED = 0.85
+"""The same under pruning and quantisation, which end in a fall."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Counts:
             were different ones: augmentation. N then counts the views.
         noise: standard deviation of an entry of the first layer's update, where its smaller singular values are those
             of independent noise.
+        compressed: whether its entries were pruned or quantised.
     """
 
     num_images: int
@@ -49,6 +54,7 @@ class Counts:
     clear: bool
     views: bool = False
     noise: float | None = None
+    compressed: bool = False
 
 
 def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: TrainingKnowledge) -> Counts:
@@ -69,7 +75,7 @@ def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: 
     floor = noise_floor(first.singular, tuple(first.update.shape))
     noise, above = floor or (None, 1)
     num_images = training.num_images or (None if training.labels is None else len(training.labels))
-    clear, views = True, False
+    clear, views, compressed = True, False, is_compressed(first.update)
     if num_images is None:
         num_images, clear, views = count_images(
             first.singular,
@@ -77,7 +83,7 @@ def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: 
             training.epochs or training.steps,
             distinct,
             at_least=above,
-            clear_fall=FALL_OF_COMPRESSED if is_compressed(first.update) else CLEAR_FALL,
+            compressed=compressed,
         )
         classes, single = len(last[0]), first.update.shape == last[0].shape
         if single and (not distinct or num_images >= classes - 1):
@@ -89,7 +95,7 @@ def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: 
     labels = training.labels
     if labels is None:
         labels = common_labels(gradients, num_images, hidden, training.typical)
-    return Counts(num_images, labels, num_held, clear, views, noise)
+    return Counts(num_images, labels, num_held, clear, views, noise, compressed)
 
 
 def held_classes(gradient: Tensor, hidden: int, typical: TypicalHead | None) -> tuple[Tensor, bool]:
@@ -119,7 +125,7 @@ def count_images(
     epochs: int,
     distinct: bool = True,
     at_least: int = 1,
-    clear_fall: float = CLEAR_FALL,
+    compressed: bool = False,
 ) -> tuple[int, bool, bool]:
     """Number of images from the singular values of the first layer's update.
 
@@ -137,12 +143,13 @@ def count_images(
         distinct: whether most classes have no image. If not, images surely share classes, and a fall at `held` must
             reach the rounding of the weights.
         at_least: another lower bound.
-        clear_fall: fall over two steps from which it is no chance.
+        compressed: whether entries were pruned or quantised.
 
     Returns:
         N, whether the singular values fall there, and whether they count the views of augmented images.
     """
-    most = int(MOST_OF_RANK * len(singular))
+    most = int((MOST_OF_COMPRESSED if compressed else MOST_OF_RANK) * len(singular))
+    clear_fall = COMPRESSED_FALL if compressed else CLEAR_FALL
     least = max(held, at_least, 1)
     one, two = (torch.cat([singular[:-k] / singular[k:], torch.ones(k)]) for k in (1, 2))  # entry i: fall at i + 1
     start = least
@@ -157,7 +164,10 @@ def count_images(
         fewer = edge // epochs
         if edge == fewer * epochs and start <= fewer < edge and two[edge - 1] > clear_fall:
             before = two[start - 1 : max(edge - 2 * epochs, fewer)]  # the edge itself may extend over some values
-            if two[fewer - 1] > clear_fall and (fewer == held or two[fewer - 1] >= before.quantile(0.95)):
+            fall = two[fewer - 1]
+            if (fall > clear_fall and (fewer == held or fall >= before.quantile(0.95))) or (
+                fall > SLIGHT_FALL and fall >= before.max()
+            ):
                 return fewer, True, False
             views = distinct and fewer == held
     rank = start + int(two[start - 1 : most].argmax())

@@ -36,6 +36,7 @@ from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledg
 from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.analytic.shared_classes import read_shared
 from attack_modules.analytic.two_layers import read_stack
+from attack_modules.analytic.uncertainty import feature_uncertainty
 from attack_modules.attack import AttackError
 
 
@@ -83,23 +84,30 @@ def leak_rounds(
     num_images, labels = counts.num_images, counts.labels
     scale = num_images / (training.lr * training.steps)
     targets = F.one_hot(labels, len(last[0])).to(last[0])
-    if len(layers[0]) == 1:
-        found = read_single(space, targets, training, scale)
-    elif len(labels.unique()) == num_images:
-        found = read_stack(space, last, weight, targets, training, scale, iterations)
-    elif len(layers) == 1:
-        labels, found = read_shared(space, last[0], weight[0], num_images, training, scale, iterations)
-    else:
+    if len(layers) > 1 and len(labels.unique()) < num_images:
         raise AttackError(
             f"{len(layers)} rounds were observed and images share classes, which is read from one round alone. "
             "Name one in `federation.observed_rounds`."
         )
+    try:
+        if len(layers[0]) == 1:
+            found = read_single(space, targets, training, scale)
+        elif len(labels.unique()) == num_images:
+            found = read_stack(space, last, weight, targets, training, scale, iterations)
+        else:
+            labels, found = read_shared(space, last[0], weight[0], num_images, training, scale, iterations)
+    except torch.linalg.LinAlgError as error:
+        raise AttackError(
+            "The head's update gives equations that cannot be solved: the training, as it is assumed, diverges. Check "
+            "`knowledge` (rates, local epochs, momentum, weight decay, number of images), or observe another round."
+        ) from error
     width = next(tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2)
     singular = space.singular
     at, below = (singular[i].item() if i < len(singular) else space.floor for i in (num_images - 1, num_images))
+    vectors = space.vectors(found.coordinates).float()
     return Leakage(
         labels=labels,
-        features=space.vectors(found.coordinates)[:, :width].float(),
+        features=vectors[:, :width],
         peers=found.peers,
         diagnosis=Diagnosis(
             num_images=num_images,
@@ -109,5 +117,12 @@ def leak_rounds(
             conditioning=torch.linalg.cond(found.errors).item(),
             drift=found.drift,
             outside=found.outside,
+            held=counts.held,
+            counted=counts.clear,
+            views=counts.views,
+            noise=counts.noise,
+            compressed=counts.compressed,
         ),
+        uncertainty=feature_uncertainty(space.rows * scale, found.errors, found.coordinates).float(),
+        ones=vectors[:, width] if vectors.shape[1] > width else None,
     )

@@ -50,6 +50,11 @@ class Diagnosis:
             for one layer. Large where lr, steps or the kind of local training are not as assumed.
         outside: largest `Separation.outside` of the images that were found by their gates: near 0 is certain, 1 is
             chance. 0 where the last layer disentangles the images.
+        held: number of classes that surely have images.
+        counted: whether N was told or the singular values fall there. If not, it is a lower bound.
+        views: whether N seems to count the augmented views of the images, see `Counts`.
+        noise: standard deviation of independent noise in the first layer's update; None if there is none to be seen.
+        compressed: whether entries of the first layer's update were pruned or quantised.
     """
 
     num_images: int
@@ -59,6 +64,11 @@ class Diagnosis:
     conditioning: float
     drift: float
     outside: float
+    held: int = 0
+    counted: bool = True
+    views: bool = False
+    noise: float | None = None
+    compressed: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,18 @@ class Leakage:
         features: (N, D) mean over the local steps of each image's features.
         peers: (N,) long; images with the same number were trained by one peer. All 0 where nothing tells (one step).
         diagnosis: of the whole.
+        uncertainty: (N,) expected relative error of the features, as far as the hidden units disagree on them, see
+            `feature_uncertainty`.
+        ones: (N,) the input of a bias, which is 1, as it was read; None without a bias. The features are off by the
+            same factor.
     """
 
     labels: Tensor
     features: Tensor
     peers: Tensor
     diagnosis: Diagnosis
+    uncertainty: Tensor
+    ones: Tensor | None = None
 
 
 @dataclass(frozen=True)

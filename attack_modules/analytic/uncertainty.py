@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+LEAST_SIZE = 1e-3
+"""Share of the largest features below which features are none: no unit shows the image."""
+
 
 def feature_uncertainty(rows: Tensor, errors: Tensor, features: Tensor) -> Tensor:
     """(N,) expected relative error of each image's features.
@@ -16,10 +19,15 @@ def feature_uncertainty(rows: Tensor, errors: Tensor, features: Tensor) -> Tenso
         rows: (H, r) the first layer's summed gradient.
         errors: (N, H) back-propagated errors, gates included.
         features: (N, r) the solution.
+
+    Returns:
+        Infinity for images without features.
     """
     active = (rows != 0).any(1)
     rows, errors = rows[active], errors[:, active]
     solve = torch.linalg.pinv(errors.T)  # (N, H): features = solve @ rows
     leverage = (errors * solve).sum(0)
     off = (rows - errors.T @ features).square().sum(1) / (1 - leverage).clamp_min(1 / len(rows)).square()
-    return (solve.square() @ off).sqrt() / features.norm(dim=1)
+    size = features.norm(dim=1)
+    expected = (solve.square() @ off).sqrt() / size
+    return torch.where(size > LEAST_SIZE * size.max(), expected, torch.inf)

@@ -2,25 +2,37 @@
 
 import importlib.metadata
 import platform
+import shlex
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torchvision.transforms.functional import pil_to_tensor
 
 from attack_modules.attack import Attack, Reconstruction
 from attack_modules.diffusion.classes import CIFAR10
 from attack_modules.enhance.postprocessing import Postprocessing
 from attack_modules.evaluation.cifar10_classifier import Cifar10Recogniser
+from attack_modules.evaluation.interruption import Interruption
 from attack_modules.evaluation.metrics import attribution, score
 from attack_modules.evaluation.perceptual import Lpips
 from attack_modules.evaluation.recognisers import Recogniser, Recognises
 from attack_modules.evaluation.report import Outcome, comparison, panel, save_images, table
-from attack_modules.evaluation.run_directory import claim
-from fl_lightning.storage import atomic_path, write_json, write_text
+from attack_modules.evaluation.run_directory import (
+    SafeCheckpoints,
+    claim,
+    make_next_version,
+    remove_if_without_results,
+)
+from fl_lightning.storage import atomic_path, has_record, unlock, write_json, write_text
 from fl_lightning.truth import Truth
 
 PACKAGES = ("torch", "lightning", "torchvision", "torchmetrics")
@@ -31,7 +43,10 @@ class Evaluation(Callback):
     """Scores an attack, with ground truth where there is one, and leaves pictures and numbers in the run directory.
 
     During the run, panels and mean scores go to TensorBoard. At its end, `results.json`, `per_image.csv`, `panel.png`
-    and `images/NNN.png` are written, and then those of each enhancement. Modules that are not attacks are ignored.
+    and `images/NNN.png` are written, and then those of each enhancement. A run that is stopped by Ctrl-C, SIGTERM or an
+    error leaves the same of its best so far, without enhancements and with `finished: false`, and prints the command to
+    go on; of several processes that end with an error, only the last checkpoint remains. Modules that are not attacks
+    are ignored.
 
     Args:
         postprocessing: enhancements to run at the end, each with a row of the panel, scores and a misfit of its own.
@@ -41,23 +56,57 @@ class Evaluation(Callback):
     def __init__(self, postprocessing: Postprocessing | None = None, seed: int = 0) -> None:
         self.postprocessing = postprocessing or Postprocessing()
         self.seed = seed
+        self.interruption = Interruption()
         self.seconds = 0.0  # of the attack, over all resumed parts
+        self._steps = 0  # before this run, in the checkpoint that it began with
         self._started = 0.0
-        self._lock: Path | None = None
+        self._stopped = False
+        self._reported = False
+        self._made: Path | None = None
+        self._lock: FileLock | None = None
+
+    def make_directory(self, trainer: Trainer) -> None:
+        """Make the run's directory, to be called before the trainer runs.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
+        self._made = make_next_version(trainer)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._started = time.perf_counter()  # the closed form runs before the first step
+        self._stopped = self._reported = False
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = SafeCheckpoints()
         if isinstance(pl_module, Attack) and stage != "predict":
             directory = Path(trainer.log_dir)  # the same in all processes
             with pl_module.ranks.fail_together():
                 self._lock = claim(directory) if trainer.is_global_zero else None
+            if stage == "fit":
+                self.interruption = Interruption()
+                self.interruption.listen()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.interruption.end()
         if self._lock:
-            self._lock.unlink(missing_ok=True)
+            unlock(self._lock)
+            self._lock = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        directory = Path(trainer.log_dir)
+        if isinstance(pl_module, Attack) and trainer.is_global_zero:
+            if self._reported:
+                print(f"The attack's own results are complete: {directory}", flush=True)
+            elif trainer.state.fn == TrainerFn.FITTING and trainer.global_step > self._steps:
+                self._rescue(trainer, pl_module)
+            elif self.interruption.received:
+                print("Interrupted before the first step was done, so there is nothing to keep.", flush=True)
         self.teardown(trainer, pl_module, "")
+        if self._made:
+            with suppress(OSError):  # of a full disk
+                for logger in trainer.loggers:
+                    logger.finalize("failed")  # it may hold files open
+            remove_if_without_results(self._made)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds + (time.perf_counter() - self._started if self._started else 0.0)}
@@ -65,9 +114,25 @@ class Evaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds = state_dict["seconds"]
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._steps = checkpoint.get("global_step", 0)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, Attack) and trainer.is_global_zero:
             print(self._introduction(trainer, pl_module), flush=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, Attack):
+            self.interruption.at_once = False  # a step that is under way ends first
+            self.interruption.listen()  # Lightning has set a handler of its own meanwhile
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        asked = self.interruption.received is not None
+        if isinstance(pl_module, Attack) and trainer.strategy.reduce_boolean_decision(asked, all=False):
+            trainer.should_stop = self._stopped = True
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = 0
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,11 +140,14 @@ class Evaluation(Callback):
         if not isinstance(outputs, Reconstruction) or trainer.sanity_checking or not trainer.is_global_zero:
             return
         began = time.perf_counter()
-        truth = self._truth(trainer)
+        truth = self._truth(trainer, pl_module)
         images, labels = outputs.images.cpu(), outputs.labels.cpu()
         outcome = Outcome(images, labels, truth and score(images, truth.images, labels, truth.labels))
         means = {name: value for name, value in outcome.numbers().items() if name in ("psnr_mean", "ssim_mean")}
-        pl_module.log_dict(means, batch_size=1, rank_zero_only=True)
+        pl_module.log_dict(means, batch_size=1, rank_zero_only=True, logger=trainer.state.fn != TrainerFn.FITTING)
+        if trainer.state.fn == TrainerFn.FITTING:  # else by Lightning, which would log them one step too early here
+            for logger in trainer.loggers:
+                logger.log_metrics(means, trainer.global_step)
         if "psnr_mean" in means:
             pl_module.log("psnr", means["psnr_mean"], prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
         if isinstance(trainer.logger, TensorBoardLogger):
@@ -88,10 +156,39 @@ class Evaluation(Callback):
         self._started += time.perf_counter() - began  # evaluation is not the attack's time
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_clock()
+        if isinstance(pl_module, Attack):
+            self.interruption.at_once = True
+            self._report(trainer, pl_module, pl_module.reconstruction())
+
+    def _stop_clock(self) -> None:
         self.seconds = self.state_dict()["seconds"]
         self._started = 0.0
-        if isinstance(pl_module, Attack):
-            self._report(trainer, pl_module, pl_module.reconstruction())
+
+    def _rescue(self, trainer: Trainer, attack: Attack) -> None:
+        """Write the best so far of a run that ends with an error, as far as that is still possible."""
+        if self._started and trainer.world_size == 1:  # else it failed while it was written, or waits for others
+            self._stop_clock()
+            self._stopped = True
+            try:
+                return self._report(trainer, attack, attack.reconstruction())
+            except Exception as error:
+                print(f"The best so far could not be written: {error}")
+        print(self._way_on(trainer), flush=True)
+
+    def _way_on(self, trainer: Trainer) -> str:
+        """What continues this run, or evaluates it if all its steps are done."""
+        kept, config = trainer.checkpoint_callback, Path(trainer.log_dir) / "config.yaml"
+        written = Path(kept.dirpath).glob("*.ckpt") if kept and kept.dirpath else ()
+        newest = max(written, key=lambda path: (path.stat().st_mtime, path.name), default=None)
+        checkpoint = newest or trainer.ckpt_path
+        if not checkpoint:
+            return "It has to start again, since no checkpoint was kept."
+        verb = "fit" if trainer.global_step < trainer.max_steps else "test"
+        if not config.exists():  # in Python
+            return f"To go on: pass ckpt_path={str(checkpoint)!r} to the trainer's `{verb}`."
+        command = ["python", sys.argv[0], verb, "--config", str(config), "--ckpt_path", str(checkpoint)]
+        return f"To go on: {shlex.join(command)}"
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -99,18 +196,17 @@ class Evaluation(Callback):
         if isinstance(outputs, Reconstruction):
             self._report(trainer, pl_module, outputs)
 
-    def _truth(self, trainer: Trainer) -> Truth | None:
+    def _truth(self, trainer: Trainer, attack: Attack) -> Truth | None:
         """The ground truth of all observed rounds, if it lies beside them."""
-        record = trainer.datamodule.record
-        stems = [record.truth(round_) for round_ in record.observed_rounds]
-        if not all(stem.with_suffix(".json").exists() for stem in stems):
+        stems = [trainer.datamodule.record.truth(seen.observation.round) for seen in attack.observed_rounds]
+        if not all(has_record(stem) for stem in stems):
             return None
         return Truth.union([Truth.load(stem) for stem in stems])
 
     def _introduction(self, trainer: Trainer, attack: Attack) -> str:
         rounds = ", ".join(str(seen.observation.round) for seen in attack.observed_rounds)
         weight = attack.observed_rounds[-1].observation.own_weight
-        truth = self._truth(trainer)
+        truth = self._truth(trainer, attack)
         peers = f" Its {len(truth.clients.unique())} peers hold {len(truth.labels)} images." if truth else ""
         return (
             f"Attacker: an honest-but-curious client (aggregation weight {weight:.0%}) that observed round {rounds}."
@@ -120,24 +216,29 @@ class Evaluation(Callback):
     def _report(self, trainer: Trainer, attack: Attack, reconstruction: Reconstruction) -> None:
         directory, memory = Path(trainer.log_dir), _peak_memory_mb(attack.device)
         misfit = attack.misfit(*reconstruction[:2]).cpu()
-        enhancements = self.postprocessing.run(attack, reconstruction, self.seed)
+        verdict = attack.verdict(*reconstruction[:2])
+        postprocessing = Postprocessing() if self._stopped else self.postprocessing
+        enhancements = postprocessing.run(attack, reconstruction, self.seed)
         if not trainer.is_global_zero:
             list(enhancements)  # this process's share of the work
             return
-        truth = self._truth(trainer)
+        images, labels = reconstruction.images.cpu(), reconstruction.labels.cpu()
+        save_images(directory / "images", Outcome(images, labels, None))  # whatever becomes of the scores
+        truth = self._truth(trainer, attack)
+        print(verdict.sentence(len(truth.labels) if truth else None), flush=True)
         recogniser = _recogniser(truth) if truth else None
         lpips = Lpips.if_available() if truth else None
-        images, labels = reconstruction.images.cpu(), reconstruction.labels.cpu()
         scorecard = truth and score(images, truth.images, labels, truth.labels, recogniser, lpips)
-        raw = Outcome(images, labels, scorecard, misfit)
+        raw = Outcome(images, labels, scorecard, misfit, verdict)
         outcomes, results = {"reconstruction": raw}, self._results(trainer, attack, raw, memory)
-        print(raw.line() if truth else f"{raw.line()}; no ground truth, so no scores.")
-        if truth and reconstruction.peers is not None:
+        of = f"Of {int((scorecard.assignment >= 0).sum())} originals found: " if truth else "Without originals: "
+        print(of + raw.line())
+        if truth and reconstruction.peers is not None and (scorecard.assignment >= 0).sum() > 1:
             results["attribution"] = attribution(reconstruction.peers, truth.clients, scorecard.assignment)
             print(", ".join(f"{name} {value:.4g}" for name, value in results["attribution"].items()))
         _log(trainer, "final", raw)
-        save_images(directory / "images", raw)
         self._write(directory, truth, outcomes, results, reconstruction)  # now: an enhancement may fail
+        self._reported = True
         for enhanced in enhancements:
             if truth:  # an enhanced image is compared with the original that its reconstruction is matched to
                 settled = raw.scorecard.assignment
@@ -148,13 +249,15 @@ class Evaluation(Callback):
             print(f"{verb} by {enhanced.enhancer} in {enhanced.seconds:.1f} s: {outcome.line()}", flush=True)
             _log(trainer, enhanced.name, outcome)
             save_images(directory / enhanced.name, outcome)
-        for name, reason in self.postprocessing.left_out.items():
+        for name, reason in postprocessing.left_out.items():
             print(f"{name.capitalize()} is left out: {reason}")
-        if self.postprocessing.compares:
-            results["left_out"] = self.postprocessing.left_out
+        if postprocessing.compares:
+            results["left_out"] = postprocessing.left_out
             write_text(directory / "comparison.csv", comparison(results, outcomes))
-        if len(outcomes) > 1 or self.postprocessing.compares:
+        if len(outcomes) > 1 or postprocessing.compares:
             self._write(directory, truth, outcomes, results, reconstruction)
+        if not results["finished"]:
+            print(f"Stopped at step {results['steps']} of {trainer.max_steps}. {self._way_on(trainer)}")
         print(f"Pictures and numbers: {directory}", flush=True)
 
     def _write(
@@ -174,11 +277,14 @@ class Evaluation(Callback):
         rounds, postprocessing = attack.observed_rounds, self.postprocessing
         assumptions = rounds[-1].assumptions
         private = ("labels", "client_sizes", "sources")
+        steps = max(trainer.global_step, self._steps)  # `test` counts none of its own
         return {
             "attack": attack.title,
+            "verdict": raw.verdict.results(),
             **raw.results(),
             "diagnosis": attack.diagnosis(),
-            "steps": trainer.global_step,
+            "steps": steps,
+            "finished": steps >= trainer.max_steps,
             "seconds": round(self.seconds, 3),
             "peak_memory_mb": memory,
             "knowledge": assumptions.sources,

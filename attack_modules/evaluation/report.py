@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from attack_modules.attack import Reconstruction
+from attack_modules.attack import Reconstruction, Verdict
 from attack_modules.evaluation.metrics import RECOGNITION, Scorecard
 from attack_modules.panels import draw_panel, save_png
 from fl_lightning.truth import Truth
@@ -18,7 +18,7 @@ from fl_lightning.truth import Truth
 OF_ORIGINALS = RECOGNITION[2:]
 """Columns that describe the originals, and so are the same for every enhancement."""
 
-PRINTED = ("psnr_mean", "psnr_min", "ssim_mean", "label_accuracy", "recognised_top1", "recognised_top5")
+PRINTED = ("psnr_mean", "psnr_min", "ssim_mean", "labels_found", "recognised_top1", "recognised_top5")
 """Scores in the printed summary."""
 
 LONGEST_NAME = 16
@@ -34,12 +34,14 @@ class Outcome:
         labels: (N,) long.
         scorecard: scores against the originals; None without ground truth.
         misfit: (N,) or (), see `Attack.misfit`; None if it was not computed.
+        verdict: the attack's own; None of intermediate and enhanced images.
     """
 
     images: Tensor
     labels: Tensor
     scorecard: Scorecard | None
     misfit: Tensor | None = None
+    verdict: Verdict | None = None
 
     def numbers(self) -> dict[str, float]:
         """The printed scores, as far as they are known."""
@@ -59,6 +61,13 @@ class Outcome:
     def misfit_of(self, index: int) -> float:
         """Misfit of one image; NaN if there is none, the common one if it is not told image by image."""
         return float(self.misfit.expand(len(self.images))[index]) if index >= 0 else float("nan")
+
+    def verdict_of(self, index: int) -> list[Any]:
+        """Level of one image and its expected PSNR; empty if there is none, or no verdict."""
+        if index < 0 or self.verdict is None:
+            return ["", ""]
+        expected = self.verdict.expected_psnr
+        return [self.verdict.levels[index].value, f"{expected[index]:.3g}" if expected else ""]
 
 
 def save_images(directory: Path, outcome: Outcome) -> None:
@@ -80,6 +89,10 @@ def panel(truth: Truth | None, outcomes: dict[str, Outcome], peers: Tensor | Non
         captions = [f"class {label}" for label in raw.labels.tolist()]
         if peers is not None:
             captions = [f"{caption}\npeer {peer}" for caption, peer in zip(captions, peers.tolist(), strict=True)]
+        if raw.verdict:
+            captions = [
+                f"{caption}\n{level.value}" for caption, level in zip(captions, raw.verdict.levels, strict=True)
+            ]
         if raw.misfit is not None and raw.misfit.ndim:
             captions = [f"{caption}\nmisfit {m:.2g}" for caption, m in zip(captions, raw.misfit.tolist(), strict=True)]
         return draw_panel({name: outcome.images for name, outcome in outcomes.items()}, captions)
@@ -109,8 +122,8 @@ def table(truth: Truth | None, outcomes: dict[str, Outcome], reconstruction: Rec
 
     def found(index: int) -> list[Any]:
         if index < 0:
-            return ["", "", ""]
-        return [index, int(raw.labels[index]), "" if peers is None else int(peers[index])]
+            return ["", "", "", *raw.verdict_of(index)]
+        return [index, int(raw.labels[index]), "" if peers is None else int(peers[index]), *raw.verdict_of(index)]
 
     columns: dict[str, list[float]] = {}
     assignment = torch.arange(len(raw.images)) if truth is None else raw.scorecard.assignment
@@ -123,7 +136,7 @@ def table(truth: Truth | None, outcomes: dict[str, Outcome], reconstruction: Rec
     text = io.StringIO()
     writer = csv.writer(text)
     known = [] if truth is None else ["original", "source", "client", "label", "class"]
-    writer.writerow([*known, "reconstruction", "inferred_label", "peer", *columns])
+    writer.writerow([*known, "reconstruction", "inferred_label", "peer", "verdict", "expected_psnr", *columns])
     for row, index in enumerate(assignment.tolist()):
         facts: list[Any] = []
         if truth is not None:

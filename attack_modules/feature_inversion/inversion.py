@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,23 +11,29 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
-from attack_modules.attack import Attack, Reconstruction
+from attack_modules.attack import Attack, Reconstruction, Verdict
+from attack_modules.feature_inversion.controls import expected_psnr
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
+from attack_modules.feature_inversion.scale import found_scale
+from attack_modules.feature_inversion.verdict import feature_errors, judge
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
+from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.requirements import LinearHead, NoRandomLayers, Requirement
 from fl_lightning.errors import SettingError, non_negative, positive
-from fl_lightning.models import FIRST_LAYER, ImageClassifier, ImageShape
+from fl_lightning.models import FIRST_LAYER, ImageClassifier
 
 ERROR_FLOOR = 1e-10
 """Added to the feature error E before its logarithm: float32 resolves no less."""
+LEAST_SIZE = 1e-10
+"""Least squared norm of features: an image without any has a large error, but a finite one."""
 PRIOR_FLOOR = 1 / 255
 """Added to the prior P before its logarithm: a total variation of one grey level. Without it, flat images would win."""
 FINAL_RATE = 0.03
@@ -132,6 +138,11 @@ class FeatureInversion(Attack):
         parts = [part for part in (self.rounds, self.refinement, self.guidance) if part]
         return [LinearHead(), NoRandomLayers(), *(needed for part in parts for needed in part.requirements())]
 
+    def least_memory(self, rounds: RoundsSummary) -> int:
+        """The updates of all rounds, a model, and the first layer's update in float64 with its QR decomposition."""
+        first = rounds.model.head[0].weight.numel() * torch.finfo(torch.float64).bits // 8
+        return (len(rounds.assumptions) + 1) * super().least_memory(rounds) + 2 * first
+
     def configure_model(self) -> None:
         if hasattr(self, "images"):
             return
@@ -155,9 +166,14 @@ class FeatureInversion(Attack):
         self._warn_of_mixed_images(model)
         half_way = model_half_way([observed.observation for observed in seen], updates, self.steps)
         self.embedder = (for_speed(half_way, device),)  # a tuple, so that it is no submodule
+        shape = seen[0].observation.image_shape
+        self.decoder = (FeatureDecoder(self.model, shape) if FeatureDecoder.fits(self.model, shape) else None,)
+        self.scale = found_scale(self.leakage, self.model, self.decoder[0], self.steps)
+        if self.scale != 1:
+            self.leakage = replace(self.leakage, features=self.scale * self.leakage.features)
         self.register_buffer("features", self.leakage.features.clone())  # target: under the model half way
         self.register_buffer("labels", self.leakage.labels)
-        self.images = nn.Parameter(self._start(seen[0].observation.image_shape))
+        self.images = nn.Parameter(self._start(self.features))
         self.register_buffer("best", self.images.detach().clone())
         self.register_buffer("best_loss", torch.full((len(self.labels),), torch.inf))
         if self.refinement:
@@ -179,11 +195,11 @@ class FeatureInversion(Attack):
                 "them comes out as their mean; images that are alone in their class are not affected."
             )
 
-    def _start(self, image_shape: ImageShape) -> Tensor:
-        """(N, C, H, W) initial images."""
-        if FeatureDecoder.fits(self.model, image_shape):
-            return FeatureDecoder(self.model, image_shape)(self.features.to(self.model.mean))
-        return torch.full((len(self.features), *image_shape), 0.5)
+    def _start(self, features: Tensor) -> Tensor:
+        """(N, C, H, W) initial images for features (N, D)."""
+        if self.decoder[0]:
+            return self.decoder[0](features.to(self.model.mean))
+        return torch.full((len(features), *self.observed_rounds[0].observation.image_shape), 0.5)
 
     @property
     def model(self) -> ImageClassifier:
@@ -191,9 +207,12 @@ class FeatureInversion(Attack):
         return self.embedder[0]
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
-        optimizer = torch.optim.Adam([self.images], lr=self.lr, betas=self.betas, fused=True)
-        steps = max(self.trainer.max_steps, 1)
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: FINAL_RATE ** (s / steps) ** 2)]
+        optimizer, scheduler = self._adam(self.images, max(self.trainer.max_steps, 1))
+        return [optimizer], [scheduler]
+
+    def _adam(self, images: Tensor, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.Adam([images], lr=self.lr, betas=self.betas, fused=True)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: FINAL_RATE ** (s / steps) ** 2)
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
@@ -221,25 +240,53 @@ class FeatureInversion(Attack):
         """Set `images.grad` of the images `chunk` (n,); return (n, 2) their E, and the loss that ranks iterates."""
         with torch.enable_grad():
             images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
-            error = self.feature_error(images, self.features[chunk])
-            prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
-            scale = error.detach() + ERROR_FLOOR
-            tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to divide by
             limit = annealed(self.prior_limit, self.global_step, self.trainer.max_steps)
-            weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=limit)
-            loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
+            loss, scored = self._losses(images, self.features[chunk], limit)
             if self.guidance:
                 loss = loss + self.guidance.penalty(images, chunk)
             self.back_propagate(loss.sum(), images)  # a sum: the images are independent
         self.images.grad[chunk] = images.grad
-        return torch.stack([error, scale.log() + self.balance * (prior + PRIOR_FLOOR).log()], 1)
+        return scored
+
+    def _losses(self, images: Tensor, features: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+        """(n,) losses to descend on for images (n, C, H, W) with features (n, D), and (n, 2) as of `_descend`."""
+        error = self.feature_error(images, features)
+        prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
+        scale = error.detach() + ERROR_FLOOR
+        tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to divide by
+        weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=limit)
+        loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
+        return loss, torch.stack([error, scale.log() + self.balance * (prior + PRIOR_FLOOR).log()], 1).detach()
+
+    def invert(self, features: Tensor, steps: int) -> Tensor:
+        """(K, C, H, W) images from features (K, D), as in so many training steps without simulations and guidance."""
+        images = self._start(features).requires_grad_()
+        best, best_loss = images.detach().clone(), torch.full((len(images),), torch.inf, device=images.device)
+        optimizer, scheduler = self._adam(images, steps)
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss, scored = self._losses(
+                images.contiguous(memory_format=torch.channels_last), features, annealed(self.prior_limit, step, steps)
+            )
+            loss.sum().backward(inputs=[images])
+            with torch.no_grad():
+                better = scored[:, 1] < best_loss
+                best[better], best_loss[better] = images[better], scored[better, 1]
+                optimizer.step()
+                scheduler.step()
+                images.clamp_(0, 1)
+        return best
 
     @property
     def _simulates_now(self) -> bool:
         """Whether the peers' training is simulated at this step."""
         every = math.ceil(max(self.trainer.max_steps, 1) / (self.resimulations + 1))
-        drifts = len(self.observed_rounds) * self.steps > 1  # features do not change within a single step
-        return drifts and self.global_step > 0 and self.global_step % every == 0
+        return self._drifts and self.global_step > 0 and self.global_step % every == 0
+
+    @property
+    def _drifts(self) -> bool:
+        """Whether the features change during what was observed, and the training that changes them is as assumed."""
+        return len(self.observed_rounds) * self.steps > 1 and self.scale == 1
 
     @torch.no_grad()
     def _simulate_drift(self) -> None:
@@ -289,8 +336,12 @@ class FeatureInversion(Attack):
         return total / self.presence.sum(0).to(total)[:, None]
 
     def feature_error(self, images: Tensor, features: Tensor) -> Tensor:
-        """(N,) relative squared distance of the images' features to `features` (N, D)."""
-        return (self.model.embed(images) - features).square().sum(1) / features.square().sum(1)
+        """(N,) relative squared distance of the images' features to `features` (N, D), at any scale if that is off."""
+        shown = self.model.embed(images)
+        if self.scale != 1:
+            fitting = (shown * features).sum(1) / shown.square().sum(1).clamp_min(LEAST_SIZE)
+            shown = shown * fitting.detach()[:, None]
+        return (shown - features).square().sum(1) / features.square().sum(1).clamp_min(LEAST_SIZE)
 
     @torch.no_grad()
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -327,7 +378,27 @@ class FeatureInversion(Attack):
         found = self.leakage
         counts = Counter(found.labels.tolist())
         peers = len(found.peers.unique())
-        return {**asdict(found.diagnosis), "peers": peers, "images_by_class": dict(sorted(counts.items()))}
+        return {
+            **asdict(found.diagnosis),
+            "scale": self.scale,
+            "uncertainty": found.uncertainty.median().item(),
+            "peers": peers,
+            "images_by_class": dict(sorted(counts.items())),
+        }
+
+    def verdict(self, images: Tensor, labels: Tensor) -> Verdict:
+        misfit = self.misfit(images, labels).cpu()
+        errors = feature_errors(self.leakage, self.features.cpu(), misfit, self._drifts)
+        steps, shape = max(self.global_step, 1), self.observed_rounds[0].observation.image_shape
+        with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+            *psnr, best = expected_psnr(
+                [*errors.tolist(), 0.0],
+                self.features.clone(),
+                self.model,
+                lambda wrong: self.invert(wrong, steps),
+                shape,
+            )
+        return judge(self.leakage, errors, misfit, psnr, best, self.scale, self.model)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -338,8 +409,7 @@ class FeatureInversion(Attack):
         found, assumptions = self.leakage.diagnosis, self.observed_rounds[0].assumptions
         several = len(self.observed_rounds) > 1
         subject = f"updates of {len(self.observed_rounds)} rounds hold" if several else "update holds"
-        decoded = FeatureDecoder.fits(self.model, self.images.shape[1:])
-        start = "linearly decoded images" if decoded else "grey images, since the features are not a map"
+        start = "linearly decoded images" if self.decoder[0] else "grey images, since the features are not a map"
         distinct = len(self.labels.unique()) > len(self.labels) / 2  # images that share their class are not refined
         refinable = not self.refinement and assumptions.in_full_batches and distinct
         parts = [part.introduction() for part in (self.rounds, self.refinement, self.guidance) if part]

@@ -111,6 +111,12 @@ class ChangingParticipants(RoundsReader):
             features=joined_features(rounds, self.attribution),
             peers=self.attribution.peers,
             diagnosis=worst([found.diagnosis for found in rounds], presence.shape[1]),
+            uncertainty=torch.zeros(presence.shape[1]).index_reduce(
+                0,
+                torch.cat(self.attribution.identities),
+                torch.cat([found.uncertainty for found in rounds]),
+                "amax",
+            ),
         )
         return joined, presence
 
@@ -139,4 +145,9 @@ def worst(rounds: Sequence[Diagnosis], disentangled: int) -> Diagnosis:
         conditioning=max(found.conditioning for found in rounds),
         drift=max(found.drift for found in rounds),
         outside=max(found.outside for found in rounds),
+        held=max(found.held for found in rounds),
+        counted=all(found.counted for found in rounds),
+        views=any(found.views for found in rounds),
+        compressed=any(found.compressed for found in rounds),
+        noise=max((found.noise for found in rounds if found.noise), default=None),
     )

@@ -1,5 +1,6 @@
 """Gradient matching: the attack of arXiv 2410.04661, section 4."""
 
+import math
 from collections import Counter
 from typing import Any, Literal
 
@@ -8,20 +9,32 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.analytic.observed_head import labels_in
-from attack_modules.attack import Attack, Reconstruction
+from attack_modules.attack import Attack, Reconstruction, Verdict
 from attack_modules.gradient_matching.latent_detail import Detail, public_photographs
 from attack_modules.gradient_matching.objectives import Objective, SquaredL2
 from attack_modules.gradient_matching.upsampling import upsampled
+from attack_modules.gradient_matching.verdict import judge
 from attack_modules.priors import Prior, annealed
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import SimulatedUpdate
-from attack_modules.threat_model.observed import ObservedRound
-from attack_modules.threat_model.requirements import ImageSize, OtherImages, Requirement, SingleRound
+from attack_modules.simulation.memory import simulation_bytes
+from attack_modules.threat_model.observed import ObservedRound, RoundsSummary
+from attack_modules.threat_model.requirements import (
+    ImageSize,
+    LabelsOrLinearHead,
+    LinearHead,
+    OtherImages,
+    Requirement,
+    SingleRound,
+    TwiceDifferentiable,
+)
 from fl_lightning.errors import SettingError, positive
 from fl_lightning.models import FIRST_LAYER, ImageClassifier
 
+FINAL_RATE = 0.1
+"""Share of the learning rate that is left at the last step."""
 RESOLUTION = 1e-6
 """Of a relative loss in float32: smaller differences mean nothing."""
 
@@ -52,7 +65,7 @@ class GradientInversion(Attack):
         restarts: independent starts, optimised side by side; the one with the least loss is the result.
         divergence_factor: a start whose loss exceeds its best by this factor returns to its best at half the rate.
         checkpoint_every: steps between checkpoints.
-        seed: of the starts.
+        seed: of the starts; null for that of `seed_everything`.
     """
 
     def __init__(
@@ -71,7 +84,7 @@ class GradientInversion(Attack):
         restarts: int = 1,
         divergence_factor: float = 10.0,
         checkpoint_every: int = 10,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
         least = min(latent_downscale, restarts, 1 if chunk_size is None else chunk_size)
@@ -99,12 +112,25 @@ class GradientInversion(Attack):
         self.chunk_size = chunk_size
         self.restarts = restarts
         self.divergence_factor = divergence_factor
-        self.seed = seed
+        self.seed = seed or 0
 
     def requirements(self, processes: int) -> list[Requirement]:
         latent = ImageSize(self.latent_downscale, rgb=False, reason="`model.latent_downscale` (1 always fits)")
         simulated = SimulatedPeers.requirements(self.merged, self.chunk_size, processes)
-        return [SingleRound(), latent, *simulated, *([OtherImages("Photographs")] if self.detail else [])]
+        detail = [LinearHead(), OtherImages("Photographs")] if self.detail else []
+        whole = [TwiceDifferentiable()] if self.simulate == "all" else []
+        return [SingleRound(), latent, *simulated, *whole, LabelsOrLinearHead(), *detail]
+
+    def least_memory(self, rounds: RoundsSummary) -> int:
+        simulated = simulation_bytes(
+            rounds.model,
+            rounds.image_shape,
+            rounds.assumptions[0],
+            self.merged,
+            self.chunk_size,
+            head_alone=self.simulate == "head",
+        )
+        return super().least_memory(rounds) + simulated
 
     def configure_model(self) -> None:
         if hasattr(self, "starts"):
@@ -151,9 +177,9 @@ class GradientInversion(Attack):
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
         optimizer = torch.optim.Adam([{"params": [start], "lr": self.lr} for start in self.starts], betas=self.betas)
-        return [optimizer], [
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.trainer.max_steps, 1), self.lr / 10)
-        ]
+        steps = max(self.trainer.max_steps, 1)  # CosineAnnealingLR would take them from the checkpoint it goes on from
+        cosine = [lambda step: FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * step / steps)) / 2]
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, cosine * len(self.starts))]
 
     def loss(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """This process's part of two scalars of one start's latent: objective, and weighted priors before annealing."""
@@ -212,6 +238,7 @@ class GradientInversion(Attack):
             optimizer.state.pop(latent, None)
             group = optimizer.param_groups[trial]
             group["lr"] /= 2
+            self.lr_schedulers().base_lrs[trial] /= 2  # of which the schedule takes its shares
             rank_zero_warn(
                 f"Start {trial} diverged at step {self.global_step} (loss {loss:.3g}, best "
                 f"{self.best_loss[trial]:.3g}): it is reset to its best images, with the rate {group['lr']:.3g}."
@@ -219,8 +246,13 @@ class GradientInversion(Attack):
 
     def reconstruction(self) -> Reconstruction:
         best = self.get_buffer(f"best_{int(self.best_loss.argmin())}")
-        images, num_classes = self.decode(best).float().clamp(0, 1), self.observed_rounds[0].observation.num_classes
-        return Reconstruction(images, self.labels, self.latent_downscale, num_classes)
+        return Reconstruction(
+            self.decode(best).float().clamp(0, 1),
+            self.labels,
+            self.latent_downscale,
+            latent=best.float().clone() if self.latent_downscale > 1 else None,
+            num_classes=self.observed_rounds[0].observation.num_classes,
+        )
 
     def diagnosis(self) -> dict[str, Any]:
         counts = Counter(self.labels.tolist())
@@ -229,6 +261,9 @@ class GradientInversion(Attack):
             "images_by_class": dict(sorted(counts.items())),
             "best_loss": self.best_loss.min().item(),
         }
+
+    def verdict(self, images: Tensor, labels: Tensor) -> Verdict:
+        return judge(self.misfit(images, labels).item(), len(labels))
 
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])

@@ -20,7 +20,7 @@ def leaked(all_features: Tensor, images: list[int], peers: list[int] | None = No
     moved = all_features[images] + change * torch.randn(1, 200, generator=generator)
     noise = 0.1 * change * torch.randn(len(images), 200, generator=generator)
     peers = [0] * len(images) if peers is None else peers
-    return Leakage(torch.tensor(images) % 3, moved + noise, torch.tensor(peers), SURE)
+    return Leakage(torch.tensor(images) % 3, moved + noise, torch.tensor(peers), SURE, torch.zeros(len(images)))
 
 
 def originals_of(shown: list[list[int]], identities: list[Tensor]) -> list[int]:

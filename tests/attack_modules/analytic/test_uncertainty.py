@@ -26,3 +26,12 @@ def test_an_image_that_is_missing_makes_the_others_uncertain() -> None:
     part = feature_uncertainty(rows, errors[:5], torch.linalg.lstsq(errors[:5].T, rows).solution)
     assert whole.max() < 1e-6
     assert part.min() > 0.02
+
+
+def test_an_image_that_no_unit_shows_is_unknown() -> None:
+    torch.manual_seed(0)
+    errors, features = torch.rand(3, 50, dtype=torch.float64), torch.rand(3, 20, dtype=torch.float64)
+    errors[1], features[1] = 0, 0
+    found = feature_uncertainty(errors.T @ features, errors, features)
+    assert found[1] == torch.inf
+    assert found[[0, 2]].max() < 1e-6

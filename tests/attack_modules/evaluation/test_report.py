@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attack_modules.attack import Reconstruction
+from attack_modules.attack import Level, Reconstruction, Verdict
 from attack_modules.evaluation.metrics import score
 from attack_modules.evaluation.report import Outcome, panel, table
 from fl_lightning.client import LocalTraining
@@ -51,9 +51,11 @@ def test_each_original_has_a_row_with_its_source(truth: Truth) -> None:
 
 def test_without_truth_each_reconstruction_has_a_row(truth: Truth) -> None:
     reconstruction, outcome = two_of_three(truth)
-    outcome = replace(outcome, scorecard=None)
+    verdict = Verdict([Level.LIKELY, Level.NOT_READ], expected_psnr=[23.46, 9.0])
+    outcome = replace(outcome, scorecard=None, verdict=verdict)
     first, second = rows(table(None, {"reconstruction": outcome}, reconstruction))
-    assert first == {"reconstruction": "0", "inferred_label": "1", "peer": "5", "misfit": "0.1"}
+    told = {"reconstruction": "0", "inferred_label": "1", "peer": "5", "verdict": "likely", "expected_psnr": "23.5"}
+    assert first == told | {"misfit": "0.1"}
     assert second["peer"] == "4"
 
 

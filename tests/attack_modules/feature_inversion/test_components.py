@@ -43,7 +43,11 @@ def watched(tmp_path: Path, noise_images: type) -> tuple[list[ObservedRound], Tr
     """Three rounds, each of three of four clients, whose training changes the model much."""
     data = noise_images(num_clients=4, images_per_client=2, image_size=16, num_classes=50)
     federation = Federation(
-        client=LocalTraining(lr=0.02, local_epochs=3), rounds=3, clients_per_round=3, observed_rounds=[0, 1, 2]
+        client=LocalTraining(lr=0.02, local_epochs=3),
+        rounds=3,
+        clients_per_round=3,
+        broadcast="all",
+        observed_rounds=[0, 1, 2],
     )
     rounds = ObservedRounds(BLIND, federation, data, tmp_path)
     rounds.prepare_data()

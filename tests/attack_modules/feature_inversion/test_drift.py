@@ -64,5 +64,5 @@ def test_a_model_that_draws_random_numbers_is_refused(observe: Callable[..., Obs
         return TorchvisionClassifier(num_classes, image_shape, "alexnet", dropout=0.5)
 
     seen = observe(Federation(model=alexnet), image_size=64)
-    with pytest.raises(RequirementError, match="drops units at random"):
+    with pytest.raises(RequirementError, match="is random while it trains"):
         full_batches(seen, CPU)

@@ -25,7 +25,9 @@ def watched(request: pytest.FixtureRequest, tmp_path: Path, noise_images: type) 
     """Five rounds, each of three of five clients, and the truth of all of them."""
     data = noise_images(num_clients=5, images_per_client=2, image_size=16, num_classes=50)
     training = LocalTraining(lr=0.02, local_epochs=request.param)
-    federation = Federation(client=training, rounds=5, clients_per_round=3, observed_rounds=[*range(5)])
+    federation = Federation(
+        client=training, rounds=5, clients_per_round=3, broadcast="all", observed_rounds=[*range(5)]
+    )
     observed = ObservedRounds(BLIND, federation, data, tmp_path)
     observed.prepare_data()
     observed.setup()

@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 import subprocess
@@ -8,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from attack_modules import Cosine, GradientInversion, SquaredL2, TotalVariation
+from attack_modules import Cosine, FeatureInversion, GradientInversion, SquaredL2, TotalVariation
+from attack_modules.gradient_matching.upsampling import upsampled
 from attack_modules.threat_model.knowledge import Knowledge
-from attack_modules.threat_model.observed import ObservedRound
+from attack_modules.threat_model.observed import ObservedRound, RoundsSummary
 from attack_modules.threat_model.requirements import RequirementError
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import ImageSet
 from fl_lightning.federation import Federation
-from fl_lightning.models import ClassifierFactory
+from fl_lightning.models import ClassifierFactory, ImageClassifier, ImageShape
 
 Observe = Callable[..., ObservedRound]
 Run = Callable[..., GradientInversion]
@@ -29,7 +32,9 @@ def test_one_image_of_a_linear_model_is_recovered_to_40_db(
     """Closed form: the gradient of a linear layer with bias is the image times the bias's gradient."""
     federation = Federation(model=linear_classifier, client=LocalTraining(lr=0.1, local_epochs=1))
     seen = observe(federation, num_clients=2, images_per_client=[1, 1])
-    found = attack(GradientInversion(lr=0.1, latent_downscale=1), seen, steps=300).reconstruction().images[0]
+    reconstruction = attack(GradientInversion(lr=0.1, latent_downscale=1), seen, steps=300).reconstruction()
+    assert reconstruction.latent is None
+    found = reconstruction.images[0]
     data = noise_images(num_clients=2, images_per_client=1, image_size=16)
     data.setup()
     truth: ImageSet = data.clients[0]
@@ -50,10 +55,12 @@ def test_loss_falls_and_the_best_iterate_is_kept(observe: Observe, attack: Run, 
     module = GradientInversion(latent_downscale=2, objective=objective, priors=[TotalVariation(0.01)], restarts=2)
     attack(module, seen, steps=25)
     assert module.best_loss.min() < 0.7 * first
-    images, labels, latent_downscale = module.reconstruction()[:3]
+    images, labels, latent_downscale, latent = module.reconstruction()[:4]
     assert images.shape == (4, 3, 16, 16)
     assert labels.tolist() == [0, 1, 2, 3]
     assert latent_downscale == 2
+    torch.testing.assert_close(upsampled(latent, 2).clamp(0, 1), images)
+    assert torch.equal(module.reconstruction().part(torch.tensor([3, 1])).latent, latent[[3, 1]])
     assert images.min() >= 0
     assert images.max() <= 1
     best = int(module.best_loss.argmin())
@@ -143,3 +150,25 @@ def test_killed_and_resumed_ends_with_bitwise_the_same_images(tmp_path: Path) ->
     whole, killed = (end["state_dict"] for end in ends)
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+class SigmoidHead(ImageClassifier):
+    """Not linear layers and ReLUs: the closed form does not apply, and the update does not show the labels."""
+
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__((0.5,), (0.25,))
+        self.save_hyperparameters()
+        self.features = nn.Flatten()
+        self.head = nn.Sequential(nn.Linear(math.prod(image_shape), 16), nn.Sigmoid(), nn.Linear(16, num_classes))
+
+
+def test_a_head_that_the_closed_form_cannot_read_is_matched(observe: Observe, attack: Run) -> None:
+    federation = Federation(model=SigmoidHead, client=LocalTraining(lr=0.1))
+    told = observe(federation)
+    with pytest.raises(RequirementError, match=r"SigmoidHead has a Sigmoid in its head \(head\.1\)"):
+        FeatureInversion().check(RoundsSummary.of([told]))
+    first, last = (attack(GradientInversion(latent_downscale=1), told, steps=steps).best_loss for steps in (1, 20))
+    assert last < 0.7 * first
+    blind = observe(federation, Knowledge(labels="inferred", label_counts="inferred"))
+    with pytest.raises(RequirementError, match=r"told labels, or a head .* labels are unknown, and SigmoidHead has a"):
+        GradientInversion().check(RoundsSummary.of([blind]))

@@ -1,0 +1,152 @@
+"""How far to trust images that were inverted from leaked features, from what the attacker has."""
+
+import torch
+from torch import Tensor, nn
+
+from attack_modules.analytic.results import Diagnosis, Leakage
+from attack_modules.attack import Level, Verdict
+
+LEFT_OF_CORRECTION = 0.2
+"""Share of a correction by simulated training that the features are still off. Measured: 0.05 to 0.16."""
+DRIFT_TO_ERROR = 3.0
+"""Error of features that were not corrected over the drift of the activations. Measured: 2.2 to 5.5."""
+COMPRESSION = 3.5
+"""Error of features of a pruned or quantised update over their uncertainty: what is lost is not independent from unit
+to unit. Measured: 1.0 at 8 bits, 1.9 at 4 bits, 3.4 where 10 % of the entries are kept."""
+SINGULAR_MISFIT = 4.0
+"""Misfit over the median of all from which an image's features are those of several. Measured: at most 3.1 else."""
+LEAST_SINGULAR = 0.02
+"""Misfit below which an image is one whatever the others' misfits are."""
+LEAST_PSNR = {Level.CERTAIN: 25.0, Level.LIKELY: 20.0, Level.UNRELIABLE: 14.0}
+"""Expected PSNR in dB from which an image has a level."""
+MUCH = 0.5
+"""Share of the update from which too much is unexplained."""
+NOISY = 0.02
+"""Share of the update from which noise is more than rounding."""
+DRIFTING = 0.03
+"""Drift of the activations above which refinement pays: measured, 3 dB or more above 8 %, 1 dB or none below 2 %."""
+
+
+def feature_errors(leakage: Leakage, corrected: Tensor, misfit: Tensor, drifts: bool) -> Tensor:
+    """(N,) expected relative errors of the features that images were inverted from.
+
+    The largest of three that see different faults: the disagreement of the hidden units; the change of the features
+    during the local steps, which all units share, and of which the simulated training corrects most; and the misfit of
+    the reconstructed images, since features that no image has are off by at least their distance to the nearest.
+
+    Args:
+        leakage: of N images.
+        corrected: (N, D) the features, corrected by the simulated training.
+        misfit: (N,) relative distance of the features of the reconstructed images to these.
+        drifts: whether features change during what was observed.
+    """
+    moved = (corrected - leakage.features).norm(dim=1) / leakage.features.norm(dim=1)
+    drift = torch.where(moved > 0, LEFT_OF_CORRECTION * moved, DRIFT_TO_ERROR * leakage.diagnosis.drift)
+    uncertainty = leakage.uncertainty * (COMPRESSION if leakage.diagnosis.compressed else 1)
+    return torch.stack([uncertainty, drift if drifts else torch.zeros_like(misfit), misfit]).amax(0)
+
+
+def judge(
+    leakage: Leakage,
+    errors: Tensor,
+    misfit: Tensor,
+    psnr: list[float],
+    best: float,
+    scale: float,
+    model: nn.Module,
+) -> Verdict:
+    """Level of each image, with the reasons for less than certainty.
+
+    An image's level is that of its expected PSNR, unless something that the expectation does not see limits it.
+
+    Args:
+        leakage: of N images.
+        errors: (N,) see `feature_errors`.
+        misfit: (N,) of the reconstructed images.
+        psnr: of each image, PSNR in dB expected at these errors, see `controls.expected_psnr`.
+        best: PSNR in dB expected of features without an error.
+        scale: factor by which the features leaked too small.
+        model: the attacked model.
+    """
+    found = leakage.diagnosis
+    most, reasons, advice = _limits(found, scale, model)
+    levels = [next((level for level, least in LEAST_PSNR.items() if p >= least), Level.NOT_READ) for p in psnr]
+    levels = [level.limited(most) for level in levels]
+    mixed = (misfit > SINGULAR_MISFIT * misfit.median()) & (misfit > LEAST_SINGULAR)
+    if mixed.any():
+        levels = [level.limited(Level.UNRELIABLE) if m else level for level, m in zip(levels, mixed, strict=True)]
+        reasons.append(f"{int(mixed.sum())} images have features that are those of no single image")
+        advice.append("Where images share classes, there may be more images than were counted: `knowledge.num_images`.")
+    if model.head[-1] is model.head[0]:  # one layer
+        shared = leakage.labels.bincount()[leakage.labels] > 1
+        if shared.any():
+            levels = [level.limited(Level.UNRELIABLE) if s else level for level, s in zip(levels, shared, strict=True)]
+            reasons.append(f"{int(shared.sum())} images share a class, of which a head of one layer shows the mean")
+            advice.append("Attack images of one class by gradient matching (configs/paper.yaml), or name more rounds.")
+    if best < LEAST_PSNR[Level.CERTAIN]:
+        reasons.append(f"the model's features keep too little of an image: known ones come back at {best:.0f} dB")
+        advice.append("Attack by gradient matching, which uses all layers: configs/paper.yaml.")
+    elif any(level is not Level.CERTAIN for level in levels):
+        reasons.append(f"the features are off by {errors.median():.1%}, as far as the attacker can tell")
+    return Verdict(levels, found.num_images - found.disentangled, reasons, advice, psnr)
+
+
+def _limits(found: Diagnosis, scale: float, model: nn.Module) -> tuple[Level, list[str], list[str]]:
+    """The best level that any image can have, and why."""
+    most, reasons, advice = Level.CERTAIN, [], []
+
+    def limit(level: Level, reason: str, remedy: str) -> None:
+        nonlocal most
+        most = most.limited(level)
+        reasons.append(reason)
+        advice.append(remedy)
+
+    if found.disentangled < found.num_images:
+        limit(
+            Level.LIKELY,
+            f"{found.num_images - found.disentangled} of {found.num_images} images were not disentangled, and are "
+            "mixed into others of their class",
+            "Fewer local epochs, or known labels (`knowledge.labels`), disentangle more images.",
+        )
+    if found.views:
+        limit(
+            Level.UNRELIABLE,
+            f"the update shows {found.num_images} directions for {found.held} classes, as if images were augmented",
+            f"If the peers augment their images, give `knowledge.num_images: {found.held}`.",
+        )
+    elif not found.counted:
+        limit(
+            Level.LIKELY,
+            f"the number of images cannot be read: the singular values do not fall, and {found.held} classes are held",
+            "Give the number of images as `knowledge.num_images`.",
+        )
+    if found.noise and found.residual > NOISY:  # the uncertainty of the features accounts for it
+        reasons.append(f"independent noise of standard deviation {found.noise:.2g} lies on the update")
+        advice.append("Several rounds of the same peers average the noise: `federation.observed_rounds`.")
+    elif found.residual > MUCH:
+        limit(
+            Level.UNRELIABLE,
+            f"{found.residual:.0%} of the head's update are unexplained",
+            "Check what is assumed of the peers' training: loss, rate, optimiser, batches, epochs, number of images.",
+        )
+    if scale != 1:
+        limit(
+            Level.LIKELY,
+            f"the features leaked {_times(scale)} as by clipping, an untold momentum or another learning rate, and "
+            "were inverted by their direction",
+            "Check `knowledge.client_lr`, `.server_lr`, `.momentum` and whether updates are clipped.",
+        )
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        limit(
+            Level.UNRELIABLE,
+            "the model normalises by the statistics of the peers' batches, which the attacker does not know",
+            "If the peers train with frozen statistics, wrap the model so that its BatchNorm layers are in eval mode.",
+        )
+    if found.drift > DRIFTING:
+        reasons.append(f"the local training changes the activations by {found.drift:.0%}")
+        advice.append("Refinement matches all local steps: configs/refined.yaml.")
+    return most, reasons, advice
+
+
+def _times(scale: float) -> str:
+    return f"{scale:.2g} times too small," if scale > 1 else f"{1 / scale:.2g} times too large,"

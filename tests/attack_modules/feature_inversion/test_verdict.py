@@ -1,0 +1,106 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from attack_modules.analytic.results import Diagnosis, Leakage
+from attack_modules.attack import Level, Verdict
+from attack_modules.feature_inversion.controls import ERRORS, control_images, expected_psnr
+from attack_modules.feature_inversion.verdict import feature_errors, judge
+from fl_lightning.models import LeNet5
+
+SURE = Diagnosis(3, 3, gap=1e3, residual=0.0, conditioning=1.0, drift=0.01, outside=0.0, held=3)
+MODEL = LeNet5(10, (3, 32, 32))
+
+
+def leakage(diagnosis: Diagnosis = SURE, labels: tuple[int, ...] = (0, 1, 2)) -> Leakage:
+    images = len(labels)
+    return Leakage(
+        torch.tensor(labels), torch.ones(images, 4), torch.zeros(images), diagnosis, torch.full((images,), 0.001)
+    )
+
+
+def verdict(found: Leakage, psnr: float = 30.0, scale: float = 1.0, model: nn.Module = MODEL) -> Verdict:
+    errors = torch.full((len(found.labels),), 0.01)
+    return judge(found, errors, errors, [psnr] * len(errors), 35.0, scale, model)
+
+
+def test_errors_are_the_largest_of_what_can_be_seen() -> None:
+    found, none = leakage(), torch.zeros(3)
+    assert feature_errors(found, found.features, none, drifts=False).tolist() == pytest.approx([0.001] * 3)
+    assert feature_errors(found, found.features, none, drifts=True).tolist() == pytest.approx([0.03] * 3)
+    assert feature_errors(found, found.features * 1.1, none, drifts=True).tolist() == pytest.approx([0.02] * 3)
+    pruned = leakage(replace(SURE, compressed=True))
+    assert feature_errors(pruned, pruned.features, none, drifts=False).tolist() == pytest.approx([0.0035] * 3)
+    misfit = torch.tensor([0.0, 0.5, 0.0])
+    assert feature_errors(found, found.features, misfit, drifts=False).tolist() == pytest.approx([0.001, 0.5, 0.001])
+
+
+@pytest.mark.parametrize(
+    ("psnr", "level"),
+    [(30, Level.CERTAIN), (22, Level.LIKELY), (16, Level.UNRELIABLE), (10, Level.NOT_READ)],
+)
+def test_level_follows_the_expected_psnr(psnr: float, level: Level) -> None:
+    found = verdict(leakage(), psnr)
+    assert found.levels == [level] * 3
+    assert bool(found.reasons) == (level is not Level.CERTAIN)
+
+
+@pytest.mark.parametrize(
+    ("changed", "level", "words"),
+    [
+        ({"counted": False}, Level.LIKELY, "cannot be read"),
+        ({"views": True}, Level.UNRELIABLE, "augmented"),
+        ({"residual": 0.7}, Level.UNRELIABLE, "70% of the head's update are unexplained"),
+        ({"disentangled": 2}, Level.LIKELY, "1 of 3 images were not disentangled"),
+    ],
+)
+def test_what_the_expectation_does_not_see_limits_the_level(changed: dict, level: Level, words: str) -> None:
+    found = verdict(leakage(replace(SURE, **changed)))
+    assert set(found.levels) == {level}
+    assert words in found.sentence()
+    assert found.advice
+
+
+def test_scale_batch_statistics_and_shared_classes_limit_the_level() -> None:
+    assert set(verdict(leakage(), scale=5.0).levels) == {Level.LIKELY}
+    single = nn.Module()
+    single.head = nn.Sequential(nn.Linear(4, 10))
+    assert verdict(leakage(labels=(0, 4, 4)), model=single).levels == [Level.CERTAIN, *[Level.UNRELIABLE] * 2]
+    single.norm = nn.BatchNorm2d(3)
+    assert set(verdict(leakage(), model=single).levels) == {Level.UNRELIABLE}
+
+
+def test_an_image_that_fits_far_worse_than_the_others_is_several() -> None:
+    misfit = torch.tensor([0.01, 0.01, 0.08])
+    found = judge(leakage(), misfit, misfit, [30.0] * 3, 35.0, 1.0, MODEL)
+    assert found.levels == [Level.CERTAIN, Level.CERTAIN, Level.UNRELIABLE]
+
+
+def test_the_whole_is_what_most_images_are_and_missing_ones_count() -> None:
+    levels = [Level.CERTAIN, Level.LIKELY]
+    assert Verdict(levels).level is Level.LIKELY
+    found = Verdict(levels, missing=3, reasons=["a", "b"], advice=["Do this."])
+    assert found.level is Level.NOT_READ
+    expected = "Verdict: not read. 2 of 5 images found (1 certain, 1 likely), because a; b.\nTo try: Do this."
+    assert found.sentence() == expected
+    assert "2 of 64 images" in found.sentence(originals=64)
+    assert found.results()["images"] == {"certain": 1, "likely": 1, "unreliable": 0, "not read": 0}
+
+
+def test_expected_psnr_falls_with_the_error() -> None:
+    kept, asked = [], [1e-9, *ERRORS, 5.0, 0.02]
+
+    def invert(features: torch.Tensor) -> torch.Tensor:
+        kept.append(features)
+        right = torch.cat([MODEL.embed(image[None]) for image in control_images(len(ERRORS), (3, 32, 32))])
+        error = (features - right).norm(dim=1) / right.norm(dim=1)
+        return control_images(len(ERRORS), (3, 32, 32)) + error[:, None, None, None]  # PSNR is -20 log10(error)
+
+    with torch.no_grad():
+        found = expected_psnr(asked, MODEL.embed(torch.rand(4, 3, 32, 32)), MODEL, invert, (3, 32, 32))
+    assert found[1:7] == pytest.approx([50.46, 40, 30.46, 20, 10.46, 0], abs=0.3)
+    assert found[0] == found[1]
+    assert found[7] == found[6]
+    assert 30.46 < found[8] < 40
