@@ -282,9 +282,14 @@ def run(args: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The program, as `python cli.py` and, where it is installed from a wheel, `curious-client`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     speak_plainly()
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     sys.exit(run())
+
+
+if __name__ == "__main__":
+    command()

@@ -6,6 +6,7 @@ addresses and hashes.
 
 import http.client
 import os
+import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from fl_lightning.errors import AuditError
 from fl_lightning.storage import locked, sha256_of
 
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+_IN_CHECKOUT = Path(__file__).parents[1] / "checkpoints"
+CHECKPOINTS = _IN_CHECKOUT if _IN_CHECKOUT.is_dir() else Path(sys.prefix) / "share" / "curious-client" / "checkpoints"
 """Folder of model weights, both those shipped with this project and those it downloads."""
 
 BLOCK = 1 << 20

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ CROPS = "attack_modules.diffusion.trained.photo_crops.PhotoCrops"
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also in the background, where shells have it ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 @pytest.fixture
@@ -504,7 +513,7 @@ def test_every_seed_can_be_given_and_else_follows_the_common_one(monkeypatch: py
 
 
 def test_an_interrupted_attack_leaves_its_best_so_far_and_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    interruptible: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(TINY)
     step = GradientInversion.training_step
@@ -538,7 +547,7 @@ def test_an_interrupted_attack_leaves_its_best_so_far_and_goes_on(
 
 
 def test_a_full_disk_leaves_the_best_so_far_and_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    interruptible: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
         raise StorageError("Could not write 'last.ckpt': No space left on device. Free disk space.")

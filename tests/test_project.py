@@ -1,7 +1,10 @@
 """The project's own promises about itself."""
 
 import ast
+import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -107,3 +110,22 @@ def test_the_page_of_settings_is_current() -> None:
 
 def test_the_readme_fits_one_sitting() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_code_the_weights_the_configurations_and_the_program(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    kept = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info", "tests", "notebooks")
+    shutil.copytree(ROOT, source, ignore=kept)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*pip, "--wheel-dir", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    code = [path.relative_to(ROOT).as_posix() for room in ("fl_lightning", "attack_modules") for path in
+            (ROOT / room).rglob("*") if path.suffix in (".py", ".txt")]  # fmt: skip
+    assert {"cli.py", *code} <= set(names)
+    for folder in ("configs", "checkpoints"):
+        shipped = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.*")]
+        assert all(any(name.endswith(f"share/curious-client/{path}") for name in names) for path in shipped)
+    entries = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "curious-client = cli:command" in zipfile.ZipFile(wheel).read(entries).decode()

@@ -35,7 +35,7 @@ class Restoration(Enhancer):
         except ImportError as error:
             raise SettingError(
                 "Restoration networks are loaded by the package `spandrel`, which is not installed. Run "
-                "`pip install curious-client[restoration]` or `pip install spandrel`."
+                "`pip install spandrel`."
             ) from error
         state = read_weights(weights, "the publisher of the network", ("params_ema", "params", "state_dict"))
         try:

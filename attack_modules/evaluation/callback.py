@@ -63,6 +63,7 @@ class Evaluation(Callback):
         self._stopped = False
         self._reported = False
         self._made: Path | None = None
+        self._directory = Path()  # of the run; `trainer.log_dir` is a collective call, which one process may not make
         self._lock: FileLock | None = None
 
     def make_directory(self, trainer: Trainer) -> None:
@@ -79,9 +80,9 @@ class Evaluation(Callback):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpoints()
         if isinstance(pl_module, Attack) and stage != "predict":
-            directory = Path(trainer.log_dir)  # the same in all processes
+            self._directory = Path(trainer.log_dir)  # the same in all processes
             with pl_module.ranks.fail_together():
-                self._lock = claim(directory) if trainer.is_global_zero else None
+                self._lock = claim(self._directory) if trainer.is_global_zero else None
             if stage == "fit":
                 self.interruption = Interruption()
                 self.interruption.listen()
@@ -93,10 +94,9 @@ class Evaluation(Callback):
             self._lock = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        directory = Path(trainer.log_dir)
         if isinstance(pl_module, Attack) and trainer.is_global_zero:
             if self._reported:
-                print(f"The attack's own results are complete: {directory}", flush=True)
+                print(f"The attack's own results are complete: {self._directory}", flush=True)
             elif trainer.state.fn == TrainerFn.FITTING and trainer.global_step > self._steps:
                 self._rescue(trainer, pl_module)
             elif self.interruption.received:
@@ -178,7 +178,7 @@ class Evaluation(Callback):
 
     def _way_on(self, trainer: Trainer) -> str:
         """What continues this run, or evaluates it if all its steps are done."""
-        kept, config = trainer.checkpoint_callback, Path(trainer.log_dir) / "config.yaml"
+        kept, config = trainer.checkpoint_callback, self._directory / "config.yaml"
         written = Path(kept.dirpath).glob("*.ckpt") if kept and kept.dirpath else ()
         newest = max(written, key=lambda path: (path.stat().st_mtime, path.name), default=None)
         checkpoint = newest or trainer.ckpt_path
@@ -214,7 +214,7 @@ class Evaluation(Callback):
         )
 
     def _report(self, trainer: Trainer, attack: Attack, reconstruction: Reconstruction) -> None:
-        directory, memory = Path(trainer.log_dir), _peak_memory_mb(attack.device)
+        directory, memory = self._directory, _peak_memory_mb(attack.device)
         misfit = attack.misfit(*reconstruction[:2]).cpu()
         verdict = attack.verdict(*reconstruction[:2])
         postprocessing = Postprocessing() if self._stopped else self.postprocessing

@@ -115,8 +115,9 @@ class Cifar10Classifier(LightningModule):
     test_step = validation_step
 
     def on_train_epoch_end(self) -> None:
-        if self.trainer.is_global_zero and (self.export or self.trainer.log_dir):
-            path = self.export or Path(self.trainer.log_dir) / "cifar10_classifier.safetensors"
+        directory = self.trainer.log_dir  # a collective call
+        if self.trainer.is_global_zero and (self.export or directory):
+            path = self.export or Path(directory) / "cifar10_classifier.safetensors"
             with atomic_path(path) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}, temporary)
 

@@ -19,7 +19,7 @@ from attack_modules.feature_inversion.guidance import DiffusionGuidance
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
-from attack_modules.feature_inversion.verdict import feature_errors, judge
+from attack_modules.feature_inversion.verdict import Evidence, judge
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
@@ -388,17 +388,17 @@ class FeatureInversion(Attack):
 
     def verdict(self, images: Tensor, labels: Tensor) -> Verdict:
         misfit = self.misfit(images, labels).cpu()
-        errors = feature_errors(self.leakage, self.features.cpu(), misfit, self._drifts)
+        evidence = Evidence(self.leakage, self.features.cpu(), misfit, self._drifts, self.scale)
         steps, shape = max(self.global_step, 1), self.observed_rounds[0].observation.image_shape
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
             *psnr, best = expected_psnr(
-                [*errors.tolist(), 0.0],
+                [*evidence.errors.tolist(), 0.0],
                 self.features.clone(),
                 self.model,
                 lambda wrong: self.invert(wrong, steps),
                 shape,
             )
-        return judge(self.leakage, errors, misfit, psnr, best, self.scale, self.model)
+        return judge(evidence, psnr, best, self.model)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)

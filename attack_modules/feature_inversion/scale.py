@@ -19,8 +19,8 @@ PLAUSIBLE = (0.8, 1.25)
 """Scales that are taken for 1 after a single local step. Measured: 0.87 to 1.08 where nothing changes the scale."""
 PLAUSIBLE_DRIFTING = (0.6, 1.6)
 """The same after several steps, during which features change by themselves. Measured: up to 1.33 at rate 0.05."""
-READABLE = 0.3
-"""Uncertainty above which features show no scale."""
+READABLE = 0.1
+"""Uncertainty up to which features show their scale, which more than half of the images must."""
 
 
 def found_scale(leakage: Leakage, model: ImageClassifier, decoder: FeatureDecoder | None, steps: int) -> float:
@@ -33,7 +33,7 @@ def found_scale(leakage: Leakage, model: ImageClassifier, decoder: FeatureDecode
         steps: local steps.
     """
     readable = leakage.uncertainty < READABLE
-    if not readable.any():
+    if 2 * readable.sum() <= len(readable):
         return 1.0
     if leakage.ones is not None:
         scale = 1 / leakage.ones[readable].median().item()

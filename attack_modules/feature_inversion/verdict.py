@@ -1,9 +1,12 @@
 """How far to trust images that were inverted from leaked features, from what the attacker has."""
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
-from attack_modules.analytic.results import Diagnosis, Leakage
+from attack_modules.analytic.results import Leakage
 from attack_modules.attack import Level, Verdict
 
 LEFT_OF_CORRECTION = 0.2
@@ -21,55 +24,77 @@ LEAST_PSNR = {Level.CERTAIN: 25.0, Level.LIKELY: 20.0, Level.UNRELIABLE: 14.0}
 """Expected PSNR in dB from which an image has a level."""
 MUCH = 0.5
 """Share of the update from which too much is unexplained."""
+LEAST_RESIDUAL = 0.02
+"""Share of the update up to which what is unexplained does not matter. Beyond, features that drift leave at most 0.4 of
+their correction unexplained as measured, images that are augmented 8 times as much as it."""
+MANY = 0.25
+"""Share of images without features of their own from which no image is likely."""
 NOISY = 0.02
 """Share of the update from which noise is more than rounding."""
 DRIFTING = 0.03
 """Drift of the activations above which refinement pays: measured, 3 dB or more above 8 %, 1 dB or none below 2 %."""
 
 
-def feature_errors(leakage: Leakage, corrected: Tensor, misfit: Tensor, drifts: bool) -> Tensor:
-    """(N,) expected relative errors of the features that images were inverted from.
+@dataclass(frozen=True)
+class Evidence:
+    """What an attacker has to tell how far off the features are that its images were inverted from.
 
-    The largest of three that see different faults: the disagreement of the hidden units; the change of the features
-    during the local steps, which all units share, and of which the simulated training corrects most; and the misfit of
-    the reconstructed images, since features that no image has are off by at least their distance to the nearest.
-
-    Args:
+    Attributes:
         leakage: of N images.
         corrected: (N, D) the features, corrected by the simulated training.
         misfit: (N,) relative distance of the features of the reconstructed images to these.
-        drifts: whether features change during what was observed.
+        drifts: whether features change during what was observed, and the training that changes them is as assumed.
+        scale: factor by which the features leaked too small.
     """
-    moved = (corrected - leakage.features).norm(dim=1) / leakage.features.norm(dim=1)
-    drift = torch.where(moved > 0, LEFT_OF_CORRECTION * moved, DRIFT_TO_ERROR * leakage.diagnosis.drift)
-    uncertainty = leakage.uncertainty * (COMPRESSION if leakage.diagnosis.compressed else 1)
-    return torch.stack([uncertainty, drift if drifts else torch.zeros_like(misfit), misfit]).amax(0)
+
+    leakage: Leakage
+    corrected: Tensor
+    misfit: Tensor
+    drifts: bool
+    scale: float = 1.0
+
+    @cached_property
+    def moved(self) -> Tensor:
+        """(N,) relative size of the correction."""
+        leaked = self.leakage.features
+        return (self.corrected - leaked).norm(dim=1) / leaked.norm(dim=1).clamp_min(torch.finfo(leaked.dtype).tiny)
+
+    @cached_property
+    def errors(self) -> Tensor:
+        """(N,) expected relative errors of the features.
+
+        The largest of three that see different faults: the disagreement of the hidden units; the change of the features
+        during the local steps, which all units share, and of which the simulated training corrects most; and the misfit
+        of the reconstructed images, since features that no image has are off by at least their distance to the nearest.
+        """
+        found = self.leakage.diagnosis
+        drift = torch.where(self.moved > 0, LEFT_OF_CORRECTION * self.moved, DRIFT_TO_ERROR * found.drift)
+        uncertainty = self.leakage.uncertainty * (COMPRESSION if found.compressed else 1)
+        return torch.stack([uncertainty, drift * self.drifts, self.misfit]).amax(0)
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether the update differs from what the images explain by more than features that drift can make."""
+        found, labels = self.leakage.diagnosis, self.leakage.labels
+        if not self.drifts or found.noise or found.compressed or len(labels.unique()) < len(labels):
+            return False
+        return found.residual > LEAST_RESIDUAL and found.residual > self.moved.median().item()
 
 
-def judge(
-    leakage: Leakage,
-    errors: Tensor,
-    misfit: Tensor,
-    psnr: list[float],
-    best: float,
-    scale: float,
-    model: nn.Module,
-) -> Verdict:
+def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) -> Verdict:
     """Level of each image, with the reasons for less than certainty.
 
     An image's level is that of its expected PSNR, unless something that the expectation does not see limits it.
 
     Args:
-        leakage: of N images.
-        errors: (N,) see `feature_errors`.
-        misfit: (N,) of the reconstructed images.
-        psnr: of each image, PSNR in dB expected at these errors, see `controls.expected_psnr`.
+        evidence: on N images.
+        psnr: of each image, PSNR in dB expected at its error, see `controls.expected_psnr`.
         best: PSNR in dB expected of features without an error.
-        scale: factor by which the features leaked too small.
         model: the attacked model.
     """
+    leakage, errors, misfit = evidence.leakage, evidence.errors, evidence.misfit
     found = leakage.diagnosis
-    most, reasons, advice = _limits(found, scale, model)
+    most, reasons, advice = _limits(evidence, model)
     levels = [next((level for level, least in LEAST_PSNR.items() if p >= least), Level.NOT_READ) for p in psnr]
     levels = [level.limited(most) for level in levels]
     mixed = (misfit > SINGULAR_MISFIT * misfit.median()) & (misfit > LEAST_SINGULAR)
@@ -91,8 +116,9 @@ def judge(
     return Verdict(levels, found.num_images - found.disentangled, reasons, advice, psnr)
 
 
-def _limits(found: Diagnosis, scale: float, model: nn.Module) -> tuple[Level, list[str], list[str]]:
+def _limits(evidence: Evidence, model: nn.Module) -> tuple[Level, list[str], list[str]]:
     """The best level that any image can have, and why."""
+    found, scale = evidence.leakage.diagnosis, evidence.scale
     most, reasons, advice = Level.CERTAIN, [], []
 
     def limit(level: Level, reason: str, remedy: str) -> None:
@@ -123,11 +149,18 @@ def _limits(found: Diagnosis, scale: float, model: nn.Module) -> tuple[Level, li
     if found.noise and found.residual > NOISY:  # the uncertainty of the features accounts for it
         reasons.append(f"independent noise of standard deviation {found.noise:.2g} lies on the update")
         advice.append("Several rounds of the same peers average the noise: `federation.observed_rounds`.")
-    elif found.residual > MUCH:
+    elif found.residual > MUCH or evidence.unexplained:
         limit(
             Level.UNRELIABLE,
             f"{found.residual:.0%} of the head's update are unexplained",
-            "Check what is assumed of the peers' training: loss, rate, optimiser, batches, epochs, number of images.",
+            "Check what is assumed of the peers' training: loss, rate, optimiser, batches, epochs, number of images; "
+            "and whether images are augmented.",
+        )
+    if (evidence.errors > 1).double().mean() > MANY:
+        limit(
+            Level.UNRELIABLE,
+            "many images came out without features of their own, and disturb the others",
+            "Give `knowledge.num_images` or `.labels` if you can, or attack by gradient matching (configs/paper.yaml).",
         )
     if scale != 1:
         limit(

@@ -72,5 +72,6 @@ class AveragedModule(LightningModule):
         self.average.update_parameters(self.network)
 
     def on_train_epoch_end(self) -> None:
-        if self.trainer.is_global_zero and (self.export or self.trainer.log_dir):
-            self.average.module.save(self.export or Path(self.trainer.log_dir) / self.exported)
+        directory = self.trainer.log_dir  # a collective call
+        if self.trainer.is_global_zero and (self.export or directory):
+            self.average.module.save(self.export or Path(directory) / self.exported)

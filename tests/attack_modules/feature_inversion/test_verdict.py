@@ -7,7 +7,7 @@ from torch import nn
 from attack_modules.analytic.results import Diagnosis, Leakage
 from attack_modules.attack import Level, Verdict
 from attack_modules.feature_inversion.controls import ERRORS, control_images, expected_psnr
-from attack_modules.feature_inversion.verdict import feature_errors, judge
+from attack_modules.feature_inversion.verdict import Evidence, judge
 from fl_lightning.models import LeNet5
 
 SURE = Diagnosis(3, 3, gap=1e3, residual=0.0, conditioning=1.0, drift=0.01, outside=0.0, held=3)
@@ -22,19 +22,34 @@ def leakage(diagnosis: Diagnosis = SURE, labels: tuple[int, ...] = (0, 1, 2)) ->
 
 
 def verdict(found: Leakage, psnr: float = 30.0, scale: float = 1.0, model: nn.Module = MODEL) -> Verdict:
-    errors = torch.full((len(found.labels),), 0.01)
-    return judge(found, errors, errors, [psnr] * len(errors), 35.0, scale, model)
+    evidence = Evidence(found, found.features, torch.full((len(found.labels),), 0.01), drifts=False, scale=scale)
+    return judge(evidence, [psnr] * len(found.labels), 35.0, model)
+
+
+def errors(found: Leakage, corrected: float = 1.0, misfit: float = 0.0, drifts: bool = True) -> list[float]:
+    return Evidence(found, found.features * corrected, torch.tensor([0.0, misfit, 0.0]), drifts).errors.tolist()
 
 
 def test_errors_are_the_largest_of_what_can_be_seen() -> None:
-    found, none = leakage(), torch.zeros(3)
-    assert feature_errors(found, found.features, none, drifts=False).tolist() == pytest.approx([0.001] * 3)
-    assert feature_errors(found, found.features, none, drifts=True).tolist() == pytest.approx([0.03] * 3)
-    assert feature_errors(found, found.features * 1.1, none, drifts=True).tolist() == pytest.approx([0.02] * 3)
-    pruned = leakage(replace(SURE, compressed=True))
-    assert feature_errors(pruned, pruned.features, none, drifts=False).tolist() == pytest.approx([0.0035] * 3)
-    misfit = torch.tensor([0.0, 0.5, 0.0])
-    assert feature_errors(found, found.features, misfit, drifts=False).tolist() == pytest.approx([0.001, 0.5, 0.001])
+    found = leakage()
+    assert errors(found, drifts=False) == pytest.approx([0.001] * 3)
+    assert errors(found) == pytest.approx([0.03] * 3)
+    assert errors(found, corrected=1.1) == pytest.approx([0.02] * 3)
+    assert errors(found, misfit=0.5, drifts=False) == pytest.approx([0.001, 0.5, 0.001])
+    assert errors(leakage(replace(SURE, compressed=True)), drifts=False) == pytest.approx([0.0035] * 3)
+
+
+def test_an_update_that_drift_does_not_explain_makes_all_images_unreliable() -> None:
+    found = leakage(replace(SURE, residual=0.07))
+    for corrected, level in ((1.2, Level.CERTAIN), (1.01, Level.UNRELIABLE)):
+        evidence = Evidence(found, found.features * corrected, torch.zeros(3), drifts=True)
+        assert set(judge(evidence, [30.0] * 3, 35.0, MODEL).levels) == {level}
+
+
+def test_images_without_features_of_their_own_disturb_the_others() -> None:
+    evidence = Evidence(leakage(), leakage().features, torch.tensor([0.01, 3.0, 0.01]), drifts=False)
+    found = judge(evidence, [30.0, 5.0, 30.0], 35.0, MODEL)
+    assert found.levels == [Level.UNRELIABLE, Level.NOT_READ, Level.UNRELIABLE]
 
 
 @pytest.mark.parametrize(
@@ -73,8 +88,8 @@ def test_scale_batch_statistics_and_shared_classes_limit_the_level() -> None:
 
 
 def test_an_image_that_fits_far_worse_than_the_others_is_several() -> None:
-    misfit = torch.tensor([0.01, 0.01, 0.08])
-    found = judge(leakage(), misfit, misfit, [30.0] * 3, 35.0, 1.0, MODEL)
+    evidence = Evidence(leakage(), leakage().features, torch.tensor([0.01, 0.01, 0.08]), drifts=False)
+    found = judge(evidence, [30.0] * 3, 35.0, MODEL)
     assert found.levels == [Level.CERTAIN, Level.CERTAIN, Level.UNRELIABLE]
 
 
