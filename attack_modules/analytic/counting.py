@@ -178,12 +178,13 @@ def count_images(
     return rank, True, views and rank == edge
 
 
-def is_compressed(update: Tensor, least: float = 0.05, most_entries: int = 10**6) -> bool:
+def is_compressed(update: Tensor, least: float = 0.2, most_entries: int = 10**6) -> bool:
     """Whether entries of an update were pruned or quantised: many are 0, or most are of one size.
 
     Args:
         update: (H, D). Rows and columns that are 0 throughout, of inactive units and features, do not count.
-        least: share of zeros from which it counts as compressed.
+        least: share of zeros from which it counts as compressed. Measured: at most 0.07 by the rounding of the weights,
+            0.10 at 8 bits, which changes little, 0.35 at 4 bits, 0.43 where 10 % of the entries are kept.
         most_entries: number of entries, evenly spread, that are looked at.
     """
     entries = update[(update != 0).any(1)][:, (update != 0).any(0)].flatten().abs()
