@@ -154,12 +154,11 @@ def class_sums(observation: Observation, update: Tensors) -> Tensor | None:
 
     None where the head has neither.
     """
-    head = build_on_meta(observation.model).head
-    layers = list(head.named_children())
+    layers = build_on_meta(observation.model).head_layers
     if not layers or not isinstance(layers[-1][1], nn.Linear):
         return None
-    last = f"head.{layers[-1][0]}"
+    last = layers[-1][0]
     if f"{last}.bias" in update:
         return update[f"{last}.bias"].double()
-    after_relu = any(isinstance(layer, nn.ReLU) for layer in head)
+    after_relu = any(isinstance(layer, nn.ReLU) for _, layer in layers)
     return update[f"{last}.weight"].double().sum(1) if after_relu else None
