@@ -311,7 +311,7 @@ class Attack(LightningModule, ABC):
         device = self.trainer.strategy.root_device.type
         self.check(self.trainer.datamodule.summary(), self.trainer.world_size, device)
         for seen in self.observed_rounds:
-            refuse_impossible(seen)
+            refuse_impossible(seen.observation, seen.assumptions.server_lr)
             for doubt in doubts(seen):
                 rank_zero_warn(doubt)
         path = Path(self.trainer.ckpt_path or "")

@@ -94,7 +94,7 @@ class Observation:
         if not isinstance(model, ImageClassifier):
             module = copy.deepcopy(model)
             module.load_state_dict(fit["before"])  # new weights might hide the head, e.g. zeros
-            model = WrappedClassifier.around(module, _needed(image_shape, model), head, mean, std)
+            model = WrappedClassifier.around(module, _needed(image_shape, model), None, head, mean, std)
         elif image_shape is not None and tuple(image_shape) != tuple(model.hparams["image_shape"]):
             raise SettingError(
                 f"`image_shape` is {tuple(image_shape)}, but {type(model).__name__} was made for "

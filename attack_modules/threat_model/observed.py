@@ -112,7 +112,7 @@ class ObservedRounds(GivenRounds):
     Args:
         knowledge: what the attacker is told, guesses, or must infer.
         federation: the federation that is observed.
-        data: the clients' images.
+        data: the clients' images; None where the rounds are of another system.
         directory: the federation's record; None for `runs/federations/<fingerprint of the settings>`. A directory with
             Observations and without `settings.json` was written by another system: nothing is simulated then, and
             `federation` and `data` have no effect. If a `truth/` lies in it, the attacker can be told of it.
@@ -122,7 +122,7 @@ class ObservedRounds(GivenRounds):
     """
 
     def __init__(
-        self, knowledge: Knowledge, federation: Federation, data: FederatedData, directory: Path | None = None
+        self, knowledge: Knowledge, federation: Federation, data: FederatedData | None, directory: Path | None = None
     ) -> None:
         super().__init__()
         self.knowledge = knowledge

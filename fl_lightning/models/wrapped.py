@@ -67,11 +67,7 @@ class WrappedClassifier(ImageClassifier):
     ) -> None:
         super().__init__(mean, std)
         self.save_hyperparameters(ignore=["module", "weights"])
-        if isinstance(module, type):
-            module = f"{module.__module__}.{module.__qualname__}"
-        elif isinstance(module, nn.Module):
-            module = Prototype(module)
-        self.hparams["module"] = module
+        self.hparams["module"] = module = _named(module)
         self.hparams["weights"] = None if weights is None else str(weights)
         self.spec = _head_of(module, arguments, image_shape, head, mean, std)
         if self.spec.num_classes != num_classes:
@@ -88,16 +84,17 @@ class WrappedClassifier(ImageClassifier):
     @classmethod
     def around(
         cls,
-        module: nn.Module,
+        module: type[nn.Module] | nn.Module,
         image_shape: ImageShape,
+        arguments: dict[str, Any] | None = None,
         head: str = "auto",
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
     ) -> "WrappedClassifier":
-        """Of a module as it is, with as many classes as it has logits; arguments as of the constructor."""
-        prototype = Prototype(module)
-        classes = _head_of(prototype, None, image_shape, head, mean, std).num_classes
-        return cls(classes, image_shape, prototype, head=head, mean=mean, std=std)
+        """With as many classes as the module has logits; arguments as of the constructor."""
+        named = _named(module)
+        classes = _head_of(named, arguments, image_shape, head, mean, std).num_classes
+        return cls(classes, image_shape, named, arguments, head, mean=mean, std=std)
 
     @property
     def head(self) -> nn.Sequential:
@@ -137,6 +134,13 @@ def _with_own_names(model: nn.Module, state: dict[str, Any], prefix: str, local_
 def _with_names_within(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}{WITHIN}{name.removeprefix(prefix)}"] = state.pop(name)
+
+
+def _named(module: type[nn.Module] | nn.Module | Prototype | str) -> Prototype | str:
+    """A module in the form in which a description holds it."""
+    if isinstance(module, nn.Module):
+        return Prototype(module)
+    return f"{module.__module__}.{module.__qualname__}" if isinstance(module, type) else module
 
 
 def _head_of(

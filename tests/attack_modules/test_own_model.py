@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,12 @@ from attack_modules.attack import Level
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.observed import ObservedRound
+from fl_lightning.client import LocalTraining
 from fl_lightning.errors import AuditError
+from fl_lightning.federation import Federation
+from fl_lightning.models import WrappedClassifier
 from fl_lightning.observation import Observation
-from fl_lightning.storage import StorageError
+from fl_lightning.storage import StorageError, save_checkpoint
 
 SHAPE = (3, 16, 16)
 SIZES = [2, 1]
@@ -114,3 +119,18 @@ def test_what_does_not_fit_is_a_sentence(round_: Observation, tmp_path: Path) ->
         assert len(str(error.value)) <= 400
     with pytest.raises(StorageError, match="given as an object"):
         round_.save(tmp_path / "round_0000")
+
+
+def test_a_federation_trains_an_own_module_from_given_weights(
+    observe: Callable[..., ObservedRound], tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    state = Net().state_dict()
+    save_checkpoint(tmp_path / "weights.pt", state)
+    model = partial(WrappedClassifier, module=Net, weights=tmp_path / "weights.pt")
+    seen = observe(Federation(model, LocalTraining(local_epochs=2)))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in seen.observation.before.items())
+    assert seen.observation.model["init_args"]["weights"] == str(tmp_path / "weights.pt")
+    assert seen.peers_update().keys() == state.keys()
+    result = FeatureInversion().reconstruct(seen.observation, seen.assumptions, steps=20)
+    assert result.misfit.max() < 0.5
