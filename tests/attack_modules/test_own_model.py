@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,9 +97,10 @@ def test_images_labels_peers_and_verdict_from_python(images: Tensor, round_: Obs
     assert saved["levels"] == [Level(level).value for level in result.verdict.levels]
 
 
-def test_gradient_matching_runs_on_an_own_module(round_: Observation) -> None:
-    assumed = Assumptions(client_lr=0.01, local_epochs=2)
-    first, later = (GradientInversion().reconstruct(round_, assumed, steps=steps).misfit for steps in (1, 40))
+@pytest.mark.parametrize("settings", [{}, {"simulate": "head"}, {"chunk_size": 2}])
+def test_gradient_matching_runs_on_an_own_module(round_: Observation, settings: dict[str, Any]) -> None:
+    assumed, attack = Assumptions(client_lr=0.01, local_epochs=2), GradientInversion(**settings)
+    first, later = (attack.reconstruct(round_, assumed, steps=steps).misfit for steps in (1, 40))
     assert later < 0.5 * first
 
 
