@@ -194,6 +194,11 @@ class AuditCLI(LightningCLI):
                 f"{'missing' if self.datamodule is None else type(self.datamodule).__name__}. Give, for instance, "
                 "`--data ImageFolder --data.root FOLDER`, or `--data Photographs`; rounds of another system need none."
             )
+        if not attacked and self.datamodule is None:
+            raise UsageError(
+                f"{type(self.model).__name__} trains on images, but `data` is not given. Name the data module of its "
+                "configuration in configs/, or another with `--data`."
+            )
         if not attacked and settings.postprocess != "none":
             raise SettingError(
                 f"`postprocess` enhances what an attack reconstructs, but {type(self.model).__name__} is no attack. "
