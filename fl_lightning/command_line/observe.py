@@ -1,5 +1,6 @@
 """The command `observe`: its settings, and those that a user may write in short."""
 
+import re
 from argparse import ArgumentError
 from collections.abc import Callable
 from pydoc import locate
@@ -13,9 +14,15 @@ from fl_lightning.command_line.given import UsageError
 PURPOSE = "Make a record that `fit --observation` attacks from two consecutive global models of any federation."
 
 
+class _Parser(ArgumentParser):
+    def format_help(self) -> str:
+        """Without all of PyTorch's modules, which are known but no models."""
+        return re.sub(r", known\s+subclasses:.*?\)", ")", super().format_help(), flags=re.DOTALL)
+
+
 def observe_parser(record_round: Callable[..., Any]) -> ArgumentParser:
     """The command's parser: a model, and the arguments of `record_round` but for the model's."""
-    parser = ArgumentParser(prog="python cli.py observe", description=PURPOSE, exit_on_error=False)
+    parser = _Parser(prog="python cli.py observe", description=PURPOSE, exit_on_error=False)
     parser.add_subclass_arguments(
         nn.Module, "model", required=True, instantiate=False, help="The global model's class and arguments."
     )
