@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test,predict,federate} --config configs/X.yaml`."""
+"""The command line: `python cli.py {fit,validate,test,predict,federate} --config configs/X.yaml`, and `observe`."""
 
 import os
 import signal
@@ -32,6 +32,7 @@ from attack_modules.evaluation.run_directory import NotLogged, runs_of
 from attack_modules.panels import save_png
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRounds
+from attack_modules.threat_model.recorded import record_round
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.command_line.checks import (
     refuse_foreign_checkpoint,
@@ -44,11 +45,14 @@ from fl_lightning.command_line.explanations import explain
 from fl_lightning.command_line.foreign_errors import for_the_user, from_libraries_alone, refused_by_trainer, short
 from fl_lightning.command_line.former_names import with_todays_names
 from fl_lightning.command_line.given import Given, UsageError
+from fl_lightning.command_line.observe import PURPOSE, observe
 from fl_lightning.command_line.plain_output import speak_plainly
 from fl_lightning.data import FederatedData
 from fl_lightning.errors import SettingError
 from fl_lightning.federation import Federation
+from fl_lightning.record import Record
 
+DESCRIPTION = "Audit of federated learning. Beside the commands below, `observe --help`: " + PURPOSE
 LOAD_YAML = get_loader("yaml")
 SEEDED = ("data.init_args", "model.init_args", "federation")
 """Settings whose `seed` is that of `seed_everything` unless they have their own."""
@@ -71,7 +75,7 @@ class AuditCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(AuditTrainer, "trainer")
         parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=False)
-        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"trainer.enable_model_summary": False})
@@ -182,10 +186,18 @@ class AuditCLI(LightningCLI):
             raise UsageError(
                 f"`{self.subcommand}` needs a `model:`, e.g. `--model GradientInversion`, or a file of configs/."
             )
-        if (attacked or self.subcommand == "federate") and not isinstance(self.datamodule, FederatedData):
+        foreign = settings.observation is not None and Record(settings.observation).foreign
+        federated = isinstance(self.datamodule, FederatedData) or (foreign and self.datamodule is None)
+        if (attacked or self.subcommand == "federate") and not federated:
             raise SettingError(
-                f"`{self.subcommand}` needs federated images, but `data` is {type(self.datamodule).__name__}. Give, "
-                "for instance, `--data ImageFolder --data.root FOLDER`, or `--data Photographs`."
+                f"`{self.subcommand}` needs federated images, but `data` is "
+                f"{'missing' if self.datamodule is None else type(self.datamodule).__name__}. Give, for instance, "
+                "`--data ImageFolder --data.root FOLDER`, or `--data Photographs`; rounds of another system need none."
+            )
+        if not attacked and self.datamodule is None:
+            raise UsageError(
+                f"{type(self.model).__name__} trains on images, but `data` is not given. Name the data module of its "
+                "configuration in configs/, or another with `--data`."
             )
         if not attacked and settings.postprocess != "none":
             raise SettingError(
@@ -205,7 +217,7 @@ class AuditCLI(LightningCLI):
 
     def _observe(self, settings: Any) -> None:
         """Take the federation's record as the data, and refuse what cannot be attacked."""
-        if self.datamodule.num_clients < 2:
+        if self.datamodule is not None and self.datamodule.num_clients < 2:
             raise SettingError(
                 f"`data.num_clients` is {self.datamodule.num_clients}, the attacker alone, so there is no peer to "
                 "attack. Set it to at least 2."
@@ -246,8 +258,12 @@ class AuditCLI(LightningCLI):
                 print(f"{len(found.images)} reconstructed images, without scores: {directory}", flush=True)
 
 
-def main(args: list[str] | None = None) -> AuditCLI:
+def main(args: list[str] | None = None) -> AuditCLI | None:
     """Run a command and raise whatever goes wrong; tests and programs call this with a list of arguments."""
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["observe"]:
+        print(observe(record_round, given[1:]), flush=True)
+        return None
     attack_modules.load_all()
     set_loader("yaml", lambda text: with_todays_names(LOAD_YAML(text)), (yaml.YAMLError,))
     return AuditCLI(
@@ -255,7 +271,7 @@ def main(args: list[str] | None = None) -> AuditCLI:
         trainer_defaults={"callbacks": [Progress(), Evaluation()]},
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+        parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "description": DESCRIPTION},
         auto_configure_optimizers=False,
         args=args,
     )

@@ -1,8 +1,9 @@
 """The contract of all attacks: observed rounds in, a reconstruction out."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,21 +12,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from attack_modules.panels import draw_panel, save_png
 from attack_modules.simulation.distributed import Ranks
-from attack_modules.threat_model.observed import ObservedRound, RoundsSummary
+from attack_modules.threat_model.assumptions import Assumptions
+from attack_modules.threat_model.observed import GivenRounds, ObservedRound, RoundsSummary
 from attack_modules.threat_model.plausibility import doubts, refuse_impossible
 from attack_modules.threat_model.requirements import Requirement, RequirementError, check
-from fl_lightning.client import Tensors
+from fl_lightning.client import Tensors, quiet
 from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.memory import exceeds_memory
+from fl_lightning.observation import Observation
 from fl_lightning.record import describe, differences, summary
-from fl_lightning.storage import load_checkpoint
+from fl_lightning.storage import atomic_path, load_checkpoint, write_json
 
 OF_NO_EFFECT = ("checkpoint_every", "chunk_size")
 """Settings that change no result, and may differ between a checkpoint and the run that it is loaded into."""
@@ -131,6 +135,45 @@ class Verdict:
         }
 
 
+@dataclass(frozen=True)
+class Result:
+    """What an attack found; on the CPU.
+
+    Attributes:
+        images: (N, C, H, W) in [0, 1], in arbitrary order.
+        labels: (N,) long.
+        peers: (N,) long: images with the same number are attributed to the same peer; None if the attack cannot tell.
+        misfit: (N,) or (), see `Attack.misfit`.
+        verdict: how far to trust each image, and why.
+    """
+
+    images: Tensor
+    labels: Tensor
+    peers: Tensor | None
+    misfit: Tensor
+    verdict: Verdict
+
+    def save(self, directory: str | Path) -> None:
+        """Write `images/NNN.png`, `panel.png` with a caption for each image, and `results.json`.
+
+        Raises:
+            StorageError: the disk is full or the folder is not writable.
+        """
+        directory, levels = Path(directory), self.verdict.levels
+        peers = [None] * len(self.labels) if self.peers is None else self.peers.tolist()
+        captions = [
+            f"class {label}" + ("" if peer is None else f"\npeer {peer}") + f"\n{level.value}"
+            for label, peer, level in zip(self.labels.tolist(), peers, levels, strict=True)
+        ]
+        for index, image in enumerate(self.images):
+            save_png(image, directory / "images" / f"{index:03d}.png")
+        with atomic_path(directory / "panel.png") as temporary:
+            draw_panel({"reconstruction": self.images}, captions).save(temporary, format="png")
+        found = {"labels": self.labels.tolist(), "peers": peers, "levels": [level.value for level in levels]}
+        expected = {"expected_psnr": self.verdict.expected_psnr, "misfit": self.misfit.tolist()}
+        write_json(directory / "results.json", {"verdict": self.verdict.results(), **found, **expected})
+
+
 class AttackError(AuditError):
     """The observed rounds cannot be read, or a checkpoint belongs to another attack."""
 
@@ -198,6 +241,44 @@ class Attack(LightningModule, ABC):
         """What the attack can say of its own result without ground truth, in JSON types; goes into `results.json`."""
         return {}
 
+    def reconstruct(
+        self,
+        observation: Observation | Sequence[Observation],
+        assumptions: Assumptions,
+        steps: int = 150,
+        accelerator: str = "cpu",
+    ) -> Result:
+        """Attack observed rounds here and now, without files; this attack's own state does not change.
+
+        Args:
+            observation: one round, or several, oldest first.
+            assumptions: how the peers are taken to have trained, in each of the rounds.
+            steps: of the optimisation, >= 1.
+            accelerator: where Lightning computes (`cpu`, `gpu`, `auto`).
+
+        Raises:
+            AuditError: the rounds do not fit the attack, cannot be rounds of training, or cannot be read.
+        """
+        if steps < 1:
+            raise SettingError(f"`steps` is {steps}, so nothing would be done. Give at least 1.")
+        observations = [observation] if isinstance(observation, Observation) else list(observation)
+        attack = copy.deepcopy(self)
+        with quiet():
+            Trainer(
+                max_steps=steps,
+                accelerator=accelerator,
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            ).fit(attack, datamodule=GivenRounds([ObservedRound(seen, assumptions) for seen in observations]))
+        found = attack.reconstruction()
+        images, labels = found.images.detach(), found.labels
+        misfit, verdict = attack.misfit(images, labels).cpu(), attack.verdict(images, labels)
+        peers = None if found.peers is None else found.peers.cpu()
+        return Result(images.cpu().contiguous(), labels.cpu(), peers, misfit, verdict)
+
     @property
     def title(self) -> str:
         """The attack's name in results and checkpoints."""
@@ -230,7 +311,7 @@ class Attack(LightningModule, ABC):
         device = self.trainer.strategy.root_device.type
         self.check(self.trainer.datamodule.summary(), self.trainer.world_size, device)
         for seen in self.observed_rounds:
-            refuse_impossible(seen)
+            refuse_impossible(seen.observation, seen.assumptions.server_lr)
             for doubt in doubts(seen):
                 rank_zero_warn(doubt)
         path = Path(self.trainer.ckpt_path or "")

@@ -16,9 +16,7 @@ from torch.nn import functional as F
 from fl_lightning.data import ImageSet
 from fl_lightning.errors import SettingError, non_negative, positive
 from fl_lightning.models import ImageClassifier
-
-Tensors = dict[str, Tensor]
-"""Tensors by parameter (or buffer) name."""
+from fl_lightning.state_files import Tensors
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         accelerator: where Lightning trains (`cpu`, `gpu`, `auto`).
     """
     client = ClientModule(copy.deepcopy(task.model), training)
-    with isolate_rng(), _quiet():
+    with isolate_rng(), quiet():
         torch.manual_seed(task.seed)
         trainer = Trainer(
             max_epochs=training.local_epochs,
@@ -136,12 +134,13 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         )
         generator = torch.Generator().manual_seed(task.seed)
         trainer.fit(client, task.images.dataloader(training.batch_size, shuffle=True, generator=generator))
-    after = client.model.cpu()
+    model = client.model.cpu()
+    after = parameters(model)
     del trainer
     gc.collect()  # a Trainer refers to itself, and would keep every client's model until the next collection
     return ClientUpdate(
-        update={name: before - after.get_parameter(name).detach() for name, before in parameters(task.model).items()},
-        buffers=buffers(after),
+        update={name: before - after[name] for name, before in parameters(task.model).items()},
+        buffers=buffers(model),
         num_examples=len(task.images),
     )
 
@@ -158,7 +157,7 @@ def buffers(model: torch.nn.Module) -> Tensors:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence Lightning's notes on hardware and loggers, which every client would repeat."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]

@@ -1,9 +1,8 @@
 """What one client of a federation received in one round."""
 
 import copy
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from fl_lightning.client import Tensors, parameters
 from fl_lightning.errors import SettingError
-from fl_lightning.models import ImageClassifier
+from fl_lightning.models import Arguments, ImageClassifier, ImageShape, WrappedClassifier
+from fl_lightning.models.wrapped import Prototype
+from fl_lightning.state_files import State, fitted
 from fl_lightning.storage import StorageError, load_record, save_record
 
 VERSION = 2
@@ -43,6 +44,65 @@ class Observation:
     own_update: Tensors
     own_weight: float
     model: dict[str, Any]
+
+    @classmethod
+    def from_models(
+        cls,
+        before: nn.Module | State,
+        after: nn.Module | State,
+        *,
+        model: nn.Module,
+        image_shape: ImageShape | None = None,
+        own: nn.Module | State | None = None,
+        own_weight: float = 0.0,
+        round: int = 0,
+        head: str = "auto",
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+    ) -> "Observation":
+        """Of the global models of any system, each a module, its state dict, or its tensors in that order.
+
+        Args:
+            before: the global model before the round.
+            after: the global model after it.
+            model: a module of their architecture; its own weights do not matter, and it is not changed.
+            image_shape: (C, H, W) of an image; an `ImageClassifier` tells it.
+            own: the observing client's model after its own training in the round; None if it did not train.
+            own_weight: its share of all examples of the round, in [0, 1).
+            round: number of the round.
+            head: of a module that is no `ImageClassifier`, see `WrappedClassifier`.
+            mean: by which such a module's images are normalised before it; the default is none.
+            std: likewise.
+
+        Raises:
+            SettingError: the image shape is missing or does not fit, the module has no head of linear layers, or
+                `own_weight` is not in [0, 1) or says otherwise than `own` whether the observing client trained.
+            StateError: a state does not fit the module.
+        """
+        if not 0 <= own_weight < 1 or (own_weight > 0) != (own is not None):
+            raise SettingError(
+                f"`own_weight` is {own_weight} {'without' if own is None else 'with'} an `own` model. Give both, the "
+                "weight above 0 and below 1 (the observing client's share of all examples of the round), or neither if "
+                "it did not train."
+            )
+        states = {"before": before, "after": after, **({} if own is None else {"own": own})}
+        expected = model.state_dict()
+        fit = {
+            name: fitted(state.state_dict() if isinstance(state, nn.Module) else state, expected, f"`{name}`")
+            for name, state in states.items()
+        }
+        if not isinstance(model, ImageClassifier):
+            module = copy.deepcopy(model)
+            module.load_state_dict(fit["before"])  # new weights might hide the head, e.g. zeros
+            model = WrappedClassifier.around(module, _needed(image_shape, model), None, head, mean, std)
+        elif image_shape is not None and tuple(image_shape) != tuple(model.hparams["image_shape"]):
+            raise SettingError(
+                f"`image_shape` is {tuple(image_shape)}, but {type(model).__name__} was made for "
+                f"{tuple(model.hparams['image_shape'])}. Leave it out, or make another model."
+            )
+        trained = parameters(model) if "own" in fit else {}
+        own_update = {name: fit["before"][name] - fit["own"][name] for name in trained}
+        return cls(round, fit["before"], fit["after"], own_update, own_weight, describe_model(model))
 
     def build_model(self, shared: bool = False) -> ImageClassifier:
         """The global model `w_t`, ready to run.
@@ -80,7 +140,16 @@ class Observation:
         return self.model["init_args"]["num_classes"]
 
     def save(self, stem: Path) -> None:
-        """Save as `stem.safetensors` and `stem.json`, atomically, without pickle."""
+        """Save as `stem.safetensors` and `stem.json`, atomically, without pickle.
+
+        Raises:
+            StorageError: the disk is full, or the model was given as an object, of which a file can hold no name.
+        """
+        if isinstance(self.model["init_args"].get("module"), Prototype):
+            raise StorageError(
+                "This Observation's model was given as an object, so a file cannot name it. Describe it by its class: "
+                "`model=WrappedClassifier(num_classes, image_shape, Net, arguments)`."
+            )
         tensors = {
             f"{group}/{name}": tensor
             for group in ("before", "after", "own_update")
@@ -112,6 +181,15 @@ class Observation:
         for state in (observation.before, observation.after):
             refuse_unfit(observation.model, state)
         return observation
+
+
+def _needed(image_shape: ImageShape | None, model: nn.Module) -> ImageShape:
+    if image_shape is None:
+        raise SettingError(
+            f"{type(model).__name__} does not tell the shape of its images. Give `image_shape` as (channels, height, "
+            "width), e.g. (3, 64, 64)."
+        )
+    return tuple(image_shape)
 
 
 def describe_model(model: ImageClassifier) -> dict[str, Any]:
@@ -151,7 +229,7 @@ def build_on_meta(description: dict[str, Any]) -> ImageClassifier:
     """
     model_class = _model_class(description)
     try:
-        return copy.deepcopy(_built_on_meta(model_class, json.dumps(description["init_args"])))
+        return copy.deepcopy(_built_on_meta(Arguments(model_class, description["init_args"])))
     except (KeyError, TypeError) as error:
         raise StorageError(
             f"{model_class.__name__} cannot be built from the Observation's `model`: {error}. Its `init_args` are the "
@@ -160,8 +238,8 @@ def build_on_meta(description: dict[str, Any]) -> ImageClassifier:
 
 
 @lru_cache(maxsize=4)  # a deep model takes a second, and each observed round asks several times
-def _built_on_meta(model_class: type[ImageClassifier], arguments: str) -> ImageClassifier:
-    return on_meta(lambda: model_class(**json.loads(arguments)))
+def _built_on_meta(built_from: Arguments) -> ImageClassifier:
+    return on_meta(built_from.build)
 
 
 def on_meta(build: Callable[[], ImageClassifier]) -> ImageClassifier:

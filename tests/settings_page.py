@@ -59,6 +59,7 @@ SECTIONS = {
         ("federation.model", fl_lightning.models.ResNet9),
         ("federation.model", fl_lightning.models.ResNet18),
         ("federation.model", fl_lightning.models.TorchvisionClassifier),
+        ("federation.model", fl_lightning.models.WrappedClassifier),
     ],
     "`model`: attacks": [
         ("model", attack_modules.FeatureInversion),

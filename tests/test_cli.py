@@ -38,6 +38,7 @@ SMALL = ["--data.image_size", "16", "--trainer.max_steps", "4", "--trainer.val_c
 INVERSION = ["fit", "--config", str(ROOT / "configs/inversion.yaml"), *SMALL]
 DEMO = ["fit", "--config", str(ROOT / "configs/demo.yaml"), *SMALL]
 TINY = [*INVERSION, "--data.num_clients", "2", "--data.images_per_client", "1"]
+PRIOR = "attack_modules.diffusion.trained.photo_prior.DiffusionPrior"
 CROPS = "attack_modules.diffusion.trained.photo_crops.PhotoCrops"
 
 
@@ -429,8 +430,12 @@ def refusal(status: int, command: str, capsys: pytest.CaptureFixture[str]) -> st
     ("command", "sentence"),
     [
         ("fti", "'fti' is no command. Did you mean `fit`?"),
-        ("fit", "`data` is not given. Add `--data VALUE`, or a configuration"),
+        ("fit", "`fit` needs a `model:`, e.g. `--model GradientInversion`, or a file of configs/."),
         ("fit --config nothere.yaml", "There is no configuration 'nothere.yaml'."),
+        (
+            f"fit --model {PRIOR}",
+            "DiffusionPrior trains on images, but `data` is not given.",
+        ),
         ("fit --config dmeo.yaml", "There is no configuration 'dmeo.yaml'. Did you mean 'demo.yaml'?"),
         ("fit --config broken.yaml", "'broken.yaml', line 2 is not valid YAML ("),
         ("--config typo.yaml", "`FeatureInversion` has no setting `model.lrr` in 'typo.yaml'. Did"),

@@ -32,7 +32,8 @@ def test_environment_yml_is_in_step_with_pyproject() -> None:
 
 ROOMS = [
     ["fl_lightning.errors", "fl_lightning.seeds", "fl_lightning.allocation", "fl_lightning.memory"],
-    ["fl_lightning.storage", "fl_lightning.models"],
+    ["fl_lightning.storage", "fl_lightning.state_files"],
+    ["fl_lightning.models"],
     ["fl_lightning.download"],
     ["fl_lightning.data"],
     ["fl_lightning.client"],
@@ -40,9 +41,9 @@ ROOMS = [
     ["fl_lightning.record"],
     ["fl_lightning.federation"],
     ["fl_lightning"],
-    ["attack_modules.threat_model"],
+    ["attack_modules.threat_model", "attack_modules.panels"],
     ["attack_modules.simulation"],
-    ["attack_modules.attack", "attack_modules.priors", "attack_modules.panels", "attack_modules.weights"],
+    ["attack_modules.attack", "attack_modules.priors", "attack_modules.weights"],
     ["attack_modules.analytic", "attack_modules.diffusion"],
     ["attack_modules.feature_inversion", "attack_modules.gradient_matching"],
     ["attack_modules.enhance"],

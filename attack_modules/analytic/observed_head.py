@@ -16,7 +16,7 @@ from fl_lightning.models import ImageClassifier
 
 def head_parameters(state: Mapping[str, Tensor], model: ImageClassifier) -> Tensors:
     """The parameters of the head in the order of its layers; a saved Observation has them in alphabetical order."""
-    return {name: state[name] for name, _ in model.named_parameters() if name.startswith("head.")}
+    return {name: state[name] for name in model.head_parameters}
 
 
 def training_knowledge(seen: ObservedRound, model: ImageClassifier) -> TrainingKnowledge:

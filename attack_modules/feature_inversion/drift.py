@@ -10,7 +10,6 @@ from torch import Tensor
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
 from attack_modules.threat_model.observed import ObservedRound
-from fl_lightning.models import FIRST_LAYER
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ def simulate_peers(
         num_images: of all peers together; `images` may be a part of them.
     """
     members = [torch.where(peers == peer)[0] for peer in peers.unique()]
-    updates = [len(own) / num_images * training.mean_update(images[own], labels[own])[FIRST_LAYER] for own in members]
+    first = training.model.first_layer
+    updates = [len(own) / num_images * training.mean_update(images[own], labels[own])[first] for own in members]
     order = torch.cat(members).argsort()
     features = torch.cat([torch.stack(update.right).mean(0) for update in updates])
     errors = torch.cat([torch.stack(update.left).sum(0) for update in updates])

@@ -28,7 +28,7 @@ from attack_modules.simulation.low_rank import LowRank
 from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.requirements import LinearHead, NoRandomLayers, Requirement
 from fl_lightning.errors import SettingError, non_negative, positive
-from fl_lightning.models import FIRST_LAYER, ImageClassifier
+from fl_lightning.models import ImageClassifier
 
 ERROR_FLOOR = 1e-10
 """Added to the feature error E before its logarithm: float32 resolves no less."""
@@ -295,7 +295,8 @@ class FeatureInversion(Attack):
         means = self._mean_features(rounds)
         leaked = self.leakage.features.to(self.device)
         if self.refinement:
-            observed = torch.cat([self.update_of(seen)[FIRST_LAYER].to(self.device) for seen in self.observed_rounds])
+            first = self.model.first_layer
+            observed = torch.cat([self.update_of(seen)[first].to(self.device) for seen in self.observed_rounds])
             leaked = self.refinement.refine(rounds, observed, means, self.global_step)
         drift = leaked - means
 
@@ -317,7 +318,8 @@ class FeatureInversion(Attack):
         trained = peers[shown].unique()
         shard = trained[self.ranks.shard(len(trained)).to(self.device)]
         own = shown & torch.isin(peers, shard)
-        first = training.parameters[FIRST_LAYER]
+        name = training.model.first_layer
+        first = training.parameters[name]
         features, errors = torch.zeros_like(self.features), first.new_zeros(len(peers), len(first))
         update = LowRank(first, 0.0, (errors[:0],), (features[:0],))
         if own.any():
@@ -327,7 +329,7 @@ class FeatureInversion(Attack):
             with torch.autocast(self.device.type, enabled=False):  # small differences to the observed update count
                 found = simulate_peers(training, images, self.labels[own], peers[own], count)
             features[own], errors[own], update = found.features, found.errors, found.update
-        update = self.ranks.reduce_update({FIRST_LAYER: update})[FIRST_LAYER]
+        update = self.ranks.reduce_update({name: update})[name]
         return SimulatedRound(self.ranks.reduce(features), self.ranks.reduce(errors), update)
 
     def _mean_features(self, rounds: Sequence[SimulatedRound]) -> Tensor:

@@ -31,7 +31,7 @@ from attack_modules.threat_model.requirements import (
     TwiceDifferentiable,
 )
 from fl_lightning.errors import SettingError, positive
-from fl_lightning.models import FIRST_LAYER, ImageClassifier
+from fl_lightning.models import ImageClassifier
 
 FINAL_RATE = 0.1
 """Share of the learning rate that is left at the last step."""
@@ -146,7 +146,7 @@ class GradientInversion(Attack):
             half_way = for_speed(half_way, device)
             if self.detail:
                 photographs = public_photographs(seen.observation.image_shape).to(device)
-                self.noise = Detail.of(half_way, photographs, self.latent_downscale, self.observed[FIRST_LAYER])
+                self.noise = Detail.of(half_way, photographs, self.latent_downscale, self.observed)
             frozen = half_way if self.simulate == "head" else None
             self.peers = self._simulated(seen, frozen, self.noise and self.noise.mean)
         self.target = self._compared({name: self.observed[name] for name in self.peers.parameters})

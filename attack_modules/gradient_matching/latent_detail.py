@@ -10,7 +10,7 @@ from attack_modules.simulation.feature_map import feature_map_shape
 from attack_modules.simulation.low_rank import LowRank, SimulatedUpdate
 from fl_lightning.client import Tensors
 from fl_lightning.data import Photographs
-from fl_lightning.models import FIRST_LAYER, ImageClassifier, ImageShape
+from fl_lightning.models import ImageClassifier, ImageShape
 
 RIDGE = 0.01
 """Share of the largest variance that is added to all: the covariance is estimated from few photographs."""
@@ -27,24 +27,26 @@ class Detail:
     Aitken 1936). Both are taken as constant over the positions of the feature map.
 
     Attributes:
+        layer: parameter name of the first linear layer's weight.
         mean: (D,) mean change of the features.
         whitening: (c, c) matrix by which the c channels of the features at one position are multiplied.
     """
 
+    layer: str
     mean: Tensor
     whitening: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: ImageClassifier, images: Tensor, latent_downscale: int, update: Tensor) -> "Detail":
+    def of(cls, model: ImageClassifier, images: Tensor, latent_downscale: int, update: Tensors) -> "Detail":
         """Statistics of the detail of some images.
 
         Args:
             model: computes the features.
             images: (M, C, H, W) photographs in [0, 1], of the attacked images' shape but not among them.
             latent_downscale: of the latent.
-            update: (out, D) observed update of the first linear layer. Whitening is scaled to keep its norm, and so
-                the layer's weight in the objective.
+            update: the observed update by parameter name. Whitening is scaled to keep the norm of the first linear
+                layer's, and so the layer's weight in the objective.
         """
         shown = upsampled(nearest_latent(images, latent_downscale), latent_downscale)
         channels = feature_map_shape(model, images.shape[1:])[0]
@@ -53,8 +55,9 @@ class Detail:
         centred = (changes - mean[:, None]).transpose(0, 1).flatten(1)
         variances, axes = torch.linalg.eigh(centred @ centred.T / centred.shape[1])
         whitening = (axes * (variances + RIDGE * variances[-1]).rsqrt()) @ axes.T
-        found = cls(mean.repeat_interleave(changes.shape[2]), whitening)
-        return cls(found.mean, whitening * (update.norm() / found.whiten(update).norm()))
+        first = model.first_layer
+        found = cls(first, mean.repeat_interleave(changes.shape[2]), whitening)
+        return cls(first, found.mean, whitening * (update[first].norm() / found.whiten(update[first]).norm()))
 
     def whiten(self, rows: Tensor) -> Tensor:
         """(B, D) features, or rows of a weight -> (B, D)."""
@@ -62,13 +65,13 @@ class Detail:
 
     def whitened(self, update: SimulatedUpdate | Tensors) -> SimulatedUpdate:
         """An update by parameter name, with that of the first linear layer whitened."""
-        first = update[FIRST_LAYER]
+        first = update[self.layer]
         if isinstance(first, LowRank):
             base = self.whiten(first.base) if first.scale else first.base
             first = LowRank(base, first.scale, first.left, tuple(self.whiten(right) for right in first.right))
         else:
             first = self.whiten(first)
-        return {**update, FIRST_LAYER: first}
+        return {**update, self.layer: first}
 
 
 def public_photographs(image_shape: ImageShape) -> Tensor:

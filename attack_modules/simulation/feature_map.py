@@ -1,9 +1,12 @@
 """The feature map before it is flattened: its shape, and a memory layout in which it is computed fast."""
 
+import math
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from attack_modules.simulation.image_convolution import ImageConvolution
 from fl_lightning.models import ImageClassifier, ImageShape
@@ -12,14 +15,25 @@ from fl_lightning.models import ImageClassifier, ImageShape
 @torch.no_grad()
 def feature_map_shape(model: ImageClassifier, image_shape: ImageShape) -> tuple[int, int, int]:
     """(c, h, w) of the map that is flattened to one image's features; (D, 1, 1) where there is no such map."""
-    maps: list[torch.Size] = []
     trial = deepcopy(model.features).eval()  # in train mode BatchNorm refuses a single image and updates its statistics
-    for layer in trial.modules():
-        if isinstance(layer, nn.Flatten):
-            layer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].shape))
-    features = trial(model.normalise(torch.zeros(1, *image_shape, device=model.mean.device))).flatten(1)
-    flattened = maps[-1] if maps and maps[-1].numel() == features.numel() else (*features.shape, 1, 1)
-    return tuple(flattened[1:])
+    images = torch.linspace(0, 1, math.prod(image_shape), device=model.mean.device).view(1, *image_shape)
+    with _Maps() as maps:
+        features = trial(model.normalise(images)).flatten(1)
+    is_features = maps.last is not None and torch.equal(maps.last.flatten(1), features)
+    return tuple(maps.last.shape[1:]) if is_features else (features.shape[1], 1, 1)
+
+
+class _Maps(TorchFunctionMode):
+    """Keeps the last map that any operation makes, also one that is no module."""
+
+    last: Tensor | None = None
+    """(N, c, h, w)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if isinstance(outputs, Tensor) and outputs.ndim == 4:
+            self.last = outputs
+        return outputs
 
 
 def for_speed(model: ImageClassifier, device: torch.device) -> ImageClassifier:

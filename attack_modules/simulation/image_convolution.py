@@ -28,7 +28,7 @@ class ImageConvolution(nn.Module):
     def fits(layer: nn.Module) -> bool:
         """Whether a layer is a convolution of images at full resolution that is not trained."""
         return (
-            isinstance(layer, nn.Conv2d)
+            type(layer) is nn.Conv2d  # a subclass may compute something else
             and layer.in_channels <= FEW_CHANNELS
             and layer.stride == layer.dilation == (1, 1)
             and layer.groups == 1

@@ -81,10 +81,10 @@ class SimulatedPeers:
         self.assumptions = observed.assumptions
         self.client_sizes = None if merged else self.assumptions.client_sizes
         self.chunk_size = chunk_size
-        trained = self.model if frozen is None else nn.ModuleDict({"head": self.model.head})
-        frozen_layers = {name for name, tensor in trained.named_parameters() if not tensor.requires_grad}
-        self.parameters = {name: t for name, t in parameters(trained).items() if name not in frozen_layers}
-        linear = {f"head.{i}.weight" for i, layer in enumerate(self.model.head) if type(layer) is nn.Linear}
+        trained = {name for name, tensor in self.model.named_parameters() if tensor.requires_grad}
+        trained &= trained if frozen is None else set(self.model.head_parameters)
+        self.parameters = {name: tensor for name, tensor in parameters(self.model).items() if name in trained}
+        linear = {f"{name}.weight" for name, layer in self.model.head_layers if type(layer) is nn.Linear}
         self.linear_weights = linear & self.parameters.keys()
 
     @staticmethod
@@ -102,7 +102,8 @@ class SimulatedPeers:
         """What is simulated, and which linear layers' updates are kept as low-rank factors."""
         if self.frozen is not None:
             return "Only the head's training is simulated; the convolutions are frozen half way between the two models."
-        elsewhere = sum(isinstance(module, nn.Linear) for module in self.model.features.modules())
+        in_head = set(self.model.head)
+        elsewhere = sum(isinstance(m, nn.Linear) and m not in in_head for m in self.model.features.modules())
         dense = f"; {elsewhere} more, outside the head, are simulated densely" if elsewhere else ""
         return f"The updates of {len(self.linear_weights)} linear layer(s) of the head are low-rank factors{dense}."
 
@@ -200,7 +201,7 @@ class SimulatedPeers:
 
     def _features(self, weights: SimulatedUpdate, state: Tensors, images: Tensor) -> Tensor:
         """(b, C, H, W) images -> (b, D) features under the current weights."""
-        convolutional = {n.removeprefix("features."): w for n, w in weights.items() if n.startswith("features.")}
+        convolutional = {inner: weights[name] for name, inner in self.model.feature_names(weights).items()}
         normalised = self.model.normalise(images)
         return self._with_offset(functional_call(self.model.features, (convolutional, state), (normalised,)).flatten(1))
 
@@ -223,8 +224,8 @@ class SimulatedPeers:
             if not x.requires_grad:  # no gradient is asked of the images, but the head's outputs need a graph
                 x = x.detach().requires_grad_()
             seen, outputs = {}, {}
-            for index, layer in enumerate(self.model.head):
-                prefix = f"head.{index}."
+            for layer_name, layer in self.model.head_layers:
+                prefix = f"{layer_name}."
                 own = {n.removeprefix(prefix): weight for n, weight in weights.items() if n.startswith(prefix)}
                 name = f"{prefix}weight"
                 if name not in self.linear_weights:

@@ -68,7 +68,7 @@ def simulation_bytes(
     trained = (
         0
         if head_alone
-        else sum(tensor.nbytes for name, tensor in parameters(model).items() if name.startswith("features."))
+        else sum(tensor.nbytes for name, tensor in parameters(model).items() if name not in model.head_parameters)
     )
     steps = clients * (assumptions.local_steps - 1)  # the first step's weights are the observed ones
     return passes * activation_bytes(model, image_shape) + steps * trained

@@ -1,7 +1,7 @@
 """The values that an attack acts on: told, guessed, or still to be inferred."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from fl_lightning.client import Tensors
 from fl_lightning.data.partition import even_sizes
@@ -22,9 +22,9 @@ class Assumptions:
 
     Attributes:
         client_lr: the peers' learning rate.
-        server_lr: the server's learning rate.
         local_epochs: the peers' passes over their images in a round.
         batch_size: the peers' mini-batch size; None for full batches.
+        server_lr: the server's learning rate.
         momentum: of the peers' SGD.
         weight_decay: of the peers' SGD.
         num_clients: peers in the aggregate; None if unknown.
@@ -32,20 +32,27 @@ class Assumptions:
         labels: one label an image, ordered by peer if labels are told, sorted if only their counts are; None if they
             must be inferred.
         client_sizes: images of each peer; told together with `num_clients`, split evenly if that is guessed.
-        sources: `known`, `guessed` or `inferred` for each item of `Knowledge`; written into every result.
+        sources: `known`, `guessed` or `inferred` for each item of `Knowledge`; written into every result. What is
+            missing there is guessed, or inferred where it is None.
     """
 
     client_lr: float
-    server_lr: float
     local_epochs: int
-    batch_size: int | None
-    momentum: float
-    weight_decay: float
-    num_clients: int | None
-    num_images: int | None
-    labels: list[int] | None
-    client_sizes: list[int] | None
+    batch_size: int | None = None
+    server_lr: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    num_clients: int | None = None
+    num_images: int | None = None
+    labels: list[int] | None = None
+    client_sizes: list[int] | None = None
     sources: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # where nobody says otherwise, what is here is a guess
+            if item.name not in ("client_sizes", "sources"):
+                guessed = getattr(self, item.name) is not None or item.name == "batch_size"
+                self.sources.setdefault(item.name, "guessed" if guessed else "inferred")
 
     @property
     def local_steps(self) -> int:

@@ -76,16 +76,43 @@ class RoundsSummary:
         return cls(build_on_meta(description), tuple(description["init_args"]["image_shape"]), assumptions, dataset)
 
 
-class ObservedRounds(LightningDataModule):
+class GivenRounds(LightningDataModule):
+    """The data of an attack: observed rounds that are at hand.
+
+    The dataloaders only count: one item for each step of the attack, and one for an evaluation.
+
+    Args:
+        rounds: oldest first.
+    """
+
+    def __init__(self, rounds: Sequence[ObservedRound] = ()) -> None:
+        super().__init__()
+        self.rounds = list(rounds)
+
+    def summary(self) -> RoundsSummary:
+        """What is known of the rounds."""
+        return RoundsSummary.of(self.rounds)
+
+    def train_dataloader(self) -> Iterable[int]:
+        """One item for each step of the attack, in every process: Lightning would divide a DataLoader's."""
+        return range(max(self.trainer.max_steps, 1))
+
+    def val_dataloader(self) -> Iterable[int]:
+        """One item: the reconstruction is looked at once."""
+        return range(1)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+class ObservedRounds(GivenRounds):
     """The observed rounds of one record; its federation is simulated first where rounds are missing on disk.
 
-    Attacks read `rounds`. The dataloaders only count: one item for each step of the attack, and one for an evaluation.
-    Once `setup` has loaded the rounds, nothing that is reachable from here holds the peers' images.
+    Attacks read `rounds`. Once `setup` has loaded them, nothing that is reachable from here holds the peers' images.
 
     Args:
         knowledge: what the attacker is told, guesses, or must infer.
         federation: the federation that is observed.
-        data: the clients' images.
+        data: the clients' images; None where the rounds are of another system.
         directory: the federation's record; None for `runs/federations/<fingerprint of the settings>`. A directory with
             Observations and without `settings.json` was written by another system: nothing is simulated then, and
             `federation` and `data` have no effect. If a `truth/` lies in it, the attacker can be told of it.
@@ -95,11 +122,10 @@ class ObservedRounds(LightningDataModule):
     """
 
     def __init__(
-        self, knowledge: Knowledge, federation: Federation, data: FederatedData, directory: Path | None = None
+        self, knowledge: Knowledge, federation: Federation, data: FederatedData | None, directory: Path | None = None
     ) -> None:
         super().__init__()
         self.knowledge = knowledge
-        self.rounds: list[ObservedRound] = []
         self.foreign = directory is not None and Record(directory).foreign
         self._source: tuple[Federation, FederatedData] | None = None
         self._dataset: str | None = None
@@ -163,13 +189,3 @@ class ObservedRounds(LightningDataModule):
     def _truth(self, round_: int) -> Truth | None:
         stem = self.record.truth(round_)
         return None if self.foreign and not has_record(stem) else Truth.load(stem)
-
-    def train_dataloader(self) -> Iterable[int]:
-        """One item for each step of the attack, in every process: Lightning would divide a DataLoader's."""
-        return range(max(self.trainer.max_steps, 1))
-
-    def val_dataloader(self) -> Iterable[int]:
-        """One item: the reconstruction is looked at once."""
-        return range(1)
-
-    test_dataloader = predict_dataloader = val_dataloader

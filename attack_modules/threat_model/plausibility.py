@@ -35,14 +35,17 @@ class ObservationError(AuditError):
     """An observed round cannot be a round of training, or shows nothing of the peers."""
 
 
-def refuse_impossible(seen: ObservedRound) -> None:
+def refuse_impossible(observation: Observation, server_lr: float = 1.0) -> None:
     """Refuse a round from which no attack can read anything, before work starts.
+
+    Args:
+        observation: what crossed the wire.
+        server_lr: the server's learning rate.
 
     Raises:
         ObservationError: a model holds NaN or infinity, the attacker's weight is not in [0, 1), or the models differ by
             nothing that a peer did.
     """
-    observation = seen.observation
     round_, weight = observation.round, observation.own_weight
     whose = {"before": "The model before", "after": "The model after", "own_update": "The attacker's own update of"}
     for group, words in whose.items():
@@ -63,7 +66,7 @@ def refuse_impossible(seen: ObservedRound) -> None:
             f"The models before and after round {round_} are the same, so nothing was trained between them. Give two "
             "consecutive global models of a round in which peers took part."
         )
-    if observation.own_update and not any(_beyond_rounding(seen, *change) for change in changes):
+    if observation.own_update and not any(_beyond_rounding(observation, server_lr, *change) for change in changes):
         raise ObservationError(
             f"Without the attacker's own update, round {round_} differs by the rounding of its numbers alone: no peer "
             "trained, or their learning rate was far too small to leave a trace. Observe another round."
@@ -75,9 +78,8 @@ def parameters_of(observation: Observation) -> list[str]:
     return [name for name, _ in build_on_meta(observation.model).named_parameters()]
 
 
-def _beyond_rounding(seen: ObservedRound, name: str, before: Tensor, after: Tensor) -> bool:
+def _beyond_rounding(observation: Observation, server_lr: float, name: str, before: Tensor, after: Tensor) -> bool:
     """Whether the peers changed an entry of a parameter by more than the two roundings of `before - after`."""
-    observation, server_lr = seen.observation, seen.assumptions.server_lr
     own = observation.own_update.get(name, torch.zeros(()))
     peers = (before - after) - server_lr * observation.own_weight * own
     return bool((peers.abs() > 2 * torch.finfo(before.dtype).eps * torch.maximum(before.abs(), after.abs())).any())
@@ -133,7 +135,7 @@ def goes_uphill(seen: ObservedRound, update: Tensors) -> bool:
     The gradient of a logit is the sum of its class's probabilities, above 0, where no peer holds the class. Where it is
     unknown which classes these are, the attacker's own update is a part of the aggregate.
     """
-    labels, own = seen.assumptions.labels, seen.observation.own_update
+    labels = seen.assumptions.labels
     sums = class_sums(seen.observation, update)
     if sums is None:
         return False
@@ -141,9 +143,15 @@ def goes_uphill(seen: ObservedRound, update: Tensors) -> bool:
         absent = torch.ones(len(sums), dtype=torch.bool)
         absent[torch.tensor(labels)] = False
         return bool(sums[absent].sum() < -UPHILL * sums.abs().sum())
-    if not own or len(sums) < MANY_CLASSES:
+    return against_own(seen.observation)
+
+
+def against_own(observation: Observation) -> bool:
+    """Whether the aggregate leads away from where the observing client's own update, a part of it, leads."""
+    own = observation.own_update
+    if not own or observation.num_classes < MANY_CLASSES:
         return False
-    aggregate = seen.aggregated_update()
+    aggregate = {name: observation.before[name] - observation.after[name] for name in own}
     product = sum((aggregate[name] * tensor).sum() for name, tensor in own.items())
     norms = [sum(tensor.square().sum() for tensor in u.values()).sqrt() for u in (aggregate, own)]
     return bool(product < AGAINST * norms[0] * norms[1])
@@ -154,12 +162,11 @@ def class_sums(observation: Observation, update: Tensors) -> Tensor | None:
 
     None where the head has neither.
     """
-    head = build_on_meta(observation.model).head
-    layers = list(head.named_children())
+    layers = build_on_meta(observation.model).head_layers
     if not layers or not isinstance(layers[-1][1], nn.Linear):
         return None
-    last = f"head.{layers[-1][0]}"
+    last = layers[-1][0]
     if f"{last}.bias" in update:
         return update[f"{last}.bias"].double()
-    after_relu = any(isinstance(layer, nn.ReLU) for layer in head)
+    after_relu = any(isinstance(layer, nn.ReLU) for _, layer in layers)
     return update[f"{last}.weight"].double().sum(1) if after_relu else None

@@ -1,6 +1,5 @@
 """What a model does on random images, where its modules' names do not tell: checked before an attack relies on it."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_lightning.errors import AuditError, SettingError
-from fl_lightning.models import ImageClassifier
+from fl_lightning.models import Arguments, ImageClassifier
+from fl_lightning.models.head import replay, same, same_logits
 
 PROBES = 2
 """Random images; BatchNorm needs two."""
-TOLERANCE = 1e-4
-"""Relative to the largest output: float32 sums in another order differ less, another activation differs more."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Trial:
         Raises:
             SettingError: the model fails on random images.
         """
-        return _tried(type(model), json.dumps(dict(model.hparams), sort_keys=True))
+        return _tried(model.built_from)
 
 
 def no_second_derivative(model: ImageClassifier) -> str | None:
@@ -50,14 +48,14 @@ def no_second_derivative(model: ImageClassifier) -> str | None:
     Args:
         model: its class and arguments are tried with new weights; it may be on the meta device itself.
     """
-    return _without_second_derivative(type(model), json.dumps(dict(model.hparams), sort_keys=True))
+    return _without_second_derivative(model.built_from)
 
 
 @lru_cache(maxsize=32)
-def _without_second_derivative(model_class: type[ImageClassifier], arguments: str) -> str | None:
+def _without_second_derivative(built_from: Arguments) -> str | None:
     with isolate_rng():
         torch.manual_seed(0)
-        model = model_class(**json.loads(arguments))
+        model = built_from.build()
         images = torch.rand(PROBES, *model.hparams["image_shape"], requires_grad=True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -70,10 +68,10 @@ def _without_second_derivative(model_class: type[ImageClassifier], arguments: st
 
 
 @lru_cache(maxsize=32)
-def _tried(model_class: type[ImageClassifier], arguments: str) -> Trial:
+def _tried(built_from: Arguments) -> Trial:
     with isolate_rng():
         torch.manual_seed(0)
-        model = model_class(**json.loads(arguments))
+        model = built_from.build()
         images = torch.rand(PROBES, *model.hparams["image_shape"])
         try:
             split = split_fault(model, images)
@@ -83,7 +81,7 @@ def _tried(model_class: type[ImageClassifier], arguments: str) -> Trial:
         except Exception as error:  # of a user's model
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise SettingError(
-                f"{model_class.__name__} fails on {PROBES} random images of shape {tuple(images.shape[1:])} "
+                f"{type(model).__name__} fails on {PROBES} random images of shape {tuple(images.shape[1:])} "
                 f"({reason}). Correct its `forward`, `embed` or `head`."
             ) from error
 
@@ -93,18 +91,19 @@ def split_fault(model: ImageClassifier, images: Tensor) -> str | None:
     """Why a model is not its head applied to its features, which the simulation computes one after the other."""
     if not isinstance(model.head, nn.Sequential):
         return f"has a head of type {type(model.head).__name__} where an nn.Sequential is needed"
-    elsewhere = [n for n, _ in model.named_parameters() if not n.startswith(("features.", "head."))]
+    held = {id(parameter) for part in (model.features, model.head) for parameter in part.parameters()}
+    elsewhere = [name for name, parameter in model.named_parameters() if id(parameter) not in held]
     if elsewhere:
         return f"has parameters outside `features` and `head` ({_listed(elsewhere)})"
     model.eval()
     features, logits = model.embed(images), model(images)
     if features.ndim != 2:
         return f"has features of shape {tuple(features.shape)} where (N, D) is needed"
-    if not _same(model.head(features), logits):
+    if not same_logits(model.head(features), logits):
         return "computes other logits in `forward` than `head(embed(images))`"
     if type(model).embed is ImageClassifier.embed:
         return None
-    if not _same(model.features(model.normalise(images)).flatten(1), features):
+    if not same(model.features(model.normalise(images)).flatten(1), features):
         return "computes other features in `embed` than `features(normalise(images)).flatten(1)`"
     return None
 
@@ -112,21 +111,17 @@ def split_fault(model: ImageClassifier, images: Tensor) -> str | None:
 @torch.no_grad()
 def head_fault(model: ImageClassifier, images: Tensor) -> str | None:
     """Why a head is not linear layers with ReLUs between: a module that is neither, or other outputs."""
-    layers = list(model.head.named_children())
+    layers = model.head_layers
     for name, layer in layers:
         if not isinstance(layer, nn.Linear | nn.ReLU | nn.Dropout | nn.Flatten | nn.Identity):
-            return f"has a {type(layer).__name__} in its head (head.{name})"
+            return f"has a {type(layer).__name__} in its head ({name})"
     if not (layers and isinstance(model.head[0], nn.Linear) and isinstance(model.head[-1], nn.Linear)):
         return "has a head that does not begin and end in a linear layer"
     model.eval()
     features = model.embed(images)
     linear = [layer for layer in model.head if isinstance(layer, nn.Linear)]
     for inputs in (features, torch.randn_like(features)):  # features may all be 0
-        x = inputs
-        for layer in linear:
-            x = F.linear(x, layer.weight, layer.bias)
-            x = x if layer is linear[-1] else x.relu()
-        if not _same(model.head(inputs), x):
+        if not same(model.head(inputs), replay(linear, inputs)):
             return "has a head that computes something else than its linear layers with a ReLU between each two"
     return None
 
@@ -141,7 +136,7 @@ def random_modules(model: ImageClassifier, images: Tensor) -> str | None:
     if innermost:
         types = {name: type(model.get_submodule(name)).__name__ for name in innermost}
         return _listed([f"{name} ({types[name]})" if name else f"{types[name]}.forward" for name in innermost])
-    return None if _same(first, second) else "two passes of the same images in train mode differ"
+    return None if same(first, second) else "two passes of the same images in train mode differ"
 
 
 @contextmanager
@@ -166,13 +161,6 @@ def _drawing(model: nn.Module) -> Iterator[set[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _same(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape:
-        return False
-    scale = expected.abs().max().item()
-    return torch.allclose(found, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
 
 
 def _listed(names: list[str], most: int = 3) -> str:

@@ -1,14 +1,15 @@
-"""Global models: the four models of the paper (arXiv 2410.04661), and torchvision's classifiers."""
+"""Global models: the four models of the paper (arXiv 2410.04661), torchvision's classifiers, and a user's module."""
 
-from fl_lightning.models.classifier import FIRST_LAYER, ClassifierFactory, ImageClassifier, ImageShape
+from fl_lightning.models.classifier import Arguments, ClassifierFactory, ImageClassifier, ImageShape
 from fl_lightning.models.lenet5 import LeNet5
 from fl_lightning.models.resnet import ResNet9, ResNet18
 from fl_lightning.models.torchvision import TorchvisionClassifier
 from fl_lightning.models.vgg7 import VGG7
+from fl_lightning.models.wrapped import WrappedClassifier
 
 __all__ = [
-    "FIRST_LAYER",
     "VGG7",
+    "Arguments",
     "ClassifierFactory",
     "ImageClassifier",
     "ImageShape",
@@ -16,4 +17,5 @@ __all__ = [
     "ResNet9",
     "ResNet18",
     "TorchvisionClassifier",
+    "WrappedClassifier",
 ]

@@ -1,8 +1,9 @@
 """Interface of the global models: a convolutional feature extractor followed by a head of linear layers."""
 
+import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,29 @@ from fl_lightning.errors import SettingError, positive
 ImageShape = tuple[int, int, int]
 """(C, H, W) of one image."""
 
-FIRST_LAYER = "head.0.weight"
-"""Parameter name of the weight of the head's first linear layer, whose inputs are the features."""
+
+class Arguments:
+    """A model's class and the arguments of its constructor, to be built again; equal where these are equal.
+
+    Args:
+        model_class: of the model.
+        arguments: JSON types; other objects are equal only to themselves.
+    """
+
+    def __init__(self, model_class: "type[ImageClassifier]", arguments: Mapping[str, Any]) -> None:
+        self.model_class = model_class
+        self.arguments = dict(arguments)  # keeps the objects, so that no other one gets the same id
+        self._key = model_class, json.dumps(self.arguments, sort_keys=True, default=id)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Arguments) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def build(self) -> "ImageClassifier":
+        """A new model."""
+        return self.model_class(**self.arguments)
 
 
 class ImageClassifier(nn.Module, HyperparametersMixin):
@@ -56,6 +78,30 @@ class ImageClassifier(nn.Module, HyperparametersMixin):
         state = OrderedDict(state_dict)
         state._metadata = getattr(state_dict, "_metadata", self.state_dict()._metadata)  # MNASNet refuses to do without
         return super().load_state_dict(state, strict, assign)
+
+    @property
+    def built_from(self) -> Arguments:
+        """The class and arguments of this model."""
+        return Arguments(type(self), dict(self.hparams))
+
+    @property
+    def head_layers(self) -> list[tuple[str, nn.Module]]:
+        """The modules of the head in the order in which they are computed, with the prefix of their parameters."""
+        return [(f"head.{name}", layer) for name, layer in self.head.named_children()]
+
+    @property
+    def head_parameters(self) -> list[str]:
+        """Names of the head's parameters, in the order of its layers."""
+        return [f"{prefix}.{name}" for prefix, layer in self.head_layers for name, _ in layer.named_parameters()]
+
+    @property
+    def first_layer(self) -> str:
+        """Parameter name of the weight of the head's first linear layer, whose inputs are the features."""
+        return next(f"{prefix}.weight" for prefix, layer in self.head_layers if isinstance(layer, nn.Linear))
+
+    def feature_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Parameters of this model outside its head -> their names in `features`."""
+        return {name: name.removeprefix("features.") for name in names if name.startswith("features.")}
 
     def embed(self, images: Tensor) -> Tensor:
         """Compute the features: (N, C, H, W) images in [0, 1] -> (N, D) inputs of the head."""

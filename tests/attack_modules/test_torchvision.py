@@ -22,7 +22,9 @@ LARGE = 150_000_000
 """Parameters above which a model is built, tried and checked, but not trained."""
 TIME_LIMIT = 120
 """Seconds for the federation and both attacks on a model."""
-TOLD = Assumptions(0.003, 1.0, 2, None, 0.0, 0.0, 2, 2, [0, 1], [1, 1], {"labels": "known"})
+TOLD = Assumptions(
+    0.003, 2, num_clients=2, num_images=2, labels=[0, 1], client_sizes=[1, 1], sources={"labels": "known"}
+)
 """Of a round of a model that is not trained."""
 FAST = ("shufflenet_v2_x0_5", "squeezenet1_0", "squeezenet1_1")
 REASONS = ("not in a linear layer", "requires", "do not fit", "takes at least")

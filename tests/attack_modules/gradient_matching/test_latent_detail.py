@@ -14,7 +14,7 @@ from attack_modules.threat_model.observed import ObservedRounds
 from attack_modules.threat_model.requirements import RequirementError
 from fl_lightning.data import Photographs
 from fl_lightning.federation import Federation
-from fl_lightning.models import FIRST_LAYER, ImageClassifier, LeNet5
+from fl_lightning.models import ImageClassifier, LeNet5
 
 
 class Pixels(ImageClassifier):
@@ -41,7 +41,7 @@ def test_the_detail_of_pixels_is_what_is_left_of_the_images_and_whitened_it_is_w
     shown = upsampled(nearest_latent(checks[None, None], 4), 4)
     detail = (checks - shown)[0, 0]
     images = 0.5 + torch.stack([checks, -checks, torch.zeros_like(checks)])[None]
-    found = Detail.of(Pixels(), images, 4, torch.rand(5, 768))
+    found = Detail.of(Pixels(), images, 4, {"head.0.weight": torch.rand(5, 768)})
     torch.testing.assert_close(found.mean.view(3, 16, 16)[:2, 0, 0], torch.stack([detail.mean(), -detail.mean()]))
     opposite, alike, third = (torch.tensor(v) for v in ([1.0, -1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]))
     gains = [(found.whitening @ v).norm() / v.norm() for v in (opposite, alike, third)]
@@ -52,13 +52,13 @@ def test_the_detail_of_pixels_is_what_is_left_of_the_images_and_whitened_it_is_w
 def test_whitening_keeps_the_observed_norm_and_factors_stay_factors() -> None:
     model = LeNet5(5, (3, 16, 16))
     update = torch.randn(7, 1024)
-    detail = Detail.of(model, public_photographs((3, 16, 16)), 2, update)
+    detail = Detail.of(model, public_photographs((3, 16, 16)), 2, {"head.0.weight": update})
     assert detail.whitening.shape == (64, 64)
     torch.testing.assert_close(detail.whiten(update).norm(), update.norm())
     factored = LowRank(torch.randn(7, 1024), 0.5, (torch.randn(3, 7),), (torch.randn(3, 1024),))
     other = torch.randn(4)
-    whitened = detail.whitened({FIRST_LAYER: factored, "head.2.weight": other})
-    torch.testing.assert_close(whitened[FIRST_LAYER].dense(), detail.whiten(factored.dense()), rtol=1e-4, atol=1e-4)
+    whitened = detail.whitened({"head.0.weight": factored, "head.2.weight": other})
+    torch.testing.assert_close(whitened["head.0.weight"].dense(), detail.whiten(factored.dense()), rtol=1e-4, atol=1e-4)
     assert whitened["head.2.weight"] is other
 
 

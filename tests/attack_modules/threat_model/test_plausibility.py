@@ -54,7 +54,7 @@ def spoilt(state: Tensors, value: float) -> Tensors:
 )
 def test_what_no_attack_can_read_is_refused(seen: ObservedRound, change: Callable, sentence: str) -> None:
     with pytest.raises(ObservationError, match=sentence) as refusal:
-        refuse_impossible(altered(seen, **change(seen.observation)))
+        refuse_impossible(altered(seen, **change(seen.observation)).observation)
     assert len(str(refusal.value)) <= 400
 
 
@@ -72,7 +72,7 @@ SEVERAL = LocalTraining(lr=0.05, local_epochs=3, momentum=0.9, weight_decay=0.01
 )
 def test_honest_rounds_pass_without_a_word(observe: Observe, model: ClassifierFactory, training: LocalTraining) -> None:
     honest = observe(Federation(model=model, client=training))
-    refuse_impossible(honest)
+    refuse_impossible(honest.observation)
     assert not list(doubts(honest))
 
 
