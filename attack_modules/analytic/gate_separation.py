@@ -30,6 +30,8 @@ CERTAIN = 0.02
 """`Separation.outside` of certain images. Measured: at most this for nearly all images at one local step."""
 LEAST_ACTIVE = 0.05
 """Least share of a class's squared error that an image's gates let through. Measured: 0.3 or more for images."""
+SAME = 0.5
+"""`Separation.outside` of the difference of two gate vectors from which they are of one image, with wrong gates."""
 NOTHING = 1e-4
 """Share of the largest below which what is left of a row is none. Rounding leaves 1e-6."""
 ENTRIES = 2**23
@@ -126,12 +128,13 @@ class GateSearch:
 
     def advance(self) -> bool:
         """Look for further images in what those found leave of the rows; whether there were any."""
-        _, others, rest = self.fit()
-        shown = torch.cat([rest, others])  # few images are where a unit differs from most, or is active for few
-        size = shown.norm(dim=1, keepdim=True)
-        shown = (shown / size)[(size > NOTHING * size.max())[:, 0]]
-        preactivations = torch.cat([shown, -shown]) @ self.weight.T
-        gates = (preactivations > 0).to(self.rows)
+        rest = self.fit()[1]
+        size = rest.norm(dim=1)
+        preactivations = rest[size > NOTHING * size.max()] @ self.weight.T
+        preactivations /= preactivations.norm(dim=1, keepdim=True)
+        positive, negative = (self.nearest_class((side > 0).to(rest))[1] for side in (preactivations, -preactivations))
+        preactivations = torch.where((positive < negative)[:, None], preactivations, -preactivations)
+        gates = (preactivations > 0).to(rest)
         label, outside = self.nearest_class(gates)
         if self.accept(self.rounded(gates, label), CERTAIN):
             return True
@@ -145,14 +148,14 @@ class GateSearch:
         best = torch.where(self.fresh(together), together.outside, torch.inf).amin().item()
         return self.accept(together, min(1.5 * best, self.sure))
 
-    def fit(self, iterations: int = 60) -> tuple[Tensor, Tensor, Tensor]:
+    def fit(self, iterations: int = 60) -> tuple[Tensor, Tensor]:
         """Fit the rows by the images found, each with its gates, and the sum of the others of each class.
 
         The sum of absolute errors is minimised (iteratively reweighted least squares), and each unit shows the sums of
         all classes or none, whichever is closer.
 
         Returns:
-            Features (n, N) of the images found; (H, N) the rows without these images; and (H, N) without the sums.
+            Features (n, N) of the images found, and (H, N) what is left of the rows.
         """
         known = (self.found.gates * self.errors[self.found.labels]).T
         shows = torch.ones_like(self.rows[:, 0])
@@ -166,7 +169,7 @@ class GateSearch:
             rest = others - shows[:, None] * sums
             size = rest.norm(dim=1)
             weight = size.clamp_min(0.1 * 0.9**iteration * size.median()).clamp_min(1e-9 * self.rows.norm()).rsqrt()
-        return features, others, rest
+        return features, rest
 
     def decode(self, preactivations: Tensor, label: Tensor, iterations: int = 15) -> Tensor:
         """(K, H) gates near those of noisy pre-activations (K, H), whose gated error lies in the space.
@@ -237,7 +240,7 @@ class GateSearch:
         difference = gated.square().sum(1, keepdim=True) - share.square() * known.square().sum(1)
         within = inside.square().sum(1, keepdim=True) - 2 * share * (inside @ known_inside.T)
         within += share.square() * known_inside.square().sum(1)
-        return fresh & (within > difference * (1 - (0.7 * self.chance) ** 2)).all(1)
+        return fresh & (within > difference * (1 - (SAME * self.chance) ** 2)).all(1)
 
     def labelled(self) -> Separation:
         """The images found, with the class whose error fits best and has the sign that features and gates agree on."""
