@@ -128,7 +128,7 @@ class GateSearch:
 
     def advance(self) -> bool:
         """Look for further images in what those found leave of the rows; whether there were any."""
-        rest = self.fit()[1]
+        rest = torch.cat([self.fit()[1], self.unexplained()])
         size = rest.norm(dim=1)
         preactivations = rest[size > NOTHING * size.max()] @ self.weight.T
         preactivations /= preactivations.norm(dim=1, keepdim=True)
@@ -170,6 +170,13 @@ class GateSearch:
             size = rest.norm(dim=1)
             weight = size.clamp_min(0.1 * 0.9**iteration * size.median()).clamp_min(1e-9 * self.rows.norm()).rsqrt()
         return features, rest
+
+    def unexplained(self) -> Tensor:
+        """(N - n, N) what is left of the rows whatever the features of the images found: that of the last is exact."""
+        basis = torch.linalg.qr((self.found.gates * self.errors[self.found.labels]).T).Q
+        _, singular, right = torch.linalg.svd(self.rows - basis @ (basis.T @ self.rows), full_matrices=False)
+        missing = self.space.shape[1] - len(self.found.labels)
+        return singular[:missing, None] * right[:missing]
 
     def decode(self, preactivations: Tensor, label: Tensor, iterations: int = 15) -> Tensor:
         """(K, H) gates near those of noisy pre-activations (K, H), whose gated error lies in the space.
