@@ -30,7 +30,7 @@ CERTAIN = 0.02
 """`Separation.outside` of certain images. Measured: at most this for nearly all images at one local step."""
 LEAST_ACTIVE = 0.05
 """Least share of a class's squared error that an image's gates let through. Measured: 0.3 or more for images."""
-SAME = 0.5
+SAME = 0.6
 """`Separation.outside` of the difference of two gate vectors from which they are of one image, with wrong gates."""
 NOTHING = 1e-4
 """Share of the largest below which what is left of a row is none. Rounding leaves 1e-6."""
