@@ -28,6 +28,8 @@ STEEP_FALL = 30.0
 """Fall from an image to the rounding of the weights."""
 MOST_OF_RANK = 0.97
 """Singular values beyond this share of the rank are not searched."""
+SIZE_WIDTH = 0.01
+"""Relative to the median, width within which entries are of one size."""
 MOST_OF_COMPRESSED = 0.85
 """The same under pruning and quantisation, which end in a fall."""
 
@@ -178,19 +180,22 @@ def count_images(
     return rank, True, views and rank == edge
 
 
-def is_compressed(update: Tensor, least: float = 0.2, most_entries: int = 10**6) -> bool:
-    """Whether entries of an update were pruned or quantised: many are 0, or most are of one size.
+def is_compressed(update: Tensor, zeros: float = 0.2, values: int = 32, most_entries: int = 10**6) -> bool:
+    """Whether entries of an update were pruned or quantised: many are 0, or most have one of few sizes.
 
     Args:
         update: (H, D). Rows and columns that are 0 throughout, of inactive units and features, do not count.
-        least: share of zeros from which it counts as compressed. Measured: at most 0.07 by the rounding of the weights,
+        zeros: share of zeros from which it counts as compressed. Measured: at most 0.07 by the rounding of the weights,
             0.10 at 8 bits, which changes little, 0.35 at 4 bits, 0.43 where 10 % of the entries are kept.
+        values: number of sizes that count as few: the mean of the signs of five clients has 32 at most.
         most_entries: number of entries, evenly spread, that are looked at.
     """
     entries = update[(update != 0).any(1)][:, (update != 0).any(0)].flatten().abs()
     entries = entries[:: math.ceil(len(entries) / most_entries)]
-    low, high = entries.quantile(torch.tensor([0.25, 0.75], dtype=entries.dtype))
-    return bool((entries == 0).double().mean() > least or high < 1.01 * low)
+    if (entries == 0).double().mean() > zeros:
+        return True
+    sizes = (entries / entries.median() / SIZE_WIDTH).round().clamp_max(10 / SIZE_WIDTH).long().bincount()
+    return bool(sizes.sort(descending=True).values[:values].sum() > 0.8 * len(entries))
 
 
 def infer_labels(gradient: Tensor, num_images: int, hidden: int, typical: TypicalHead | None = None) -> Tensor:

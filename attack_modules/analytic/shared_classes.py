@@ -13,6 +13,9 @@ from attack_modules.analytic.results import Reading, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace
 from attack_modules.attack import AttackError
 
+MOST_OF_UNITS = 0.6
+"""Images that share classes, as a share of the hidden units that are active for any, up to which they are separated."""
+
 
 def read_shared(
     space: RowSpace,
@@ -41,6 +44,13 @@ def read_shared(
         AttackError: no image could be disentangled.
     """
     hidden, steps, rows = len(space.rows), training.steps, space.rows * scale
+    active = int((rows != 0).any(1).sum())
+    if num_images > MOST_OF_UNITS * active:
+        raise AttackError(
+            f"{num_images} images were counted, which share classes and are nearly as many as the {active} hidden "
+            "units that show them, so they cannot be told apart. If there are fewer, the update is altered or the "
+            "training not as assumed: give `knowledge.num_images`, or attack by gradient matching (configs/paper.yaml)."
+        )
     middle = (weight - last * training.half_way)[:, :hidden]
     class_errors = middle.mean(0) - middle  # of uniform predictions
     if training.labels is None:

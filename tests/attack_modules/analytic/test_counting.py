@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 
 from attack_modules import FeatureInversion, GradientInversion
-from attack_modules.analytic.counting import apportion, class_evidence, count_images, infer_labels, read_counts
+from attack_modules.analytic.counting import (
+    apportion,
+    class_evidence,
+    count_images,
+    infer_labels,
+    is_compressed,
+    read_counts,
+)
+from attack_modules.analytic.leak import leak
 from attack_modules.analytic.observed_head import head_parameters, labels_in, training_knowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.analytic.typical_head import pink_noise
@@ -46,6 +54,22 @@ def test_a_narrow_head_cannot_tell_the_number(observe: Observe, linear_classifie
     seen = observe(Federation(model=linear_classifier, client=SHY), UNKNOWN, images_per_client=12)
     with pytest.raises(AttackError, match=r"Give a guess as `knowledge\.num_images`"):
         labels_of(seen)
+
+
+def test_more_images_than_can_be_separated_are_refused_at_once(observe: Observe) -> None:
+    """A wrong number must not search for minutes."""
+    told = Knowledge(labels="inferred", label_counts="inferred", num_images=400, num_clients="inferred")
+    seen = observe(Federation(client=SHY), told, images_per_client=4)
+    model = seen.observation.build_model()
+    update = head_parameters(seen.peers_update(), model)
+    with pytest.raises(AttackError, match="400 images were counted"):
+        leak(update, head_parameters(seen.observation.before, model), training_knowledge(seen, model))
+
+
+def test_mean_signs_of_clients_are_compressed_and_an_update_is_not() -> None:
+    torch.manual_seed(0)
+    assert is_compressed(torch.randn(4, 100, 200).sign().mul(torch.tensor([1.0, 1.3, 0.8, 2]).view(4, 1, 1)).mean(0))
+    assert not is_compressed(torch.randn(100, 3) @ torch.randn(3, 200))
 
 
 def test_pink_noise_has_a_photographs_spectrum() -> None:
