@@ -48,6 +48,7 @@ class Counts:
         noise: standard deviation of an entry of the first layer's update, where its smaller singular values are those
             of independent noise.
         compressed: whether its entries were pruned or quantised.
+        shown: number of images that the update shows, whatever was told; at least the held classes.
     """
 
     num_images: int
@@ -57,6 +58,7 @@ class Counts:
     views: bool = False
     noise: float | None = None
     compressed: bool = False
+    shown: int = 0
 
 
 def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: TrainingKnowledge) -> Counts:
@@ -78,15 +80,11 @@ def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: 
     noise, above = floor or (None, 1)
     num_images = training.num_images or (None if training.labels is None else len(training.labels))
     clear, views, compressed = True, False, is_compressed(first.update)
+    epochs = training.epochs or training.steps
+    counted = count_images(first.singular, num_held, epochs, distinct, at_least=above, compressed=compressed)
+    shown = counted[0] if counted[1] else num_held
     if num_images is None:
-        num_images, clear, views = count_images(
-            first.singular,
-            num_held,
-            training.epochs or training.steps,
-            distinct,
-            at_least=above,
-            compressed=compressed,
-        )
+        num_images, clear, views = counted
         classes, single = len(last[0]), first.update.shape == last[0].shape
         if single and (not distinct or num_images >= classes - 1):
             raise AttackError(
@@ -97,7 +95,7 @@ def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: 
     labels = training.labels
     if labels is None:
         labels = common_labels(gradients, num_images, hidden, training.typical)
-    return Counts(num_images, labels, num_held, clear, views, noise, compressed)
+    return Counts(num_images, labels, num_held, clear, views, noise, compressed, shown)
 
 
 def held_classes(gradient: Tensor, hidden: int, typical: TypicalHead | None) -> tuple[Tensor, bool]:

@@ -122,6 +122,7 @@ def leak_rounds(
             views=counts.views,
             noise=counts.noise,
             compressed=counts.compressed,
+            shown=counts.shown,
         ),
         uncertainty=feature_uncertainty(space.rows * scale, found.errors, found.coordinates).float(),
         ones=vectors[:, width] if vectors.shape[1] > width else None,

@@ -55,6 +55,7 @@ class Diagnosis:
         views: whether N seems to count the augmented views of the images, see `Counts`.
         noise: standard deviation of independent noise in the first layer's update; None if there is none to be seen.
         compressed: whether entries of the first layer's update were pruned or quantised.
+        shown: number of images that the update shows by itself, also where N was told.
     """
 
     num_images: int
@@ -69,6 +70,7 @@ class Diagnosis:
     views: bool = False
     noise: float | None = None
     compressed: bool = False
+    shown: int = 0
 
 
 @dataclass(frozen=True)

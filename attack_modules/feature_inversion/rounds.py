@@ -149,5 +149,6 @@ def worst(rounds: Sequence[Diagnosis], disentangled: int) -> Diagnosis:
         counted=all(found.counted for found in rounds),
         views=any(found.views for found in rounds),
         compressed=any(found.compressed for found in rounds),
+        shown=0 if all(found.shown <= found.num_images for found in rounds) else max(found.shown for found in rounds),
         noise=max((found.noise for found in rounds if found.noise), default=None),
     )

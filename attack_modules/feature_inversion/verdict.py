@@ -134,6 +134,12 @@ def _limits(evidence: Evidence, model: nn.Module) -> tuple[Level, list[str], lis
             "mixed into others of their class",
             "Fewer local epochs, or known labels (`knowledge.labels`), disentangle more images.",
         )
+    if found.shown > found.num_images:
+        limit(
+            Level.UNRELIABLE,
+            f"{found.num_images} images were told, but the update shows {found.shown}",
+            "Let the images be counted: `knowledge.num_images: inferred`.",
+        )
     if found.views:
         limit(
             Level.UNRELIABLE,
