@@ -251,6 +251,7 @@ def test_leakage_configuration(image_folder: Path) -> None:
     assert results(0, "leakage")["scores"]["originals"] == 64
 
 
+@pytest.mark.slow
 def test_attribution_names_the_peer_of_every_image_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     run = [*DEMO, "--config", str(ROOT / "configs/attribution.yaml"), "--federation.client.local_epochs", "1",
            "--model.checkpoint_every", "2", "--data.images_per_client", "2"]  # fmt: skip

@@ -4,6 +4,7 @@ import gpu
 import pytest
 
 
+@pytest.mark.slow
 def test_every_row_runs(capsys: pytest.CaptureFixture[str]) -> None:
     bench = gpu.main(["--device", "cpu", "--tiny"])
     assert bench.failed == 0, bench.rows

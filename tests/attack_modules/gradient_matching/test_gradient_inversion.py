@@ -128,6 +128,7 @@ SMALL = ["--data.image_size", "16", "--trainer.max_steps", "30", "--trainer.val_
          "--model.checkpoint_every", "1", "--model.restarts", "2", "--trainer.accelerator", "cpu"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_with_bitwise_the_same_images(tmp_path: Path) -> None:
     """Issue: kill -9 at any step, `--ckpt_path`, bitwise the same images."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
