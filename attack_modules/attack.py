@@ -230,8 +230,12 @@ class Attack(LightningModule, ABC):
         """
 
     @abstractmethod
-    def verdict(self, images: Tensor, labels: Tensor) -> Verdict:
-        """How far to trust the reconstruction, from what the attacker has; arguments as of `misfit`."""
+    def verdict(self, misfit: Tensor) -> Verdict:
+        """How far to trust the reconstruction, from what the attacker has.
+
+        Args:
+            misfit: of the reconstructed images, see `misfit`.
+        """
 
     @abstractmethod
     def introduction(self) -> str:
@@ -275,9 +279,9 @@ class Attack(LightningModule, ABC):
             ).fit(attack, datamodule=GivenRounds([ObservedRound(seen, assumptions) for seen in observations]))
         found = attack.reconstruction()
         images, labels = found.images.detach(), found.labels
-        misfit, verdict = attack.misfit(images, labels).cpu(), attack.verdict(images, labels)
+        misfit = attack.misfit(images, labels).cpu()
         peers = None if found.peers is None else found.peers.cpu()
-        return Result(images.cpu().contiguous(), labels.cpu(), peers, misfit, verdict)
+        return Result(images.cpu().contiguous(), labels.cpu(), peers, misfit, attack.verdict(misfit))
 
     @property
     def title(self) -> str:

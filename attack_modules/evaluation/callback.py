@@ -216,7 +216,7 @@ class Evaluation(Callback):
     def _report(self, trainer: Trainer, attack: Attack, reconstruction: Reconstruction) -> None:
         directory, memory = self._directory, _peak_memory_mb(attack.device)
         misfit = attack.misfit(*reconstruction[:2]).cpu()
-        verdict = attack.verdict(*reconstruction[:2])
+        verdict = attack.verdict(misfit)
         postprocessing = Postprocessing() if self._stopped else self.postprocessing
         enhancements = postprocessing.run(attack, reconstruction, self.seed)
         if not trainer.is_global_zero:

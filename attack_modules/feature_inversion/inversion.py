@@ -388,9 +388,8 @@ class FeatureInversion(Attack):
             "images_by_class": dict(sorted(counts.items())),
         }
 
-    def verdict(self, images: Tensor, labels: Tensor) -> Verdict:
-        misfit = self.misfit(images, labels).cpu()
-        evidence = Evidence(self.leakage, self.features.cpu(), misfit, self._drifts, self.scale)
+    def verdict(self, misfit: Tensor) -> Verdict:
+        evidence = Evidence(self.leakage, self.features.cpu(), misfit.cpu(), self._drifts, self.scale)
         steps, shape = max(self.global_step, 1), self.observed_rounds[0].observation.image_shape
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
             *psnr, best = expected_psnr(

@@ -262,8 +262,8 @@ class GradientInversion(Attack):
             "best_loss": self.best_loss.min().item(),
         }
 
-    def verdict(self, images: Tensor, labels: Tensor) -> Verdict:
-        return judge(self.misfit(images, labels).item(), len(labels))
+    def verdict(self, misfit: Tensor) -> Verdict:
+        return judge(misfit.item(), len(self.labels))
 
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])

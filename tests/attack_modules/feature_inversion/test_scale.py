@@ -38,5 +38,6 @@ def test_features_that_leaked_too_small_are_inverted_all_the_same(observe: Obser
     cosines = torch.nn.functional.cosine_similarity(usual.features, scaled.features)
     assert cosines.min() > 0.999
     assert scaled.misfit(usual.best, usual.labels).max() < 0.9
-    assert Level.CERTAIN not in scaled.verdict(scaled.best, scaled.labels).levels
-    assert "too small" in scaled.verdict(scaled.best, scaled.labels).sentence()
+    verdict = scaled.verdict(scaled.misfit(scaled.best, scaled.labels))
+    assert Level.CERTAIN not in verdict.levels
+    assert "too small" in verdict.sentence()
