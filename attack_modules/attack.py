@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -24,7 +24,7 @@ from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.observed import GivenRounds, ObservedRound, RoundsSummary
 from attack_modules.threat_model.plausibility import doubts, refuse_impossible
 from attack_modules.threat_model.requirements import Requirement, RequirementError, check
-from fl_lightning.client import Tensors, quiet
+from fl_lightning.client import Tensors, quiet, silent_trainer
 from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.memory import exceeds_memory
 from fl_lightning.observation import Observation
@@ -268,15 +268,9 @@ class Attack(LightningModule, ABC):
         observations = [observation] if isinstance(observation, Observation) else list(observation)
         attack = copy.deepcopy(self)
         with quiet():
-            Trainer(
-                max_steps=steps,
-                accelerator=accelerator,
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            ).fit(attack, datamodule=GivenRounds([ObservedRound(seen, assumptions) for seen in observations]))
+            silent_trainer(max_steps=steps, accelerator=accelerator).fit(
+                attack, datamodule=GivenRounds([ObservedRound(seen, assumptions) for seen in observations])
+            )
         found = attack.reconstruction()
         images, labels = found.images.detach(), found.labels
         misfit = attack.misfit(images, labels).cpu()

@@ -122,15 +122,8 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
     client = ClientModule(copy.deepcopy(task.model), training)
     with isolate_rng(), quiet():
         torch.manual_seed(task.seed)
-        trainer = Trainer(
-            max_epochs=training.local_epochs,
-            accelerator=accelerator,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
+        trainer = silent_trainer(
+            max_epochs=training.local_epochs, accelerator=accelerator, use_distributed_sampler=False
         )
         generator = torch.Generator().manual_seed(task.seed)
         trainer.fit(client, task.images.dataloader(training.batch_size, shuffle=True, generator=generator))
@@ -154,6 +147,23 @@ def buffers(model: torch.nn.Module) -> Tensors:
     """The model's buffers in its state dict (BatchNorm's, but not the normalisation constants), by name."""
     names = model.state_dict().keys()
     return {name: tensor for name, tensor in model.named_buffers() if name in names}
+
+
+def silent_trainer(
+    accelerator: str, max_steps: int = -1, max_epochs: int | None = None, use_distributed_sampler: bool = True
+) -> Trainer:
+    """A Trainer on one device that neither writes nor prints; arguments as of Lightning's."""
+    return Trainer(
+        max_steps=max_steps,
+        max_epochs=max_epochs,
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=use_distributed_sampler,
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
+from fl_lightning.client import silent_trainer
 from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.storage import StorageError, load_checkpoint
 
@@ -87,7 +88,7 @@ def refuse_missing_accelerator(name: str) -> None:
         SettingError: with what Lightning says of it.
     """
     try:
-        Trainer(accelerator=name, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        silent_trainer(accelerator=name)
     except (MisconfigurationException, ValueError) as error:  # the latter of a name that it does not know
         reason = str(error).rstrip(".")
         raise SettingError(
