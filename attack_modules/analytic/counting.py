@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attack_modules.analytic.noise_floor import noise_floor
-from attack_modules.analytic.results import TrainingKnowledge
+from attack_modules.analytic.results import ImageCount, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.attack import AttackError
@@ -34,34 +33,9 @@ MOST_OF_COMPRESSED = 0.85
 """The same under pruning and quantisation, which end in a fall."""
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Images of an aggregate by number and class.
-
-    Attributes:
-        num_images: N, as told or as found.
-        labels: (N,) long, ascending unless they were told.
-        held: number of classes that surely have images; there are at least so many images.
-        clear: whether the number was told or the singular values fall there. If not, it is a lower bound.
-        views: whether there are as many directions as local epochs times held classes, as if the images of every epoch
-            were different ones: augmentation. N then counts the views.
-        noise: standard deviation of an entry of the first layer's update, where its smaller singular values are those
-            of independent noise.
-        compressed: whether its entries were pruned or quantised.
-        shown: number of images that the update shows, whatever was told; at least the held classes.
-    """
-
-    num_images: int
-    labels: Tensor
-    held: int
-    clear: bool
-    views: bool = False
-    noise: float | None = None
-    compressed: bool = False
-    shown: int = 0
-
-
-def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: TrainingKnowledge) -> Counts:
+def read_counts(
+    first: RowSpace, last: Sequence[Tensor], hidden: int, training: TrainingKnowledge
+) -> tuple[ImageCount, Tensor]:
     """Number of images and their labels, as far as they are not known already.
 
     Args:
@@ -70,21 +44,21 @@ def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: 
         hidden: H, the number of the last layer's inputs without the bias.
         training: how the peers trained, and what is known of their images.
 
+    Returns:
+        The count, and (N,) long labels, ascending unless they were told.
+
     Raises:
         AttackError: the number of images cannot be read, or rounds do not hold the same classes.
     """
     gradients = [layer / (training.lr * training.steps) for layer in last]
     held, distinct = held_classes(gradients[0], hidden, training.typical)
     num_held = int(held.sum())
-    floor = noise_floor(first.singular, tuple(first.update.shape))
-    noise, above = floor or (None, 1)
-    num_images = training.num_images or (None if training.labels is None else len(training.labels))
-    clear, views, compressed = True, False, is_compressed(first.update)
-    epochs = training.epochs or training.steps
-    counted = count_images(first.singular, num_held, epochs, distinct, at_least=above, compressed=compressed)
-    shown = counted[0] if counted[1] else num_held
-    if num_images is None:
-        num_images, clear, views = counted
+    noise, above = noise_floor(first.singular, tuple(first.update.shape)) or (None, 1)
+    compressed, epochs = is_compressed(first.update), training.epochs or training.steps
+    found, clear, views = count_images(first.singular, num_held, epochs, distinct, above, compressed)
+    told = training.num_images or (None if training.labels is None else len(training.labels))
+    num_images = told or found
+    if told is None:
         classes, single = len(last[0]), first.update.shape == last[0].shape
         if single and (not distinct or num_images >= classes - 1):
             raise AttackError(
@@ -95,7 +69,16 @@ def read_counts(first: RowSpace, last: Sequence[Tensor], hidden: int, training: 
     labels = training.labels
     if labels is None:
         labels = common_labels(gradients, num_images, hidden, training.typical)
-    return Counts(num_images, labels, num_held, clear, views, noise, compressed, shown)
+    count = ImageCount(
+        num_images=num_images,
+        held=num_held,
+        counted=clear or told is not None,
+        views=views and told is None,
+        noise=noise,
+        compressed=compressed,
+        shown=found if clear else num_held,
+    )
+    return count, labels
 
 
 def held_classes(gradient: Tensor, hidden: int, typical: TypicalHead | None) -> tuple[Tensor, bool]:

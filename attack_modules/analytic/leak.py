@@ -80,8 +80,8 @@ def leak_rounds(
     last, weight = [layer[-1].double() for layer in layers], [layer[-1].double() for layer in before]
     first = space if len(layers) == 1 else space.part(len(layers[0][0]))
     hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
-    counts = read_counts(first, last, hidden, training)
-    num_images, labels = counts.num_images, counts.labels
+    count, labels = read_counts(first, last, hidden, training)
+    num_images = count.num_images
     scale = num_images / (training.lr * training.steps)
     targets = F.one_hot(labels, len(last[0])).to(last[0])
     if len(layers) > 1 and len(labels.unique()) < num_images:
@@ -110,19 +110,13 @@ def leak_rounds(
         features=vectors[:, :width],
         peers=found.peers,
         diagnosis=Diagnosis(
-            num_images=num_images,
+            **vars(count),
             disentangled=len(labels),
             gap=at / below,
             residual=found.residual,
             conditioning=torch.linalg.cond(found.errors).item(),
             drift=found.drift,
             outside=found.outside,
-            held=counts.held,
-            counted=counts.clear,
-            views=counts.views,
-            noise=counts.noise,
-            compressed=counts.compressed,
-            shown=counts.shown,
         ),
         uncertainty=feature_uncertainty(space.rows * scale, found.errors, found.coordinates).float(),
         ones=vectors[:, width] if vectors.shape[1] > width else None,

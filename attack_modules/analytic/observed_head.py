@@ -43,4 +43,4 @@ def labels_in(seen: ObservedRound, update: Tensors, model: ImageClassifier) -> T
     layers = augmented(head_parameters(seen.without_weight_decay(update), model))
     before = augmented(head_parameters(seen.observation.before, model))
     space, training = RowSpace.of(layers[0], before[0]), training_knowledge(seen, model)
-    return read_counts(space, [layers[-1].double()], model.head[-1].in_features, training).labels
+    return read_counts(space, [layers[-1].double()], model.head[-1].in_features, training)[1]

@@ -35,12 +35,35 @@ class TrainingKnowledge:
         return half_way(self.steps)
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, kw_only=True)
+class ImageCount:
+    """How many images an aggregate holds, and what its first layer's update tells of that.
+
+    Attributes:
+        num_images: N, as told or as found.
+        held: number of classes that surely have images; there are at least so many images.
+        counted: whether N was told or the singular values fall there. If not, it is a lower bound.
+        views: whether there are as many directions as local epochs times held classes, as if the images of every epoch
+            were different ones: augmentation. N then counts the views.
+        noise: standard deviation of independent noise in an entry of the update; None if there is none to be seen.
+        compressed: whether entries of the update were pruned or quantised.
+        shown: number of images that the update shows by itself, also where N was told; at least the held classes.
+    """
+
+    num_images: int
+    held: int = 0
+    counted: bool = True
+    views: bool = False
+    noise: float | None = None
+    compressed: bool = False
+    shown: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis(ImageCount):
     """How far to trust what was read, from quantities that the attacker has.
 
     Attributes:
-        num_images: N, given or found.
         disentangled: images whose features were separated from the others'. If fewer than N, the missing images are
             mixed into the features of some found ones.
         gap: singular value N of the first layer's update over singular value N + 1. Near 1, N is a guess.
@@ -50,27 +73,14 @@ class Diagnosis:
             for one layer. Large where lr, steps or the kind of local training are not as assumed.
         outside: largest `Separation.outside` of the images that were found by their gates: near 0 is certain, 1 is
             chance. 0 where the last layer disentangles the images.
-        held: number of classes that surely have images.
-        counted: whether N was told or the singular values fall there. If not, it is a lower bound.
-        views: whether N seems to count the augmented views of the images, see `Counts`.
-        noise: standard deviation of independent noise in the first layer's update; None if there is none to be seen.
-        compressed: whether entries of the first layer's update were pruned or quantised.
-        shown: number of images that the update shows by itself, also where N was told.
     """
 
-    num_images: int
     disentangled: int
     gap: float
     residual: float
     conditioning: float
     drift: float
     outside: float
-    held: int = 0
-    counted: bool = True
-    views: bool = False
-    noise: float | None = None
-    compressed: bool = False
-    shown: int = 0
 
 
 @dataclass(frozen=True)

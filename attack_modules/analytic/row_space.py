@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class RowSpace:
         """The first `count` rows alone."""
         return replace(self, rows=self.rows[:count], weight=self.weight[:count])
 
-    @property
+    @cached_property
     def singular(self) -> Tensor:
         """Singular values of the update, one for each unit that was ever active, clamped to the floor."""
         return torch.linalg.svdvals(self.rows[(self.rows != 0).any(1)]).clamp_min(self.floor)

@@ -163,10 +163,10 @@ def test_images_of_distinct_classes_are_counted_whatever_is_done_to_the_update(
     update = {name: defence(tensor) for name, tensor in head_parameters(seen.peers_update(), model).items()}
     layers, before = augmented(update), augmented(head_parameters(seen.observation.before, model))
     space, training = RowSpace.of(layers[0], before[0]), training_knowledge(seen, model)
-    counts = read_counts(space, [layers[-1].double()], model.head[-1].in_features, training)
-    assert counts.labels.tolist() == list(range(8))
-    assert (counts.held, counts.num_images) == (8, 8)
-    assert (counts.noise is not None) == noisy
+    count, labels = read_counts(space, [layers[-1].double()], model.head[-1].in_features, training)
+    assert labels.tolist() == list(range(8))
+    assert (count.held, count.num_images) == (8, 8)
+    assert (count.noise is not None) == noisy
 
 
 @pytest.mark.parametrize("lr", [0.003, 0.03])

@@ -10,7 +10,7 @@ from attack_modules.feature_inversion.controls import ERRORS, control_images, ex
 from attack_modules.feature_inversion.verdict import Evidence, judge
 from fl_lightning.models import LeNet5
 
-SURE = Diagnosis(3, 3, gap=1e3, residual=0.0, conditioning=1.0, drift=0.01, outside=0.0, held=3)
+SURE = Diagnosis(num_images=3, disentangled=3, gap=1e3, residual=0.0, conditioning=1.0, drift=0.01, outside=0.0, held=3)
 MODEL = LeNet5(10, (3, 32, 32))
 
 
