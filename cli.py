@@ -29,7 +29,7 @@ from attack_modules.enhance.shortcuts import NAMED, all_that_can_be
 from attack_modules.evaluation.callback import Evaluation
 from attack_modules.evaluation.progress import Progress
 from attack_modules.evaluation.run_directory import NotLogged, runs_of
-from attack_modules.panels import save_png
+from attack_modules.panels import save_images
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRounds
 from attack_modules.threat_model.recorded import record_round
@@ -253,8 +253,7 @@ class AuditCLI(LightningCLI):
         directory = Path(self.trainer.log_dir) / "images"
         for found in self.trainer.predict_loop.predictions or []:
             if isinstance(found, Reconstruction) and self.trainer.is_global_zero:
-                for index, image in enumerate(found.images):
-                    save_png(image.cpu(), directory / f"{index:03d}.png")
+                save_images(found.images, directory)
                 print(f"{len(found.images)} reconstructed images, without scores: {directory}", flush=True)
 
 

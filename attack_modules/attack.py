@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from attack_modules.panels import draw_panel, save_png
+from attack_modules.panels import draw_panel, save_images
 from attack_modules.simulation.distributed import Ranks
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.observed import GivenRounds, ObservedRound, RoundsSummary
@@ -165,8 +165,7 @@ class Result:
             f"class {label}" + ("" if peer is None else f"\npeer {peer}") + f"\n{level.value}"
             for label, peer, level in zip(self.labels.tolist(), peers, levels, strict=True)
         ]
-        for index, image in enumerate(self.images):
-            save_png(image, directory / "images" / f"{index:03d}.png")
+        save_images(self.images, directory / "images")
         with atomic_path(directory / "panel.png") as temporary:
             draw_panel({"reconstruction": self.images}, captions).save(temporary, format="png")
         found = {"labels": self.labels.tolist(), "peers": peers, "levels": [level.value for level in levels]}

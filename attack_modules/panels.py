@@ -88,6 +88,12 @@ def save_png(image: Tensor, path: Path) -> None:
         to_pil(image).save(temporary, format="png")
 
 
+def save_images(images: Tensor, directory: Path) -> None:
+    """Save each of the images (N, C, H, W) as `NNN.png`; errors as of `save_png`."""
+    for index, image in enumerate(images):
+        save_png(image, directory / f"{index:03d}.png")
+
+
 def _hatching(width: int, height: int) -> Image.Image:
     picture = Image.new("RGB", (width, height), (238, 238, 238))
     draw = ImageDraw.Draw(picture)

@@ -23,3 +23,8 @@ def positive(*numbers: float) -> bool:
 def non_negative(*numbers: float) -> bool:
     """Whether all numbers are finite and at least 0."""
     return all(math.isfinite(number) and number >= 0 for number in numbers)
+
+
+def in_short(error: Exception) -> str:
+    """Type and message of an error of other code, in one line of at most 150 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:150]

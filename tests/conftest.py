@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import Attack
 from attack_modules.threat_model.knowledge import Knowledge
-from attack_modules.threat_model.observed import ObservedRound, ObservedRounds, RoundsSummary
+from attack_modules.threat_model.observed import GivenRounds, ObservedRound, ObservedRounds
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.data import Catalogue, FederatedData
 from fl_lightning.federation import Federation
@@ -92,20 +91,6 @@ def relative_error_fixture() -> Callable[[dict[str, Tensor], dict[str, Tensor]],
     return relative_error
 
 
-class Given(LightningDataModule):
-    """Observed rounds that are at hand."""
-
-    def __init__(self, *rounds: ObservedRound) -> None:
-        super().__init__()
-        self.rounds = list(rounds)
-
-    def summary(self) -> RoundsSummary:
-        return RoundsSummary.of(self.rounds)
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(range(self.trainer.max_steps), batch_size=None)
-
-
 @pytest.fixture
 def attack(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attack]:
     """Run an attack on observed rounds for some steps, without leaving files, and return it."""
@@ -120,7 +105,8 @@ def attack(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attack]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-        ).fit(module, datamodule=Given(*rounds))
+            limit_val_batches=0,
+        ).fit(module, datamodule=GivenRounds(rounds))
         return module
 
     return run

@@ -25,13 +25,14 @@ from attack_modules.evaluation.interruption import Interruption
 from attack_modules.evaluation.metrics import attribution, score
 from attack_modules.evaluation.perceptual import Lpips
 from attack_modules.evaluation.recognisers import Recogniser, Recognises
-from attack_modules.evaluation.report import Outcome, comparison, panel, save_images, table
+from attack_modules.evaluation.report import Outcome, comparison, panel, table
 from attack_modules.evaluation.run_directory import (
     SafeCheckpoints,
     claim,
     make_next_version,
     remove_if_without_results,
 )
+from attack_modules.panels import save_images
 from fl_lightning.storage import atomic_path, has_record, unlock, write_json, write_text
 from fl_lightning.truth import Truth
 
@@ -223,7 +224,7 @@ class Evaluation(Callback):
             list(enhancements)  # this process's share of the work
             return
         images, labels = reconstruction.images.cpu(), reconstruction.labels.cpu()
-        save_images(directory / "images", Outcome(images, labels, None))  # whatever becomes of the scores
+        save_images(images, directory / "images")  # whatever becomes of the scores
         truth = self._truth(trainer, attack)
         print(verdict.sentence(len(truth.labels) if truth else None), flush=True)
         recogniser = _recogniser(truth) if truth else None
@@ -248,7 +249,7 @@ class Evaluation(Callback):
             verb = "Enhanced" if enhanced.name == "enhanced" else enhanced.name.capitalize()
             print(f"{verb} by {enhanced.enhancer} in {enhanced.seconds:.1f} s: {outcome.line()}", flush=True)
             _log(trainer, enhanced.name, outcome)
-            save_images(directory / enhanced.name, outcome)
+            save_images(outcome.images, directory / enhanced.name)
         for name, reason in postprocessing.left_out.items():
             print(f"{name.capitalize()} is left out: {reason}")
         if postprocessing.compares:

@@ -3,7 +3,6 @@
 import csv
 import io
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from attack_modules.attack import Reconstruction, Verdict
 from attack_modules.evaluation.metrics import RECOGNITION, Scorecard
-from attack_modules.panels import draw_panel, save_png
+from attack_modules.panels import draw_panel
 from fl_lightning.truth import Truth
 
 OF_ORIGINALS = RECOGNITION[2:]
@@ -68,12 +67,6 @@ class Outcome:
             return ["", ""]
         expected = self.verdict.expected_psnr
         return [self.verdict.levels[index].value, f"{expected[index]:.3g}" if expected else ""]
-
-
-def save_images(directory: Path, outcome: Outcome) -> None:
-    """Save each image as `NNN.png`."""
-    for index, image in enumerate(outcome.images):
-        save_png(image, directory / f"{index:03d}.png")
 
 
 def panel(truth: Truth | None, outcomes: dict[str, Outcome], peers: Tensor | None = None) -> Image.Image:

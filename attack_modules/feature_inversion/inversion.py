@@ -19,7 +19,7 @@ from attack_modules.feature_inversion.guidance import DiffusionGuidance
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
-from attack_modules.feature_inversion.verdict import Evidence, judge
+from attack_modules.feature_inversion.verdict import DRIFTING, Evidence, judge
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
@@ -41,8 +41,6 @@ FINAL_RATE = 0.03
 RESIMULATIONS = 2
 """Default number of simulations of the peers' training without a refinement."""
 
-DRIFTING = 0.03
-"""Drift of the activations above which refinement pays: measured, 3 dB or more above 8 %, 1 dB or none below 2 %."""
 REFINE = "\nThe local training changes the model much (see the drift): configs/refined.yaml would give better images."
 
 FORMER_KEYS = {

@@ -99,13 +99,13 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) 
     levels = [level.limited(most) for level in levels]
     mixed = (misfit > SINGULAR_MISFIT * misfit.median()) & (misfit > LEAST_SINGULAR)
     if mixed.any():
-        levels = [level.limited(Level.UNRELIABLE) if m else level for level, m in zip(levels, mixed, strict=True)]
+        levels = _unreliable(levels, mixed)
         reasons.append(f"{int(mixed.sum())} images have features that are those of no single image")
         advice.append("Where images share classes, there may be more images than were counted: `knowledge.num_images`.")
-    if model.head[-1] is model.head[0]:  # one layer
+    if len(model.head) == 1:
         shared = leakage.labels.bincount()[leakage.labels] > 1
         if shared.any():
-            levels = [level.limited(Level.UNRELIABLE) if s else level for level, s in zip(levels, shared, strict=True)]
+            levels = _unreliable(levels, shared)
             reasons.append(f"{int(shared.sum())} images share a class, of which a head of one layer shows the mean")
             advice.append("Attack images of one class by gradient matching (configs/paper.yaml), or name more rounds.")
     if best < LEAST_PSNR[Level.CERTAIN]:
@@ -114,6 +114,11 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) 
     elif any(level is not Level.CERTAIN for level in levels):
         reasons.append(f"the features are off by {errors.median():.1%}, as far as the attacker can tell")
     return Verdict(levels, found.num_images - found.disentangled, reasons, advice, psnr)
+
+
+def _unreliable(levels: list[Level], which: Tensor) -> list[Level]:
+    """The levels, of the images `which` (N,) bool unreliable at most."""
+    return [level.limited(Level.UNRELIABLE) if w else level for level, w in zip(levels, which, strict=True)]
 
 
 def _limits(evidence: Evidence, model: nn.Module) -> tuple[Level, list[str], list[str]]:

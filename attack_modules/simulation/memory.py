@@ -7,9 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from attack_modules.threat_model.assumptions import Assumptions
 from fl_lightning.client import parameters
 from fl_lightning.models import ImageClassifier, ImageShape
-
-PROBES = 2
-"""Images of a forward pass; BatchNorm needs two."""
+from fl_lightning.models.head import PROBES
 
 
 def activation_bytes(model: ImageClassifier, image_shape: ImageShape) -> int:

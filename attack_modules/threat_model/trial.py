@@ -10,12 +10,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fl_lightning.errors import AuditError, SettingError
+from fl_lightning.errors import AuditError, SettingError, in_short
 from fl_lightning.models import Arguments, ImageClassifier
-from fl_lightning.models.head import replay, same, same_logits
-
-PROBES = 2
-"""Random images; BatchNorm needs two."""
+from fl_lightning.models.head import PROBES, replay, same, same_logits
 
 
 @dataclass(frozen=True)
@@ -79,10 +76,9 @@ def _tried(built_from: Arguments) -> Trial:
         except AuditError:
             raise
         except Exception as error:  # of a user's model
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise SettingError(
                 f"{type(model).__name__} fails on {PROBES} random images of shape {tuple(images.shape[1:])} "
-                f"({reason}). Correct its `forward`, `embed` or `head`."
+                f"({in_short(error)}). Correct its `forward`, `embed` or `head`."
             ) from error
 
 

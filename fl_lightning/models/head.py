@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from fl_lightning.errors import SettingError
 
+PROBES = 2
+"""Random images on which a model is tried; BatchNorm needs two."""
 TOLERANCE = 1e-4
 """Relative to the largest output: float32 sums in another order differ less, another activation differs more."""
 

@@ -11,13 +11,11 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, in_short
 from fl_lightning.models.classifier import Arguments, ImageClassifier, ImageShape
-from fl_lightning.models.head import HeadSpec, Trunk
+from fl_lightning.models.head import PROBES, HeadSpec, Trunk
 from fl_lightning.state_files import fitted, read_state
 
-PROBES = 2
-"""Random images on which the head is found."""
 WITHIN = "features.module."
 """Prefix of the module's parameters in the wrapper, which its parameter names and state dict leave out."""
 
@@ -172,7 +170,7 @@ def _found(built_from: Arguments) -> HeadSpec:
         except Exception as error:  # of a user's module
             raise SettingError(
                 f"{_shown(asked['module'])} fails on {PROBES} random images of shape {tuple(images.shape[1:])} "
-                f"({_reason(error)}). Give the `image_shape` and the `arguments` that it takes."
+                f"({in_short(error)}). Give the `image_shape` and the `arguments` that it takes."
             ) from error
 
 
@@ -197,7 +195,7 @@ def _made(module: str | Prototype, arguments: Mapping[str, Any] | None) -> nn.Mo
         raise
     except Exception as error:  # of a user's module
         raise SettingError(
-            f"{found.__name__} cannot be built with the arguments {arguments or {}} ({_reason(error)}). Give its own "
+            f"{found.__name__} cannot be built with the arguments {arguments or {}} ({in_short(error)}). Give its own "
             "constructor's arguments as `arguments`."
         ) from error
 
@@ -216,7 +214,3 @@ def _loaded(path: str) -> Any:
 
 def _shown(module: str | Prototype) -> str:
     return type(module.module).__name__ if isinstance(module, Prototype) else module.rpartition(".")[2]
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:150]
