@@ -5,7 +5,8 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fl_lightning.data import ImageSet
+from fl_lightning.defenses import ClientDefense, defenses_of, describe_defenses, memory_of, occasions
+from fl_lightning.defenses.defense import Occasion
 from fl_lightning.errors import SettingError, non_negative, positive
 from fl_lightning.models import ImageClassifier
 from fl_lightning.state_files import Tensors
@@ -29,6 +32,7 @@ class LocalTraining:
         batch_size: images in an SGD step; null for full batches, all of the client's images.
         momentum: of SGD; the velocity starts at zero in every round.
         weight_decay: of SGD.
+        defenses: what the client does so that less leaks, in this order; `defenses+:` in a file adds to the list.
     """
 
     lr: float = 0.003
@@ -36,6 +40,7 @@ class LocalTraining:
     batch_size: int | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
+    defenses: list[ClientDefense] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         counts = self.local_epochs >= 1 and (self.batch_size is None or self.batch_size >= 1)
@@ -45,6 +50,20 @@ class LocalTraining:
                 f"weight_decay >= 0, but got {self}."
             )
 
+    def describe(self) -> dict[str, Any]:
+        """The settings in JSON types, for `restored`; without `defenses` where there are none."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "defenses"}
+        return settings | ({"defenses": describe_defenses(self.defenses)} if self.defenses else {})
+
+    @classmethod
+    def restored(cls, description: dict[str, Any]) -> "LocalTraining":
+        """The settings that were described.
+
+        Raises:
+            StorageError: a defence's class is not loaded, or has other settings.
+        """
+        return cls(**{**description, "defenses": defenses_of(description.get("defenses", []))})
+
 
 class ClientModule(LightningModule):
     """Local training of the global model on one client's images: ClientUpdate of FedAvg (McMahan et al. 2017).
@@ -52,18 +71,31 @@ class ClientModule(LightningModule):
     Args:
         model: the client's own copy of the global model.
         training: the settings of its optimiser.
+        defenses: of the client, each with its occasion.
+        batch_size: expected number of images in a batch.
 
     Raises:
         SettingError: while training, a batch is too small for the model.
     """
 
-    def __init__(self, model: ImageClassifier, training: LocalTraining) -> None:
+    def __init__(
+        self,
+        model: ImageClassifier,
+        training: LocalTraining,
+        defenses: list[tuple[ClientDefense, Occasion]],
+        batch_size: int,
+    ) -> None:
         super().__init__()
         self.model = model
         self.training_settings = training
+        self.defenses = defenses
+        self.batch_size = batch_size
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, targets = batch
+        for defense, occasion in self.defenses:
+            images, targets = defense.on_batch(images, targets, occasion)
+        self.images = images
         try:
             logits = self.model(images)
         except ValueError as error:  # BatchNorm, whose statistics need more than one value
@@ -72,13 +104,20 @@ class ClientModule(LightningModule):
                 f"{tuple(images.shape[1:])} ({error}). Give the clients more images (`data.images_per_client`), larger "
                 "ones (`data.image_size`), or another model."
             ) from error
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, targets)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for defense, occasion in self.defenses:
+            defense.on_gradient(self.model, self.images, occasion)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = self.training_settings
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             self.parameters(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
+        for defense, occasion in self.defenses:
+            optimizer = defense.wrap_optimizer(optimizer, self.model, self.batch_size, occasion)
+        return optimizer
 
 
 @dataclass(frozen=True)
@@ -89,11 +128,13 @@ class ClientUpdate:
         update: parameters before minus after local training, so it points like a gradient.
         buffers: the model's buffers after local training (BatchNorm's running statistics).
         num_examples: number of images that the client trained on, its weight in the aggregate.
+        memory: what its defences keep for its next round; it stays with the client.
     """
 
     update: Tensors
     buffers: Tensors
     num_examples: int
+    memory: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,12 +144,14 @@ class ClientTask:
     Attributes:
         model: the global model `w_t` that the server sent; it is not modified.
         images: the client's private images.
-        seed: of the order of mini-batches and of random layers.
+        seed: of the order of mini-batches, of random layers and of defences.
+        memory: what the client's defences kept of its former round.
     """
 
     model: ImageClassifier
     images: ImageSet
     seed: int
+    memory: Tensors = field(default_factory=dict)
 
 
 def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "cpu") -> ClientUpdate:
@@ -119,23 +162,25 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         training: the settings of the optimiser.
         accelerator: where Lightning trains (`cpu`, `gpu`, `auto`).
     """
-    client = ClientModule(copy.deepcopy(task.model), training)
+    before, model = parameters(task.model), copy.deepcopy(task.model)
+    defenses = occasions(training.defenses, before, task.seed, task.memory)
+    client = ClientModule(model, training, defenses, min(training.batch_size or len(task.images), len(task.images)))
     with isolate_rng(), quiet():
         torch.manual_seed(task.seed)
+        for defense, occasion in defenses:
+            defense.start(model, occasion)
         trainer = silent_trainer(
             max_epochs=training.local_epochs, accelerator=accelerator, use_distributed_sampler=False
         )
         generator = torch.Generator().manual_seed(task.seed)
         trainer.fit(client, task.images.dataloader(training.batch_size, shuffle=True, generator=generator))
-    model = client.model.cpu()
-    after = parameters(model)
+    after = parameters(model.cpu())
     del trainer
     gc.collect()  # a Trainer refers to itself, and would keep every client's model until the next collection
-    return ClientUpdate(
-        update={name: before - after[name] for name, before in parameters(task.model).items()},
-        buffers=buffers(model),
-        num_examples=len(task.images),
-    )
+    update = {name: tensor - after[name] for name, tensor in before.items()}
+    for defense, occasion in defenses:
+        update = defense.on_update(update, occasion)
+    return ClientUpdate(update, buffers(model), len(task.images), memory_of(defenses))
 
 
 def parameters(model: torch.nn.Module) -> Tensors:
