@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,17 +21,21 @@ from fl_lightning.errors import SettingError, non_negative, positive
 from fl_lightning.models import ImageClassifier
 from fl_lightning.state_files import Tensors
 
+NEW = {"optimizer": "SGD", "defenses": []}
+"""Settings of which a record speaks only where they are given, so that older records keep their names."""
+
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How a client trains: SGD on the cross entropy of its own images.
+    """How a client trains: SGD or Adam on the cross entropy of its own images.
 
     Args:
         lr: learning rate.
         local_epochs: passes over the client's images in a round.
         batch_size: images in an SGD step; null for full batches, all of the client's images.
         momentum: of SGD; the velocity starts at zero in every round.
-        weight_decay: of SGD.
+        weight_decay: of SGD, or of Adam.
+        optimizer: `SGD`, or `Adam` with torch's betas and epsilon, whose state starts anew in every round.
         defenses: what the client does so that less leaks, in this order; `defenses+:` in a file adds to the list.
     """
 
@@ -40,10 +44,16 @@ class LocalTraining:
     batch_size: int | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
+    optimizer: Literal["SGD", "Adam"] = "SGD"
     defenses: list[ClientDefense] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         counts = self.local_epochs >= 1 and (self.batch_size is None or self.batch_size >= 1)
+        if self.optimizer == "Adam" and self.momentum:
+            raise SettingError(
+                f"`federation.client.momentum` is {self.momentum}, but Adam has a momentum of its own. Set it to 0, or "
+                "choose `federation.client.optimizer: SGD`."
+            )
         if not (positive(self.lr) and counts and 0 <= self.momentum < 1 and non_negative(self.weight_decay)):
             raise SettingError(
                 "`federation.client` needs lr > 0, local_epochs >= 1, batch_size >= 1 or null, momentum in [0, 1) and "
@@ -51,9 +61,10 @@ class LocalTraining:
             )
 
     def describe(self) -> dict[str, Any]:
-        """The settings in JSON types, for `restored`; without `defenses` where there are none."""
-        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "defenses"}
-        return settings | ({"defenses": describe_defenses(self.defenses)} if self.defenses else {})
+        """The settings in JSON types, for `restored`; without `NEW` ones that are not given."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        settings["defenses"] = describe_defenses(self.defenses)
+        return {name: value for name, value in settings.items() if name not in NEW or value != NEW[name]}
 
     @classmethod
     def restored(cls, description: dict[str, Any]) -> "LocalTraining":
@@ -72,7 +83,6 @@ class ClientModule(LightningModule):
         model: the client's own copy of the global model.
         training: the settings of its optimiser.
         defenses: of the client, each with its occasion.
-        batch_size: expected number of images in a batch.
 
     Raises:
         SettingError: while training, a batch is too small for the model.
@@ -83,18 +93,16 @@ class ClientModule(LightningModule):
         model: ImageClassifier,
         training: LocalTraining,
         defenses: list[tuple[ClientDefense, Occasion]],
-        batch_size: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.training_settings = training
         self.defenses = defenses
-        self.batch_size = batch_size
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = batch
         for defense, occasion in self.defenses:
-            images, targets = defense.on_batch(images, targets, occasion)
+            images, targets = defense.on_batch(self.model, images, targets, occasion)
         self.images = images
         try:
             logits = self.model(images)
@@ -112,12 +120,11 @@ class ClientModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = self.training_settings
-        optimizer = torch.optim.SGD(
+        if settings.optimizer == "Adam":
+            return torch.optim.Adam(self.parameters(), settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.SGD(
             self.parameters(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-        for defense, occasion in self.defenses:
-            optimizer = defense.wrap_optimizer(optimizer, self.model, self.batch_size, occasion)
-        return optimizer
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
     """
     before, model = parameters(task.model), copy.deepcopy(task.model)
     defenses = occasions(training.defenses, before, task.seed, task.memory)
-    client = ClientModule(model, training, defenses, min(training.batch_size or len(task.images), len(task.images)))
+    client = ClientModule(model, training, defenses)
     with isolate_rng(), quiet():
         torch.manual_seed(task.seed)
         for defense, occasion in defenses:

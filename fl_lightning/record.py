@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from fl_lightning.client import NEW
 from fl_lightning.errors import AuditError
 from fl_lightning.storage import locked, read_json, write_json
 
-ONLY_WHERE_GIVEN = {"defenses": [], "server_defenses": []}
+ONLY_WHERE_GIVEN = {**NEW, "server_defenses": []}
 """Settings that are recorded only where they are given, and what their absence means."""
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,7 @@ class Evaluation(Callback):
             "knowledge": assumptions.sources,
             "assumed": assumed | _described(assumptions.defenses, assumptions.server_defenses),
             **({} if truth is None else _described(truth.training.defenses, truth.server_defenses)),
+            "privacy": [] if truth is None else _privacy(truth, rounds[-1].observation.round + 1),
             "observed_rounds": [seen.observation.round for seen in rounds],
             "observation": str(trainer.datamodule.record.directory),
             "postprocess": ", ".join(type(made).__name__ for made in postprocessing.enhancers.values()) or "none",
@@ -308,6 +310,12 @@ class Evaluation(Callback):
 def _described(defenses: Sequence[ClientDefense], server_defenses: Sequence[ServerDefense]) -> dict[str, Any]:
     """Defences as a part of `results.json`."""
     return {"defenses": describe_defenses(defenses), "server_defenses": describe_defenses(server_defenses)}
+
+
+def _privacy(truth: Truth, rounds: int) -> list[dict[str, Any]]:
+    """What differential privacy guarantees after so many rounds, as a part of `results.json`."""
+    defenses, epochs = [*truth.training.defenses, *truth.server_defenses], truth.training.local_epochs
+    return [asdict(found) for defense in defenses if (found := defense.privacy(rounds, epochs))]
 
 
 def _recogniser(truth: Truth) -> Recognises | None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from fl_lightning.client import Tensors
 from fl_lightning.data.partition import even_sizes
@@ -33,6 +34,7 @@ class Assumptions:
         labels: one label an image, ordered by peer if labels are told, sorted if only their counts are; None if they
             must be inferred.
         client_sizes: images of each peer; told together with `num_clients`, split evenly if that is guessed.
+        optimizer: of the peers.
         defenses: of the peers, in the order in which they apply them; empty where there are none or they are unknown.
         server_defenses: of the server, likewise.
         sources: `known`, `guessed`, `inferred` or `unknown` for each item of `Knowledge`; written into every result.
@@ -49,6 +51,7 @@ class Assumptions:
     num_images: int | None = None
     labels: list[int] | None = None
     client_sizes: list[int] | None = None
+    optimizer: Literal["SGD", "Adam"] = "SGD"
     defenses: tuple[ClientDefense, ...] = ()
     server_defenses: tuple[ServerDefense, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Settings of the threat model: what the attacker is told, what it guesses, and what it must infer."""
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from attack_modules.threat_model.assumptions import Assumptions, split_evenly
 from fl_lightning.defenses import ClientDefense
@@ -12,7 +12,7 @@ Told = Literal["known"]
 Inferred = Literal["inferred"]
 Unknown = Literal["unknown"]
 
-OPTIONAL = ("momentum", "weight_decay", "defenses")
+OPTIONAL = ("momentum", "weight_decay", "optimizer", "defenses")
 """Settings that plain SGD does without: 0, or none, where nobody tells them."""
 
 
@@ -35,6 +35,7 @@ class Knowledge:
         batch_size: the peers' mini-batch size; null guesses full batches.
         momentum: of the peers' SGD. `known` is 0 for rounds of another system, as for weight_decay.
         weight_decay: of the peers' SGD.
+        optimizer: of the peers.
         defenses: whether it is told the defences of the peers and of the server with their settings; or a guess of the
             peers'.
     """
@@ -49,6 +50,7 @@ class Knowledge:
     batch_size: Told | int | None = "known"
     momentum: Told | float = "known"
     weight_decay: Told | float = "known"
+    optimizer: Told | Literal["SGD", "Adam"] = "known"
     defenses: Told | Unknown | list[ClientDefense] = "known"
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class Knowledge:
                 "lies beside this Observation. Give the attacker's guesses instead, or `inferred`."
             )
 
-        def value(name: str, true: float | None) -> float | None:
+        def value(name: str, true: Any) -> Any:
             own = getattr(self, name)
             return {"known": true, "inferred": None}.get(own, own)
 
@@ -119,6 +121,7 @@ class Knowledge:
             batch_size=value("batch_size", training and training.batch_size),
             momentum=value("momentum", training.momentum if training else 0.0),
             weight_decay=value("weight_decay", training.weight_decay if training else 0.0),
+            optimizer=value("optimizer", training.optimizer if training else "SGD"),
             defenses=tuple(self._defenses(training.defenses if training else [])),
             server_defenses=tuple(truth.server_defenses if truth and self.defenses == "known" else ()),
             num_clients=num_clients,

@@ -1,6 +1,7 @@
 """Interface of the defences: what a client or the server adds to a round so that less leaks from it."""
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fl_lightning.defenses.privacy import Privacy
 from fl_lightning.models import ImageClassifier
 from fl_lightning.seeds import seed_of
 from fl_lightning.state_files import Tensors
@@ -41,6 +43,10 @@ class Occasion:
 class Defense:
     """A defence at the clients, at the server, or at either; a subclass is a frozen dataclass of its settings."""
 
+    def privacy(self, rounds: int, local_epochs: int) -> Privacy | None:
+        """The differential privacy that it guarantees after so many rounds; None if it guarantees none."""
+        return None
+
 
 class ClientDefense(Defense):
     """What every client does in its local training, or to its update before it is sent; the observing client too."""
@@ -48,28 +54,18 @@ class ClientDefense(Defense):
     def start(self, model: ImageClassifier, occasion: Occasion) -> None:
         """Change the client's copy of the global model before it is trained; names of parameters stay."""
 
-    def on_batch(self, images: Tensor, targets: Tensor, occasion: Occasion) -> tuple[Tensor, Tensor]:
+    def on_batch(
+        self, model: ImageClassifier, images: Tensor, targets: Tensor, occasion: Occasion
+    ) -> tuple[Tensor, Tensor]:
         """Change a batch before the forward pass.
 
         Args:
+            model: the client's model.
             images: (N, C, H, W) in [0, 1].
             targets: (N,) labels, or (N, num_classes) probabilities where another defence made them.
             occasion: of this client and round.
         """
         return images, targets
-
-    def wrap_optimizer(
-        self, optimizer: torch.optim.Optimizer, model: ImageClassifier, batch_size: int, occasion: Occasion
-    ) -> torch.optim.Optimizer:
-        """Replace the optimiser of the local training.
-
-        Args:
-            optimizer: of the model's parameters.
-            model: the client's model.
-            batch_size: expected number of images in a batch.
-            occasion: of this client and round.
-        """
-        return optimizer
 
     def on_gradient(self, model: ImageClassifier, images: Tensor, occasion: Occasion) -> None:
         """Change the gradients (`.grad`) of the model's parameters before a step.
@@ -103,8 +99,12 @@ class ServerDefense(Defense):
         return update
 
 
-class UpdateDefense(ClientDefense, ServerDefense):
+class UpdateDefense(ClientDefense, ServerDefense, ABC):
     """What changes an update: each client's before it is sent, or at the server the mean of all."""
+
+    @abstractmethod
+    def on_update(self, update: Tensors, occasion: Occasion) -> Tensors:
+        """The changed update; parameters before minus after, by name."""
 
     def on_mean(self, update: Tensors, occasion: Occasion) -> Tensors:
         return self.on_update(update, occasion)

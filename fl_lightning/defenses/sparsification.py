@@ -1,6 +1,6 @@
 """What top-k and random sparsification share."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from fl_lightning.state_files import Tensors
 
 
 @dataclass(frozen=True)
-class Sparsification(UpdateDefense, ABC):
+class Sparsification(UpdateDefense):
     """Only a share of an update's entries is sent.
 
     Args:

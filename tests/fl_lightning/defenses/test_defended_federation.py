@@ -1,10 +1,12 @@
 """Defences in a federation: who is defended, and what is kept, recorded and told."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRound
@@ -20,6 +22,7 @@ from fl_lightning.truth import Truth
 
 Observe = Callable[..., ObservedRound]
 Defended = Callable[..., Federation]
+ROOT = Path(__file__).parents[3]
 NOISE = GaussianNoise(rho=1.0)
 
 
@@ -121,3 +124,17 @@ def test_the_attacker_is_told_of_defences_or_not(
     without = {"labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred"}
     foreign = Knowledge(**without, client_lr=0.1, server_lr=1.0, local_epochs=1, batch_size=None)
     assert foreign.assumptions(None).sources["defenses"] == "guessed"  # none
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/defenses").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_run(path: Path, tmp_path: Path, noise_images: type[FederatedData]) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Federation, "federation")
+    federation = parser.instantiate_classes(parser.parse_string(path.read_text())).federation
+    data = noise_images(num_clients=2, images_per_client=2, image_size=8)
+    federation.client = replace(federation.client, local_epochs=1)
+    federation.run(data, tmp_path)
+    seen, truth = Observation.load(Record(tmp_path).observation(0)), Truth.load(Record(tmp_path).truth(0))
+    assert not all(torch.equal(tensor, seen.after[name]) for name, tensor in seen.before.items())
+    assert truth.training == federation.client
+    assert truth.training.defenses or truth.server_defenses or truth.training.optimizer == "Adam"

@@ -1,13 +1,20 @@
 """Values of each defence of an update, on small tensors."""
 
+import math
+
 import pytest
 import torch
 
 from fl_lightning.defenses import (
+    DPSGD,
     QSGD,
+    AdaptiveClipping,
     Clipping,
     Defense,
+    DPFedAvg,
     GaussianNoise,
+    HalfPrecision,
+    LocalDP,
     Quantization,
     RandomK,
     Sign,
@@ -18,6 +25,7 @@ from fl_lightning.defenses import (
     memory_of,
     occasions,
 )
+from fl_lightning.defenses.privacy import epsilon_of
 from fl_lightning.storage import StorageError
 
 SMALL = {"a": torch.tensor([[3.0, -1.0], [0.5, 2.0]]), "b": torch.tensor([4.0, -8.0])}
@@ -147,3 +155,60 @@ def test_defences_are_described_and_made_again() -> None:
         with pytest.raises(StorageError, match=sentence):
             defenses_of([described])
     assert issubclass(TopK, Defense)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("fp16", [1.0009765625, 0.0]), ("bf16", [1.0, 1e-8])])
+def test_half_precision_rounds_to_16_bits(kind: str, expected: list[float]) -> None:
+    found = applied(HalfPrecision(kind=kind), {"w": torch.tensor([1.001, 1e-8])})[0]["w"]
+    assert found.tolist() == pytest.approx(expected, rel=4e-3)
+
+
+def test_adaptive_clipping_follows_the_median_of_norms() -> None:
+    defense, memory = AdaptiveClipping(initial=1.0, lr=0.5), {}
+    for round_ in range(30):
+        ((_, own),) = occasions([defense], {}, round_, memory)
+        sent = [defense.on_arrival({"w": torch.tensor([float(norm)])}, 1, own)["w"].item() for norm in (1, 2, 5, 9, 20)]
+        defense.on_mean({"w": torch.zeros(1)}, own)
+        memory = memory_of([(defense, own)])
+        if round_ == 0:
+            assert sent == [1] * 5
+            assert memory["0/norm"].item() == pytest.approx(math.exp(-0.5 * (0.2 - 0.5)))
+    assert 4 < memory["0/norm"].item() < 6.5
+    assert sent[:2] == [1, 2]
+    assert sent[3] == sent[4] < 6.5
+
+
+def test_dp_fed_avg_adds_what_one_client_can_hide_in() -> None:
+    defense = DPFedAvg(norm=0.5, noise_multiplier=2.0)
+    ((_, own),) = occasions([defense], {}, 0, {})
+    arrived = [defense.on_arrival(large(seed), count, own) for seed, count in ((0, 30), (1, 10))]
+    assert all(update["w"].norm().item() == pytest.approx(0.5) for update in arrived)
+    noise = defense.on_mean({"w": torch.zeros(300, 200)}, own)["w"]
+    assert noise.std().item() == pytest.approx(2.0 * 0.5 * 0.75, rel=0.02)
+    assert memory_of([(defense, own)]) == {}
+
+
+def test_local_dp_is_flowers() -> None:
+    found, _ = applied(LocalDP(norm=1e-3, epsilon=2.0, delta=1e-3), large())
+    expected = 2e-3 * math.sqrt(2 * math.log(1.25 / 1e-3)) / 2.0
+    assert found["w"].std().item() == pytest.approx(expected, rel=0.02)
+
+
+def test_epsilon_is_that_of_gaussian_mechanisms() -> None:
+    """Against the exact curve of one Gaussian mechanism (Balle and Wang 2018), to which T of them are equal."""
+
+    def delta_at(epsilon: float, sensitivity: float) -> float:
+        def phi(x: float) -> float:
+            return 0.5 * math.erfc(-x / math.sqrt(2))
+
+        half, ratio = sensitivity / 2, epsilon / sensitivity
+        return phi(half - ratio) - math.exp(epsilon) * phi(-half - ratio)
+
+    for multiplier, steps in ((1.0, 1), (2.0, 20), (0.5, 3)):
+        epsilon = epsilon_of(multiplier, steps, 1e-5)
+        exact = delta_at(epsilon, math.sqrt(steps) / multiplier)
+        assert exact <= 1e-5  # an upper bound
+        assert delta_at(0.85 * epsilon, math.sqrt(steps) / multiplier) > 1e-5  # and not far above
+    assert DPSGD(noise_multiplier=2.0).privacy(5, 4).epsilon == pytest.approx(epsilon_of(2.0, 20, 1e-5))
+    assert DPFedAvg(noise_multiplier=2.0).privacy(20, 4).epsilon == pytest.approx(epsilon_of(2.0, 20, 1e-5))
+    assert GaussianNoise(std=1.0).privacy(1, 1) is None
