@@ -3,7 +3,8 @@
     python tests/benchmarks/defence_utility.py ARCHIVE notebooks/defence_utility.csv --seeds 0 1 2
 
 takes CIFAR-10 as JPEG files in an archive or folder, at 16x16 pixels so that a row takes a minute, and appends the rows
-that the table lacks, seed by seed, so that it can be stopped and called again. `--images`, `--rounds` and `--defences` choose less or more.
+that the table lacks, seed by seed, so that it can be stopped and called again. `--images`, `--rounds` and `--defences`
+choose less or more.
 """
 
 import argparse
