@@ -30,7 +30,9 @@ from fl_lightning.truth import Truth
 GOOD = 20.0
 """PSNR in dB from which an image shows what the original shows."""
 SETTINGS = settings(norm=0.0075)
-SCORES = [
+COLUMNS = (
+    "defence",
+    "seed",
     "knowledge",
     "steps",
     "originals",
@@ -43,8 +45,9 @@ SCORES = [
     "likely",
     "unreliable",
     "not_read",
-]
-COLUMNS = ("defence", "seed", *SCORES, "certain_but_not_good", "reasons")
+    "certain_but_not_good",
+    "reasons",
+)
 
 
 def row_of(name: str, seed: int, root: Path, knowledge: str, steps: int, seconds: int) -> dict[str, object]:
