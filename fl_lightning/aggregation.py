@@ -40,5 +40,9 @@ def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
 
 
 def server_step(parameters: Tensors, mean_update: Tensors, server_lr: float) -> Tensors:
-    """Compute the next global model, `w_{t+1} = w_t - server_lr * u`, from the mean update `u` (before minus after)."""
-    return {name: before - server_lr * mean_update[name] for name, before in parameters.items()}
+    """Compute the next global model, `w_{t+1} = w_t - server_lr * u`, from the mean update `u` (before minus after).
+
+    Parameters without an update, which were frozen, stay as they are.
+    """
+    stepped = {name: parameters[name] - server_lr * update for name, update in mean_update.items()}
+    return {**parameters, **stepped}

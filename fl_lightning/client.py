@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class ClientUpdate:
     """What a client sends to the server.
 
     Attributes:
-        update: parameters before minus after local training, so it points like a gradient.
+        update: parameters before minus after local training, so it points like a gradient; without frozen ones.
         buffers: the model's buffers after local training (BatchNorm's running statistics).
         num_examples: number of images that the client trained on, its weight in the aggregate.
     """
@@ -101,7 +102,8 @@ class ClientTask:
     """What one client does in one round.
 
     Attributes:
-        model: the global model `w_t` that the server sent; it is not modified.
+        model: the global model `w_t` that the server sent; it is not modified. Of its parameters, those that require
+            gradients are trained, and its frozen BatchNorm layers are in eval mode.
         images: the client's private images.
         seed: of the order of mini-batches and of random layers.
     """
@@ -132,7 +134,7 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
     del trainer
     gc.collect()  # a Trainer refers to itself, and would keep every client's model until the next collection
     return ClientUpdate(
-        update={name: before - after[name] for name, before in parameters(task.model).items()},
+        update={name: before - after[name] for name, before in trained_parameters(task.model).items()},
         buffers=buffers(model),
         num_examples=len(task.images),
     )
@@ -141,6 +143,11 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
 def parameters(model: torch.nn.Module) -> Tensors:
     """The model's parameters by name, detached."""
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def trained_parameters(model: torch.nn.Module) -> Tensors:
+    """The model's parameters that are not frozen, by name, detached."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
 def buffers(model: torch.nn.Module) -> Tensors:
@@ -168,13 +175,15 @@ def silent_trainer(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Lightning's notes on hardware and loggers, which every client would repeat."""
+    """Silence Lightning's notes on hardware, loggers and frozen layers, which every client would repeat."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -18,10 +18,12 @@ from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors
 from fl_lightning.data import FederatedData
 from fl_lightning.engines import Engine, InProcess
 from fl_lightning.errors import SettingError, positive
-from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5
+from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trainable
+from fl_lightning.models.freezing import freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
 from fl_lightning.record import Record
 from fl_lightning.seeds import seed_of
+from fl_lightning.state_files import content_of, fitted, read_state
 from fl_lightning.storage import has_record, load_checkpoint, save_checkpoint
 from fl_lightning.truth import Truth
 
@@ -44,6 +46,9 @@ class Federation:
             sampled in it, as in FedAvg's paper and where a server talks to the sampled devices alone. `all`: every
             client, as with Flower, whose server by default has all clients evaluate every round's model.
         observed_rounds: rounds, from 0, that are written to the record; null for the last that can be observed.
+        initial_weights: a file of the weights to begin from, as `observe` reads them; null for new ones of the seed.
+        trainable: what clients train: `all` parameters, those of the `head`, or a list of names of layers or patterns
+            of parameter names (`features.6`, `*.bias`). The rest is frozen, its BatchNorm in eval mode; it is not sent.
         engine: where clients run.
         accelerator: what clients train on (`cpu`, `gpu`, `auto`).
         seed: of the model's initial weights, the sampling of clients and the order of mini-batches; null for
@@ -60,6 +65,8 @@ class Federation:
         share_buffers: bool = True,
         broadcast: Literal["participants", "all"] = "participants",
         observed_rounds: list[int] | None = None,
+        initial_weights: Path | None = None,
+        trainable: Trainable = "all",
         engine: Engine | None = None,
         accelerator: str = "cpu",
         seed: int | None = None,
@@ -75,6 +82,8 @@ class Federation:
                 "Name rounds among them, or null for the last, or raise `federation.rounds`."
             )
         self.model = model
+        self.initial_weights = initial_weights
+        self.trainable = trainable
         self.client = client
         self.rounds = rounds
         self.clients_per_round = clients_per_round
@@ -87,10 +96,19 @@ class Federation:
         self.seed = seed or 0
 
     def initial_model(self, data: FederatedData) -> ImageClassifier:
-        """The global model `w_0` for this data (after `data.setup()`)."""
+        """The global model `w_0` for this data (after `data.setup()`).
+
+        Raises:
+            StateError: `initial_weights` cannot be read or are of another model.
+            SettingError: `trainable` names no parameter.
+        """
         with isolate_rng():
             torch.manual_seed(self.seed)
-            return self.model(data.num_classes, data.image_shape)
+            model = self.model(data.num_classes, data.image_shape)
+        if path := self.initial_weights:
+            source = f"`federation.initial_weights` '{path}'"
+            model.load_state_dict(fitted(read_state(path), model.state_dict(), source))
+        return freeze(model, frozen_names(model, self.trainable))
 
     def settings(self, data: FederatedData) -> dict[str, Any]:
         """Everything that determines the federation's course and what is observed of it, as plain JSON types.
@@ -98,7 +116,8 @@ class Federation:
         `broadcast` is not among it: it only says which rounds may be observed.
 
         Raises:
-            SettingError: a round cannot be observed, or there is one class only.
+            SettingError: a round cannot be observed, there is one class only, or `trainable` names no parameter.
+            MissingFile: there are no `initial_weights`.
         """
         data.setup()
         if data.num_classes < 2:
@@ -106,9 +125,11 @@ class Federation:
                 f"All images are of one class, '{data.class_names[0]}', so training changes nothing and nothing leaks. "
                 "Add images of other classes, or set `data.num_classes` to 2 or more."
             )
-        model = describe_model(on_meta(lambda: self.model(data.num_classes, data.image_shape)))
+        model = on_meta(lambda: self.model(data.num_classes, data.image_shape))
         return {
-            "model": model,
+            "model": describe_model(model),
+            "initial_weights": None if self.initial_weights is None else content_of(self.initial_weights),
+            "frozen": sorted(frozen_names(model, self.trainable)),
             "client": asdict(self.client),
             "rounds": self.rounds,
             "clients_per_round": self.clients_per_round,
@@ -315,10 +336,11 @@ class Federation:
             split, sets = "train", [images for images in data.clients if len(images)]
         else:
             split, sets = "test", [data.test_set]
+        trained = [module for module in model.modules() if module.training]  # frozen BatchNorm is not
         model.eval()
-        for module in model.modules():  # statistics that are not shared are not the global model's: use the batch's
+        for module in trained:  # statistics that are not shared are not the global model's: use the batch's
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not self.share_buffers:
-                module.train()
+                module.training = True
         state = {name: tensor.clone() for name, tensor in buffers(model).items()}
         loss, correct, total = 0.0, 0, 0
         for images, labels in (batch for held in sets for batch in held.dataloader(256)):
@@ -327,7 +349,8 @@ class Federation:
             correct += int((logits.argmax(1) == labels).sum())
             total += len(labels)
         model.load_state_dict(state, strict=False)
-        model.train()
+        for module in trained:
+            module.training = True
         return {f"{split}_loss": loss / total, f"{split}_accuracy": correct / total}
 
 

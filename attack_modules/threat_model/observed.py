@@ -1,6 +1,7 @@
 """The data of an attack: the rounds that the attacker observed, with what it assumes of them."""
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fl_lightning.client import Tensors
 from fl_lightning.data import FederatedData
 from fl_lightning.federation import Federation
 from fl_lightning.models import ImageClassifier, ImageShape
+from fl_lightning.models.freezing import freeze
 from fl_lightning.observation import Observation, build_on_meta
 from fl_lightning.record import Record, RecordError, fingerprint
 from fl_lightning.storage import has_record
@@ -52,7 +54,7 @@ class RoundsSummary:
     """What is known of the observed rounds without their tensors, and even before they are simulated.
 
     Attributes:
-        model: the architecture of the global model, on the meta device.
+        model: the architecture of the global model, on the meta device; what the peers did not train is frozen.
         image_shape: (C, H, W) of an image.
         assumptions: of each observed round, oldest first.
         dataset: class name of the simulated clients' dataset; None for a user's own images and foreign rounds.
@@ -66,14 +68,21 @@ class RoundsSummary:
     @classmethod
     def of(cls, rounds: Sequence[ObservedRound], dataset: str | None = None) -> "RoundsSummary":
         """Of rounds that are in memory."""
-        return cls.of_model(rounds[0].observation.model, [seen.assumptions for seen in rounds], dataset)
+        frozen = frozenset.intersection(*(seen.observation.unchanged for seen in rounds))
+        description, assumptions = rounds[0].observation.model, [seen.assumptions for seen in rounds]
+        return cls.of_model(description, assumptions, dataset, frozen)
 
     @classmethod
     def of_model(
-        cls, description: dict[str, Any], assumptions: Sequence[Assumptions], dataset: str | None = None
+        cls,
+        description: dict[str, Any],
+        assumptions: Sequence[Assumptions],
+        dataset: str | None = None,
+        frozen: Collection[str] = (),
     ) -> "RoundsSummary":
-        """Of rounds of a model that is described by `class_path` and `init_args`."""
-        return cls(build_on_meta(description), tuple(description["init_args"]["image_shape"]), assumptions, dataset)
+        """Of rounds of a model that is described by `class_path` and `init_args`, without training what is `frozen`."""
+        model = freeze(copy.deepcopy(build_on_meta(description)), frozen)
+        return cls(model, tuple(description["init_args"]["image_shape"]), assumptions, dataset)
 
 
 class GivenRounds(LightningDataModule):
@@ -148,7 +157,8 @@ class ObservedRounds(GivenRounds):
         federation, data = self._source
         truths = [federation.truth(round_, data) for round_ in federation.rounds_to_observe(data)]
         assumptions = [self.knowledge.assumptions(truth) for truth in truths]
-        return RoundsSummary.of_model(federation.settings(data)["model"], assumptions, self._dataset)
+        settings = federation.settings(data)
+        return RoundsSummary.of_model(settings["model"], assumptions, self._dataset, settings["frozen"])
 
     def prepare_data(self) -> None:
         """Simulate the rounds that are missing on disk."""
