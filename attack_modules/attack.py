@@ -23,7 +23,7 @@ from attack_modules.simulation.distributed import Ranks
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.observed import GivenRounds, ObservedRound, RoundsSummary
 from attack_modules.threat_model.plausibility import doubts, refuse_impossible
-from attack_modules.threat_model.requirements import Requirement, RequirementError, check
+from attack_modules.threat_model.requirements import FittingClassWeights, Requirement, RequirementError, check
 from fl_lightning.client import Tensors, quiet, silent_trainer
 from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.memory import exceeds_memory
@@ -297,7 +297,7 @@ class Attack(LightningModule, ABC):
             RequirementError: a requirement is not met, or the attack needs more memory than there is.
         """
         name = type(self).__name__
-        check(self.requirements(processes), rounds, name)
+        check([FittingClassWeights(), *self.requirements(processes)], rounds, name)
         if device == "cpu" and (excess := exceeds_memory(self.least_memory(rounds) // processes)):
             raise RequirementError(
                 f"{name} takes at least {excess}. Lower `data.image_size` or the number of images, choose a smaller "

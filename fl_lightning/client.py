@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.nn import functional as F
 
 from fl_lightning.data import ImageSet
 from fl_lightning.errors import SettingError, non_negative, positive
+from fl_lightning.loss import CrossEntropy
 from fl_lightning.models import ImageClassifier
 from fl_lightning.state_files import Tensors
 
@@ -30,6 +30,8 @@ class LocalTraining:
         batch_size: images in an SGD step; null for full batches, all of the client's images.
         momentum: of SGD; the velocity starts at zero in every round.
         weight_decay: of SGD.
+        label_smoothing: of the cross entropy, in [0, 1).
+        class_weights: of the cross entropy, one positive number for each class; null for none.
     """
 
     lr: float = 0.003
@@ -37,6 +39,8 @@ class LocalTraining:
     batch_size: int | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: list[float] | None = None
 
     def __post_init__(self) -> None:
         counts = self.local_epochs >= 1 and (self.batch_size is None or self.batch_size >= 1)
@@ -45,6 +49,12 @@ class LocalTraining:
                 "`federation.client` needs lr > 0, local_epochs >= 1, batch_size >= 1 or null, momentum in [0, 1) and "
                 f"weight_decay >= 0, but got {self}."
             )
+        _ = self.loss  # which refuses its own numbers
+
+    @property
+    def loss(self) -> CrossEntropy:
+        """What is minimised."""
+        return CrossEntropy(self.label_smoothing, None if self.class_weights is None else tuple(self.class_weights))
 
 
 class ClientModule(LightningModule):
@@ -73,7 +83,7 @@ class ClientModule(LightningModule):
                 f"{tuple(images.shape[1:])} ({error}). Give the clients more images (`data.images_per_client`), larger "
                 "ones (`data.image_size`), or another model."
             ) from error
-        return F.cross_entropy(logits, labels)
+        return self.training_settings.loss(logits, labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = self.training_settings

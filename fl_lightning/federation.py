@@ -116,7 +116,8 @@ class Federation:
         `broadcast` is not among it: it only says which rounds may be observed.
 
         Raises:
-            SettingError: a round cannot be observed, there is one class only, or `trainable` names no parameter.
+            SettingError: a round cannot be observed, there is one class only, `trainable` names no parameter, or
+                class weights are not as many as classes.
             MissingFile: there are no `initial_weights`.
         """
         data.setup()
@@ -124,6 +125,12 @@ class Federation:
             raise SettingError(
                 f"All images are of one class, '{data.class_names[0]}', so training changes nothing and nothing leaks. "
                 "Add images of other classes, or set `data.num_classes` to 2 or more."
+            )
+        weights = self.client.class_weights
+        if weights is not None and len(weights) != data.num_classes:
+            raise SettingError(
+                f"`federation.client.class_weights` has {len(weights)} numbers, but there are {data.num_classes} "
+                "classes. Give one for each."
             )
         model = on_meta(lambda: self.model(data.num_classes, data.image_shape))
         return {

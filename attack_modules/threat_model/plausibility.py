@@ -139,7 +139,7 @@ def goes_uphill(seen: ObservedRound, update: Tensors) -> bool:
     sums = class_sums(seen.observation, update)
     if sums is None:
         return False
-    if labels is not None:
+    if labels is not None and not seen.assumptions.label_smoothing:  # which gives every class a share
         absent = torch.ones(len(sums), dtype=torch.bool)
         absent[torch.tensor(labels)] = False
         return bool(sums[absent].sum() < -UPHILL * sums.abs().sum())

@@ -42,6 +42,22 @@ def check(requirements: Iterable[Requirement], rounds: RoundsSummary, user: str)
             raise RequirementError(f"{user} requires {requirement.name}, but {violation}")
 
 
+class FittingClassWeights(Requirement):
+    """Class weights, where any are assumed, for as many classes as the model has."""
+
+    name = "one class weight for each class"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        classes = rounds.model.hparams["num_classes"]
+        for assumptions in rounds.assumptions:
+            if assumptions.class_weights is not None and len(assumptions.class_weights) != classes:
+                return (
+                    f"`knowledge.class_weights` has {len(assumptions.class_weights)} numbers for {classes} classes. "
+                    "Give one for each, or null."
+                )
+        return None
+
+
 class SingleRound(Requirement):
     """Exactly one observed round."""
 
