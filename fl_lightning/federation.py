@@ -23,6 +23,7 @@ from fl_lightning.models.freezing import freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
 from fl_lightning.record import Record
 from fl_lightning.seeds import seed_of
+from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 from fl_lightning.state_files import content_of, fitted, read_state
 from fl_lightning.storage import has_record, load_checkpoint, save_checkpoint
 from fl_lightning.truth import Truth
@@ -41,6 +42,8 @@ class Federation:
         clients_per_round: clients sampled in each round, of those with images and the observer; null for all of them.
             An observer without images that is sampled receives the models, and sends nothing.
         server_lr: learning rate of the server's step `w_{t+1} = w_t - server_lr * u`, `u` the mean update.
+        server: optimiser of the server, which makes another step of `u`; null for FedAvg. The adaptive ones need a
+            server_lr of 0.1 or less.
         share_buffers: whether BatchNorm's running statistics are averaged with the model, or stay with each client.
         broadcast: who receives the models before and after a round, and so can observe it. `participants`: the clients
             sampled in it, as in FedAvg's paper and where a server talks to the sampled devices alone. `all`: every
@@ -62,6 +65,7 @@ class Federation:
         rounds: int = 1,
         clients_per_round: int | None = None,
         server_lr: float = 1.0,
+        server: ServerOptimizer | None = None,
         share_buffers: bool = True,
         broadcast: Literal["participants", "all"] = "participants",
         observed_rounds: list[int] | None = None,
@@ -88,6 +92,7 @@ class Federation:
         self.rounds = rounds
         self.clients_per_round = clients_per_round
         self.server_lr = server_lr
+        self.server = server or FedAvg()
         self.share_buffers = share_buffers
         self.broadcast = broadcast
         self.observed_rounds = None if observed_rounds is None else sorted(set(observed_rounds))
@@ -141,6 +146,7 @@ class Federation:
             "rounds": self.rounds,
             "clients_per_round": self.clients_per_round,
             "server_lr": self.server_lr,
+            "server": self.server.describe(),
             "share_buffers": self.share_buffers,
             "observed_rounds": self.rounds_to_observe(data),
             "seed": self.seed,
@@ -171,14 +177,14 @@ class Federation:
             StorageError: the disk is full, or the directory is not writable.
         """
         settings = json.loads(json.dumps(self.settings(data)))
-        record = Record(directory)
+        record, recorded = Record(directory), self.rounds_to_record(data)
         if record.settings.exists():
             record.claim(settings)
-            if self._is_complete(record, settings["observed_rounds"]):
+            if self._is_complete(record, settings["observed_rounds"], recorded):
                 return  # without a lock, for which the folder would have to be writable
         with record.locked():
             record.claim(settings)
-            if self._is_complete(record, settings["observed_rounds"]):
+            if self._is_complete(record, settings["observed_rounds"], recorded):
                 return
             try:
                 self._run(data, record, settings["observed_rounds"])
@@ -186,10 +192,11 @@ class Federation:
                 print("Interrupted. Finished rounds are kept, and the same command goes on after them.", flush=True)
                 raise KeyboardInterrupt from None
 
-    def _is_complete(self, record: Record, observed: list[int]) -> bool:
+    def _is_complete(self, record: Record, observed: list[int], recorded: list[int]) -> bool:
         if not record.checkpoint.exists() or load_checkpoint(record.checkpoint)["rounds_done"] < self.rounds:
             return False
-        return all(has_record(stem) for r in observed for stem in (record.observation(r), record.truth(r)))
+        stems = [*map(record.observation, recorded), *map(record.truth, observed)]
+        return all(map(has_record, stems))
 
     def _run(self, data: FederatedData, record: Record, observed: list[int]) -> None:
         for round_ in observed:
@@ -197,28 +204,39 @@ class Federation:
                 self.truth(round_, data).save(record.truth(round_))
         model = self.initial_model(data)
         kept_buffers: dict[str, Tensors] = {}  # by client, where they are not shared
+        memory: dict[str, Tensors] = {}  # of the server's optimiser, by parameter
+        recorded = self.rounds_to_record(data)
         start = 0
         if record.checkpoint.exists():
             state = load_checkpoint(record.checkpoint)
-            lost = [r for r in observed if r < state["rounds_done"] and not has_record(record.observation(r))]
+            lost = [r for r in recorded if r < state["rounds_done"] and not has_record(record.observation(r))]
             if lost:
                 print(
                     f"'{record.directory}' lacks observed round {_listed(lost)}: all rounds are run again.", flush=True
                 )
             else:
                 model.load_state_dict(state["model"])
-                start, kept_buffers = state["rounds_done"], state["kept_buffers"]
+                start, kept_buffers, memory = (
+                    state["rounds_done"],
+                    state["kept_buffers"],
+                    state.get("server_memory", {}),
+                )
         _ = data.test_set  # one that cannot be read is refused before the rounds, not after the first
         logger = TensorBoardLogger(record.directory, name="", version="tensorboard")
         with Progress() as progress:
             task = progress.add_task("Federation, rounds", total=self.rounds, completed=start)
             for round_ in range(start, self.rounds):
-                model, observation = self._round(round_, model, data, kept_buffers)
-                if round_ in observed:
+                model, observation = self._round(round_, model, data, kept_buffers, memory)
+                if round_ in recorded:
                     observation.save(record.observation(round_))
                 save_checkpoint(
                     record.checkpoint,
-                    {"rounds_done": round_ + 1, "model": model.state_dict(), "kept_buffers": kept_buffers},
+                    {
+                        "rounds_done": round_ + 1,
+                        "model": model.state_dict(),
+                        "kept_buffers": kept_buffers,
+                        "server_memory": memory,
+                    },
                 )
                 scores = self._evaluate(model, data)
                 logger.log_metrics(scores, step=round_ + 1)
@@ -235,6 +253,7 @@ class Federation:
         model: ImageClassifier,
         data: FederatedData,
         kept_buffers: dict[str, Tensors],
+        memory: dict[str, Tensors],
     ) -> tuple[ImageClassifier, Observation]:
         """The next global model, and what the observer sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -258,7 +277,7 @@ class Federation:
         if not training:  # only an observer without images was sampled
             return model, Observation(round_, before, before, {}, 0.0, describe_model(model))
         mean = aggregate(updates())
-        parameters_after = server_step(parameters(model), mean.update, self.server_lr)
+        parameters_after = server_step(parameters(model), mean.update, self.server_lr, self.server, memory, round_)
         model.load_state_dict({**before, **parameters_after, **(mean.buffers if self.share_buffers else {})})
         return model, Observation(
             round=round_,
@@ -312,6 +331,12 @@ class Federation:
             "or set `federation.broadcast: all` if your system sends every round's model to all clients."
         )
 
+    def rounds_to_record(self, data: FederatedData) -> list[int]:
+        """The observed rounds, and earlier ones that tell what the server's optimiser kept, if they are received."""
+        observed = self.rounds_to_observe(data)
+        needed = {earlier for round_ in observed for earlier in self.server.needed(round_)}
+        return sorted({*observed, *(round_ for round_ in needed if self._reaches_observer(round_, data))})
+
     def truth(self, round_: int, data: FederatedData) -> Truth:
         """The ground truth of a round, which is known before the round is run.
 
@@ -331,6 +356,7 @@ class Federation:
             clients=torch.cat([torch.full((len(images),), peer) for peer, images in zip(peers, sets, strict=True)]),
             training=self.client,
             server_lr=self.server_lr,
+            server=self.server,
             class_names=data.class_names,
             imagenet_labels=data.imagenet_labels,
             sources=[source for images in sets for source in images.sources],

@@ -130,9 +130,12 @@ class Observation:
 
     def peers_update(self, server_lr: float) -> Tensors:
         """`u_peers = (u - p_A u_A) / (1 - p_A)`: the weighted mean of the peers' updates, by parameter name."""
-        update = self.aggregated_update(server_lr)  # a head has 100 MB and more: computed in place
+        return self.without_own(self.aggregated_update(server_lr))
+
+    def without_own(self, update: Tensors) -> Tensors:
+        """The mean update of the others, from that of all clients, which is overwritten; by parameter name."""
         for name, own in self.own_update.items():
-            update[name].sub_(own, alpha=self.own_weight)
+            update[name].sub_(own, alpha=self.own_weight)  # a head has 100 MB and more: computed in place
         return {name: mean.div_(1 - self.own_weight) for name, mean in update.items()}
 
     @property

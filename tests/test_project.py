@@ -37,7 +37,7 @@ ROOMS = [
     ["fl_lightning.models"],
     ["fl_lightning.download"],
     ["fl_lightning.data"],
-    ["fl_lightning.client"],
+    ["fl_lightning.client", "fl_lightning.server_optimizers"],
     ["fl_lightning.aggregation", "fl_lightning.engines", "fl_lightning.observation", "fl_lightning.truth"],
     ["fl_lightning.record"],
     ["fl_lightning.federation"],

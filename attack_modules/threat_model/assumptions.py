@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from fl_lightning.client import Tensors
 from fl_lightning.data.partition import even_sizes
 from fl_lightning.loss import CrossEntropy
+from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 
 
 def half_way(steps: int) -> float:
@@ -26,6 +27,7 @@ class Assumptions:
         local_epochs: the peers' passes over their images in a round.
         batch_size: the peers' mini-batch size; None for full batches.
         server_lr: the server's learning rate.
+        server: the server's optimiser.
         momentum: of the peers' SGD.
         weight_decay: of the peers' SGD.
         label_smoothing: of the peers' cross entropy.
@@ -43,6 +45,7 @@ class Assumptions:
     local_epochs: int
     batch_size: int | None = None
     server_lr: float = 1.0
+    server: ServerOptimizer = field(default_factory=FedAvg)
     momentum: float = 0.0
     weight_decay: float = 0.0
     label_smoothing: float = 0.0

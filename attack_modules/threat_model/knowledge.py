@@ -6,14 +6,15 @@ from typing import Any, Literal
 from attack_modules.threat_model.assumptions import Assumptions, split_evenly
 from fl_lightning.errors import AuditError, non_negative, positive
 from fl_lightning.loss import CrossEntropy
+from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 from fl_lightning.truth import Truth
 
 Told = Literal["known"]
 Inferred = Literal["inferred"]
 
 BELOW_ONE = ("momentum", "label_smoothing")
-OPTIONAL = (*BELOW_ONE, "weight_decay", "class_weights")
-"""Settings that plain SGD does without: 0, or null, where nobody tells them."""
+OPTIONAL = (*BELOW_ONE, "weight_decay", "class_weights", "server")
+"""Settings that FedAvg with plain SGD does without: 0, null, or FedAvg where nobody tells them."""
 
 
 class KnowledgeError(AuditError, ValueError):
@@ -31,6 +32,8 @@ class Knowledge:
         num_clients: how many peers took part, and how many images each of them holds.
         client_lr: the peers' learning rate. A guess is used in the simulation as well as in the scaling.
         server_lr: the server's learning rate.
+        server: the server's optimiser, which is undone; of one with a memory, the earlier rounds must be observed too.
+            `known` is FedAvg for rounds of another system.
         local_epochs: the peers' local epochs.
         batch_size: the peers' mini-batch size; null guesses full batches.
         momentum: of the peers' SGD. `known` is 0 for rounds of another system, as for weight_decay.
@@ -45,6 +48,7 @@ class Knowledge:
     num_clients: Told | Inferred | int = "known"
     client_lr: Told | float = "known"
     server_lr: Told | float = "known"
+    server: Told | ServerOptimizer = "known"
     local_epochs: Told | int = "known"
     batch_size: Told | int | None = "known"
     momentum: Told | float = "known"
@@ -118,6 +122,7 @@ class Knowledge:
         return Assumptions(
             client_lr=value("client_lr", training and training.lr),
             server_lr=value("server_lr", truth and truth.server_lr),
+            server=value("server", truth.server if truth else FedAvg()),
             local_epochs=value("local_epochs", training and training.local_epochs),
             batch_size=value("batch_size", training and training.batch_size),
             momentum=value("momentum", training.momentum if training else 0.0),

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from attack_modules.threat_model.assumptions import Assumptions
-from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.knowledge import Knowledge, KnowledgeError
 from fl_lightning.client import Tensors
 from fl_lightning.data import FederatedData
 from fl_lightning.federation import Federation
@@ -17,8 +17,30 @@ from fl_lightning.models import ImageClassifier, ImageShape
 from fl_lightning.models.freezing import freeze
 from fl_lightning.observation import Observation, build_on_meta
 from fl_lightning.record import Record, RecordError, fingerprint
+from fl_lightning.server_optimizers import ServerOptimizer
 from fl_lightning.storage import has_record
 from fl_lightning.truth import Truth
+
+
+def refuse_unknown_rounds(server: ServerOptimizer, round_: int, known: Collection[int]) -> None:
+    """Refuse a round whose server's optimiser kept something of rounds that were not observed.
+
+    Args:
+        server: its optimiser, as the attacker takes it to be.
+        round_: number of the round.
+        known: numbers of the other observed rounds.
+
+    Raises:
+        KnowledgeError: with the rounds that are missing.
+    """
+    if missing := [number for number in server.needed(round_) if number not in known]:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise KnowledgeError(
+            f"The server's {type(server).__name__} keeps something of earlier rounds, so round {round_} tells the mean "
+            f"update only with round {shown}, which the attacker did not observe. Observe the first round, or all "
+            "rounds (`federation.broadcast: all` or more `clients_per_round`), or set `knowledge.server: FedAvg`."
+        )
+
 
 RECORDS = Path("runs/federations")
 """Where records lie that are not given a directory: one folder for each fingerprint of the settings."""
@@ -31,18 +53,29 @@ class ObservedRound:
     Attributes:
         observation: what crossed the wire.
         assumptions: what the attacker takes the peers' training and data to be.
+        earlier: what crossed the wire before, oldest first, where it tells what the server's optimiser kept.
     """
 
     observation: Observation
     assumptions: Assumptions
+    earlier: Sequence[Observation] = ()
 
     def aggregated_update(self) -> Tensors:
-        """The weighted mean of all clients' updates, the attacker's own included, by parameter name."""
-        return self.observation.aggregated_update(self.assumptions.server_lr)
+        """The weighted mean of all clients' updates, the attacker's own included, by parameter name.
+
+        Raises:
+            KnowledgeError: the server's optimiser cannot be undone, since a round before was not observed.
+        """
+        rate, server, round_ = self.assumptions.server_lr, self.assumptions.server, self.observation.round
+        known = {seen.round: seen for seen in self.earlier}
+        refuse_unknown_rounds(server, round_, known)
+        rounds = [*(known[number] for number in server.needed(round_)), self.observation]
+        steps = [seen.aggregated_update(rate) for seen in rounds]
+        return {name: server.undo([step.pop(name) for step in steps], round_) for name in list(steps[0])}
 
     def peers_update(self) -> Tensors:
-        """The weighted mean of the peers' updates, by parameter name."""
-        return self.observation.peers_update(self.assumptions.server_lr)
+        """The weighted mean of the peers' updates, by parameter name; raises as `aggregated_update`."""
+        return self.observation.without_own(self.aggregated_update())
 
     def without_weight_decay(self, update: Tensors) -> Tensors:
         """The part of an update that the loss's gradients caused."""
@@ -157,6 +190,9 @@ class ObservedRounds(GivenRounds):
         federation, data = self._source
         truths = [federation.truth(round_, data) for round_ in federation.rounds_to_observe(data)]
         assumptions = [self.knowledge.assumptions(truth) for truth in truths]
+        recorded, seen = federation.rounds_to_record(data), federation.rounds_to_observe(data)
+        for round_, assumed in zip(seen, assumptions, strict=True):
+            refuse_unknown_rounds(assumed.server, round_, recorded)
         settings = federation.settings(data)
         return RoundsSummary.of_model(settings["model"], assumptions, self._dataset, settings["frozen"])
 
@@ -191,10 +227,13 @@ class ObservedRounds(GivenRounds):
                 f"'{record.directory}' lacks observed round {', '.join(map(str, missing))}. Run `python cli.py "
                 "federate` with the same settings, which simulates what is missing, or call `prepare_data` first."
             )
-        self.rounds = [
-            ObservedRound(Observation.load(record.observation(round_)), self.knowledge.assumptions(self._truth(round_)))
-            for round_ in wanted
-        ]
+        self.rounds = [self._observed(round_) for round_ in wanted]
+
+    def _observed(self, round_: int) -> ObservedRound:
+        assumptions, there = self.knowledge.assumptions(self._truth(round_)), self.record.observed_rounds
+        needed = [number for number in assumptions.server.needed(round_) if number in there]
+        seen, *earlier = (Observation.load(self.record.observation(number)) for number in (round_, *needed))
+        return ObservedRound(seen, assumptions, earlier)
 
     def _truth(self, round_: int) -> Truth | None:
         stem = self.record.truth(round_)
