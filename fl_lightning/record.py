@@ -27,18 +27,18 @@ class Record:
         self.checkpoint = directory / "federation.ckpt"
         self.settings = directory / "settings.json"
 
-    def observation(self, round_: int) -> Path:
-        """Stem of a round's Observation."""
-        return self.directory / "observed" / f"round_{round_:04d}"
+    def observation(self, round_: int, client: int | None = None) -> Path:
+        """Stem of a round's Observation, or of that of one client's update in it."""
+        return self.directory / "observed" / _stem(round_, client)
 
-    def truth(self, round_: int) -> Path:
-        """Stem of a round's Truth."""
-        return self.directory / "truth" / f"round_{round_:04d}"
+    def truth(self, round_: int, client: int | None = None) -> Path:
+        """Stem of a round's Truth, or of that of one client in it."""
+        return self.directory / "truth" / _stem(round_, client)
 
     @property
     def observed_rounds(self) -> list[int]:
         """Rounds whose Observation is on disk, ascending."""
-        return sorted(int(path.stem.removeprefix("round_")) for path in self.directory.glob("observed/round_*.json"))
+        return sorted({int(path.stem.split("_")[1]) for path in self.directory.glob("observed/round_*.json")})
 
     @property
     def foreign(self) -> bool:
@@ -69,6 +69,10 @@ class Record:
             self.directory / "federation.lock",
             f"Another run simulates the federation of '{self.directory}': waiting for its end.",
         )
+
+
+def _stem(round_: int, client: int | None) -> str:
+    return f"round_{round_:04d}" + ("" if client is None else f"_client_{client:04d}")
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
