@@ -198,7 +198,7 @@ class FeatureInversion(Attack):
         """(N, C, H, W) initial images for features (N, D)."""
         if self.decoder[0]:
             return self.decoder[0](features.to(self.model.mean))
-        return torch.full((len(features), *self.observed_rounds[0].observation.image_shape), 0.5)
+        return self.model.mean.new_full((len(features), *self.observed_rounds[0].observation.image_shape), 0.5)
 
     @property
     def model(self) -> ImageClassifier:
@@ -260,7 +260,7 @@ class FeatureInversion(Attack):
     def invert(self, features: Tensor, steps: int) -> Tensor:
         """(K, C, H, W) images from features (K, D), as in so many training steps without simulations and guidance."""
         images = self._start(features).requires_grad_()
-        best, best_loss = images.detach().clone(), torch.full((len(images),), torch.inf, device=images.device)
+        best, best_loss = images.detach().clone(), images.new_full((len(images),), torch.inf)
         optimizer, scheduler = self._adam(images, steps)
         for step in range(steps):
             optimizer.zero_grad()
