@@ -13,6 +13,7 @@ import attack_modules
 import fl_lightning.data
 import fl_lightning.defenses
 import fl_lightning.models
+import fl_lightning.seats
 import fl_lightning.server_optimizers
 from attack_modules.diffusion.trained.class_conditional import ClassConditionalDiffusion, SmallConditional
 from attack_modules.diffusion.trained.photo_crops import PhotoCrops
@@ -59,6 +60,9 @@ def places(defense: type) -> list[str]:
 SECTIONS = {
     "`federation`: the federation that is simulated": [
         ("federation", Federation),
+        ("federation.seat", fl_lightning.seats.CuriousClient),
+        ("federation.seat", fl_lightning.seats.ColludingClients),
+        ("federation.seat", fl_lightning.seats.CuriousServer),
         ("federation.server", fl_lightning.server_optimizers.FedAvg),
         ("federation.server", fl_lightning.server_optimizers.FedAvgM),
         ("federation.server", fl_lightning.server_optimizers.FedAdam),
