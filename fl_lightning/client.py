@@ -61,6 +61,8 @@ class LocalTraining:
                 f"weight_decay >= 0, but got {self}."
             )
         _ = self.loss  # which refuses its own numbers
+        for place, defense in enumerate(self.defenses):
+            defense.refuse_beside(self.defenses[:place] + self.defenses[place + 1 :], self.class_weights)
 
     @property
     def loss(self) -> CrossEntropy:
