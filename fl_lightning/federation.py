@@ -284,6 +284,7 @@ class Federation:
         training = [client for client in self._sample(round_, data) if len(data.clients[client])]
         seed = seed_of(self.seed, round_)
         at_server = occasions(self.server_defenses, parameters(model), seed, kept_memory.get(SERVER, {}))
+        members = self.seat.members(data.num_clients)
         known: dict[int, ClientUpdate] = {}
 
         def tasks() -> Iterator[ClientTask]:
@@ -302,8 +303,8 @@ class Federation:
                 for defense, occasion in at_server:
                     arrived = defense.on_arrival(result.update, result.num_examples, occasion)
                     result = replace(result, update=arrived)
-                if self.seat.keeps(client, data.num_clients):
-                    known[client] = sent if self.seat.before_defenses else result
+                if self.seat.keeps(client, data.num_clients):  # its part of the mean, or what a curious server receives
+                    known[client] = result if client in members else sent
                 yield result
 
         if not training:  # only an observer without images was sampled

@@ -16,9 +16,6 @@ View = int | None
 class Seat(ABC):
     """A seat in the federation, honest but curious: it follows the protocol, and keeps what it gets anyway."""
 
-    before_defenses = False
-    """Whether it has updates as they were sent, before what the server's defences do to them on arrival."""
-
     @property
     @abstractmethod
     def words(self) -> str:
@@ -111,7 +108,6 @@ class CuriousServer(Seat):
         secure_aggregation: whether it gets the mean of the updates alone.
     """
 
-    before_defenses = True
     secure_aggregation: bool = False
 
     @property

@@ -41,12 +41,6 @@ later ones win. `--print_config` shows the result, and every run saves it as `co
 |---|---|
 """
 
-DEFENSES = [
-    defense
-    for name in fl_lightning.defenses.__all__
-    if isinstance(defense := getattr(fl_lightning.defenses, name), type) and is_dataclass(defense)
-]
-
 
 def places(defense: type) -> list[str]:
     """The settings that list a defence."""
@@ -55,6 +49,13 @@ def places(defense: type) -> list[str]:
         "federation.server_defenses": fl_lightning.defenses.ServerDefense,
     }
     return [path for path, kind in kinds.items() if issubclass(defense, kind)]
+
+
+DEFENSES = [
+    defense
+    for name in fl_lightning.defenses.__all__
+    if is_dataclass(defense := getattr(fl_lightning.defenses, name)) and places(defense)
+]
 
 
 SECTIONS = {
