@@ -308,7 +308,8 @@ class Federation:
                 yield result
 
         if not training:  # only an observer without images was sampled
-            return model, {None: Observation(round_, before, before, {}, 0.0, describe_model(model))}
+            after = {name: tensor.clone() for name, tensor in before.items()}
+            return model, {None: Observation(round_, before, after, {}, 0.0, describe_model(model))}
         mean = aggregate(updates())
         update = mean.update
         for defense, occasion in at_server:

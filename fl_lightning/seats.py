@@ -133,5 +133,6 @@ class CuriousServer(Seat):
         views: dict[View, Observation] = {}
         for client, sent in updates.items():
             trained = {name: whole.before[name] - update for name, update in sent.update.items()}
-            views[client] = replace(whole, after={**whole.before, **sent.buffers, **trained})
+            rest = {n: tensor.clone() for n, tensor in whole.before.items() if n not in trained | sent.buffers}
+            views[client] = replace(whole, after={**rest, **sent.buffers, **trained})
         return views

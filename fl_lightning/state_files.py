@@ -156,6 +156,29 @@ def fitted(state: Mapping[str, Tensor] | list[Tensor], expected: Mapping[str, Te
     return {name: state[name].detach().cpu().to(tensor.dtype, copy=True) for name, tensor in expected.items()}
 
 
+def completed(state: State, whole: Mapping[str, Tensor], head: list[str], source: str) -> State:
+    """A state that holds the head alone, as where the other layers stay with the clients, with a model's other tensors.
+
+    Args:
+        state: any; others are returned as they are.
+        whole: the model's state dict.
+        head: names of the head's parameters.
+        source: whose state it is, in the warning.
+    """
+    if isinstance(state, list):
+        state = dict(zip(head, state, strict=True)) if len(state) == len(head) < len(whole) else state
+    if isinstance(state, list) or set(head) == set(whole):
+        return state
+    part = _without_prefix(state, {name: whole[name] for name in head}, source)
+    if set(part) != set(head):
+        return state
+    rank_zero_warn(
+        f"{source} holds the head alone, so the given model's other layers stand in: labels, numbers of images and "
+        "features are read all the same, but images are right only if the peers' other layers are these."
+    )
+    return {**whole, **part}
+
+
 def _without_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
     """The part of a state under the prefix with which it has all expected names, without that prefix."""
     if set(state) >= set(expected):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fl_lightning.models.freezing import freeze
 from fl_lightning.observation import Observation, build_on_meta
 from fl_lightning.record import Record, RecordError, fingerprint
 from fl_lightning.seats import CuriousClient, Seat, View
-from fl_lightning.server_optimizers import ServerOptimizer
+from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 from fl_lightning.storage import has_record
 from fl_lightning.truth import Truth
 
@@ -195,7 +195,7 @@ class ObservedRounds(GivenRounds):
         federation, data = self._source
         views, recorded = self._wanted, federation.rounds_to_record(data)
         truths = [federation.truth(round_, data, client) for round_, client in views]
-        assumptions = [self.knowledge.assumptions(truth) for truth in truths]
+        assumptions = [self._assumptions(truth, client) for truth, (_, client) in zip(truths, views, strict=True)]
         for (round_, _), assumed in zip(views, assumptions, strict=True):
             refuse_unknown_rounds(assumed.server, round_, recorded)
         settings = federation.settings(data)
@@ -234,8 +234,13 @@ class ObservedRounds(GivenRounds):
             )
         self.rounds = [self._observed(round_, client) for round_, client in wanted]
 
+    def _assumptions(self, truth: Truth | None, client: View) -> Assumptions:
+        """What the attacker assumes; of a client's own update it knows that no server's step lies on it."""
+        assumed = self.knowledge.assumptions(truth)
+        return assumed if client is None else replace(assumed, server=FedAvg(), server_lr=1.0)
+
     def _observed(self, round_: int, client: View) -> ObservedRound:
-        assumptions, there = self.knowledge.assumptions(self._truth(round_, client)), self.record.observed_rounds
+        assumptions, there = self._assumptions(self._truth(round_, client), client), self.record.observed_rounds
         needed = [(number, None) for number in assumptions.server.needed(round_) if number in there]
         seen, *earlier = (Observation.load(self.record.observation(*view)) for view in ((round_, client), *needed))
         return ObservedRound(seen, assumptions, earlier, client)
