@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from attack_modules.analytic.defended_head import DefendedReading
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.threat_model.assumptions import half_way
 
@@ -20,6 +21,7 @@ class TrainingKnowledge:
         epochs: steps in which each image takes part, or None for all.
         typical: what the last layer computes for typical images; it makes label counts right where few classes are
             without images. None where the model is not at hand.
+        reading: how a defended update is read; None where no defence is known that asks for another reading.
     """
 
     lr: float
@@ -28,6 +30,7 @@ class TrainingKnowledge:
     labels: Tensor | None = None
     epochs: int | None = None
     typical: TypicalHead | None = None
+    reading: DefendedReading | None = None
 
     @property
     def half_way(self) -> float:
@@ -96,6 +99,7 @@ class Leakage:
             `feature_uncertainty`.
         ones: (N,) the input of a bias, which is 1, as it was read; None without a bias. The features are off by the
             same factor.
+        noisy: whether a defence's noise lies on the features, of which `uncertainty` is then the size.
     """
 
     labels: Tensor
@@ -104,6 +108,7 @@ class Leakage:
     diagnosis: Diagnosis
     uncertainty: Tensor
     ones: Tensor | None = None
+    noisy: bool = False
 
 
 @dataclass(frozen=True)

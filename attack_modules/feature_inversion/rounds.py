@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from attack_modules.analytic.leak import leak, leak_rounds
+from attack_modules.analytic.leak_defended import leak_defended
 from attack_modules.analytic.peer_attribution import Attribution, attribute, joined_features, joined_labels
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.attack import AttackError
@@ -71,7 +72,11 @@ class SameImages(RoundsReader):
                     "are read together only if the same peers train in each; name one in `federation.observed_rounds`, "
                     "or set `model.rounds: ChangingParticipants` (configs/attribution.yaml)."
                 )
-        leakage = leak_rounds(updates, weights, training[0])
+        reading = training[0].reading
+        if reading is None:
+            leakage = leak_rounds(updates, weights, training[0])
+        else:
+            leakage = leak_defended(updates, weights, training[0], reading)
         return leakage, torch.ones(len(updates), len(leakage.labels), dtype=torch.bool)
 
 

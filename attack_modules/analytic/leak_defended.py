@@ -1,0 +1,95 @@
+"""The closed form where the attacker knows the peers' defence: counts and labels, and a reading made for the defence."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attack_modules.analytic.counting import read_counts
+from attack_modules.analytic.defended_head import DefendedReading, HeadRound
+from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
+from attack_modules.analytic.row_space import RowSpace, augmented
+from attack_modules.attack import AttackError
+
+
+def leak_defended(
+    updates: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[Mapping[str, Tensor]],
+    training: TrainingKnowledge,
+    reading: DefendedReading,
+) -> Leakage:
+    """Read labels and features out of the head's part of defended updates; arguments as of `leak.leak_rounds`.
+
+    The last layer is read from the rows of the held classes alone: they are far larger than all others, so that pruning
+    keeps and rounding resolves them. Images are counted and classes found in the mean of all rounds.
+
+    Raises:
+        AttackError: the head is not two linear layers, images share classes, or their number cannot be read.
+    """
+    layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
+    if len(layers[0]) != 2:
+        raise AttackError(
+            f"The peers' defence is read from heads of two linear layers, but this one has {len(layers[0])} "
+            f"({', '.join(updates[0])}). Set `knowledge.defenses: unknown` for the attack that does without it."
+        )
+    first, last = (torch.stack([layer[i] for layer in layers]).mean(0) for i in (0, 1))
+    hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
+    space = RowSpace.of(first, before[0][0])
+    count, labels = read_counts(space, [last.double()], hidden, training)
+    if len(labels.unique()) < len(labels):
+        raise AttackError(
+            f"{len(labels)} images share {len(labels.unique())} classes, and the peers' defence is read only where "
+            "every image has a class of its own. Set `knowledge.defenses: unknown` for the attack that does without it."
+        )
+    scale = len(labels) / (training.lr * training.steps)
+    rounds = [
+        head_round(update, weight, labels, hidden, scale, training.half_way)
+        for update, weight in zip(layers, before, strict=True)
+    ]
+    found = reading.solve(rounds)
+    missing = torch.cat([seen.update for seen in rounds]) - found.gated.to(first).T @ found.features.to(first)
+    width = next(tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2)
+    singular, n = space.singular, len(labels)
+    return Leakage(
+        labels=labels,
+        features=found.features[:, :width].float(),
+        peers=found.peers,
+        diagnosis=Diagnosis(
+            **{**vars(count), "noise": missing.square().mean().sqrt().item() / scale},
+            disentangled=n,
+            gap=(singular[n - 1] / singular[n]).item() if n < len(singular) else 1.0,
+            residual=(missing.norm() / torch.cat([seen.update for seen in rounds]).norm()).item(),
+            conditioning=torch.linalg.cond(found.gated).item(),
+            drift=0.0,
+            outside=0.0,
+        ),
+        uncertainty=found.uncertainty.float(),
+        ones=found.features[:, width].float() if found.features.shape[1] > width else None,
+        noisy=True,
+    )
+
+
+def head_round(
+    update: Sequence[Tensor], weight: Sequence[Tensor], labels: Tensor, hidden: int, scale: float, half_way: float
+) -> HeadRound:
+    """One round, with activations and errors from the rows of the held classes.
+
+    Args:
+        update: of both layers, (H, D) and (C, H), a bias as one more column.
+        weight: the same before the round.
+        labels: (N,) long, distinct.
+        hidden: H.
+        scale: N / (lr * steps).
+        half_way: share of the update after which the model is half way through the local steps.
+    """
+    gradient, middle = update[1].double() * scale, weight[1].double() - update[1].double() * half_way
+    targets = F.one_hot(labels, len(gradient)).double()
+    probabilities = torch.full_like(targets, 1 / len(gradient))
+    for _ in range(30):
+        inputs = torch.linalg.solve((probabilities - targets)[:, labels].T, gradient[labels])
+        previous, probabilities = probabilities, (inputs @ middle.T).softmax(1)
+        if (probabilities - previous).abs().max() < torch.finfo(gradient.dtype).eps:
+            break
+    errors = ((probabilities - targets) @ middle)[:, :hidden]
+    return HeadRound(update[0] * scale, weight[0] - update[0] * half_way, inputs[:, :hidden], errors)
