@@ -423,7 +423,8 @@ class Attack(LightningModule, ABC):
         ]
         assumed = self.observed_rounds[-1].assumptions
         knowledge = {
-            name: getattr(assumed, name) if source == "guessed" else source for name, source in assumed.sources.items()
+            name: describe(getattr(assumed, name)) if source == "guessed" else source
+            for name, source in assumed.sources.items()
         }
         settings = {name: value for name, value in describe(self).items() if name not in (*OF_NO_EFFECT, "class")}
         return {"attack": self.title, "rounds": probe, "model": settings, "knowledge": knowledge}

@@ -7,8 +7,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from fl_lightning.client import NEW
 from fl_lightning.errors import AuditError
 from fl_lightning.storage import locked, read_json, write_json
+
+ONLY_WHERE_GIVEN = {**NEW, "server_defenses": []}
+"""Settings that are recorded only where they are given, and what their absence means."""
 
 
 class RecordError(AuditError):
@@ -99,8 +103,9 @@ def describe(component: Any) -> Any:
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """What differs, in words; settings that an earlier version did not record yet are not compared."""
     found = []
-    for key in sorted(old):
-        before, after = old.get(key), new.get(key)
+    for key in sorted(old.keys() | (ONLY_WHERE_GIVEN.keys() & new.keys())):
+        absent = ONLY_WHERE_GIVEN.get(key)
+        before, after = old.get(key, absent), new.get(key, absent)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{prefix}{key}.")
         elif before != after:

@@ -36,6 +36,7 @@ ROOMS = [
     ["fl_lightning.models"],
     ["fl_lightning.download"],
     ["fl_lightning.data"],
+    ["fl_lightning.defenses"],
     ["fl_lightning.client"],
     ["fl_lightning.aggregation", "fl_lightning.engines", "fl_lightning.observation", "fl_lightning.truth"],
     ["fl_lightning.record"],

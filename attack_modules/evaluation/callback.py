@@ -5,7 +5,9 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from attack_modules.evaluation.run_directory import (
     remove_if_without_results,
 )
 from attack_modules.panels import save_images
+from fl_lightning.defenses import ClientDefense, ServerDefense, describe_defenses
 from fl_lightning.storage import atomic_path, has_record, unlock, write_json, write_text
 from fl_lightning.truth import Truth
 
@@ -277,7 +280,9 @@ class Evaluation(Callback):
     def _results(self, trainer: Trainer, attack: Attack, raw: Outcome, memory: int | None) -> dict[str, Any]:
         rounds, postprocessing = attack.observed_rounds, self.postprocessing
         assumptions = rounds[-1].assumptions
-        private = ("labels", "client_sizes", "sources")
+        private = ("labels", "client_sizes", "sources", "defenses", "server_defenses")
+        truth = self._truth(trainer, attack)
+        assumed = {name: value for name, value in vars(assumptions).items() if name not in private}
         steps = max(trainer.global_step, self._steps)  # `test` counts none of its own
         return {
             "attack": attack.title,
@@ -289,7 +294,9 @@ class Evaluation(Callback):
             "seconds": round(self.seconds, 3),
             "peak_memory_mb": memory,
             "knowledge": assumptions.sources,
-            "assumed": {name: value for name, value in vars(assumptions).items() if name not in private},
+            "assumed": assumed | _described(assumptions.defenses, assumptions.server_defenses),
+            **({} if truth is None else _described(truth.training.defenses, truth.server_defenses)),
+            "privacy": [] if truth is None else _privacy(truth, rounds[-1].observation.round + 1),
             "observed_rounds": [seen.observation.round for seen in rounds],
             "observation": str(trainer.datamodule.record.directory),
             "postprocess": ", ".join(type(made).__name__ for made in postprocessing.enhancers.values()) or "none",
@@ -298,6 +305,17 @@ class Evaluation(Callback):
             "device": torch.cuda.get_device_name(attack.device) if attack.device.type == "cuda" else _cpu(),
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         }
+
+
+def _described(defenses: Sequence[ClientDefense], server_defenses: Sequence[ServerDefense]) -> dict[str, Any]:
+    """Defences as a part of `results.json`."""
+    return {"defenses": describe_defenses(defenses), "server_defenses": describe_defenses(server_defenses)}
+
+
+def _privacy(truth: Truth, rounds: int) -> list[dict[str, Any]]:
+    """What differential privacy guarantees after so many rounds, as a part of `results.json`."""
+    defenses, epochs = [*truth.training.defenses, *truth.server_defenses], truth.training.local_epochs
+    return [asdict(found) for defense in defenses if (found := defense.privacy(rounds, epochs))]
 
 
 def _recogniser(truth: Truth) -> Recognises | None:

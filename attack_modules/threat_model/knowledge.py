@@ -1,17 +1,19 @@
 """Settings of the threat model: what the attacker is told, what it guesses, and what it must infer."""
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from attack_modules.threat_model.assumptions import Assumptions, split_evenly
+from fl_lightning.defenses import ClientDefense
 from fl_lightning.errors import AuditError, non_negative, positive
 from fl_lightning.truth import Truth
 
 Told = Literal["known"]
 Inferred = Literal["inferred"]
+Unknown = Literal["unknown"]
 
-OPTIONAL = ("momentum", "weight_decay")
-"""Settings that plain SGD does without: 0 where nobody tells them."""
+OPTIONAL = ("momentum", "weight_decay", "optimizer", "defenses")
+"""Settings that plain SGD does without: 0, or none, where nobody tells them."""
 
 
 class KnowledgeError(AuditError, ValueError):
@@ -33,6 +35,9 @@ class Knowledge:
         batch_size: the peers' mini-batch size; null guesses full batches.
         momentum: of the peers' SGD. `known` is 0 for rounds of another system, as for weight_decay.
         weight_decay: of the peers' SGD.
+        optimizer: of the peers.
+        defenses: whether it is told the defences of the peers and of the server with their settings; or a guess of the
+            peers'.
     """
 
     labels: Told | Inferred = "known"
@@ -45,6 +50,8 @@ class Knowledge:
     batch_size: Told | int | None = "known"
     momentum: Told | float = "known"
     weight_decay: Told | float = "known"
+    optimizer: Told | Literal["SGD", "Adam"] = "known"
+    defenses: Told | Unknown | list[ClientDefense] = "known"
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -66,7 +73,7 @@ class Knowledge:
     @property
     def sources(self) -> dict[str, str]:
         """`known`, `guessed` or `inferred` for each item: the flags that go with every result."""
-        flags = {k: v if v in ("known", "inferred") else "guessed" for k, v in asdict(self).items()}
+        flags = {k: v if v in ("known", "inferred", "unknown") else "guessed" for k, v in asdict(self).items()}
         if self.labels == "known":
             flags["label_counts"] = "known"
         if "known" in (flags["label_counts"], flags["num_clients"]):  # known sizes of clients tell their sum
@@ -90,7 +97,7 @@ class Knowledge:
         """
         sources = self.sources
         if truth is None:
-            sources |= {name: "guessed" for name in OPTIONAL}
+            sources |= {name: "guessed" for name in OPTIONAL if sources[name] == "known"}
         told = [name for name, source in sources.items() if source == "known"]
         if truth is None and told:
             raise KnowledgeError(
@@ -98,7 +105,7 @@ class Knowledge:
                 "lies beside this Observation. Give the attacker's guesses instead, or `inferred`."
             )
 
-        def value(name: str, true: float | None) -> float | None:
+        def value(name: str, true: Any) -> Any:
             own = getattr(self, name)
             return {"known": true, "inferred": None}.get(own, own)
 
@@ -114,9 +121,16 @@ class Knowledge:
             batch_size=value("batch_size", training and training.batch_size),
             momentum=value("momentum", training.momentum if training else 0.0),
             weight_decay=value("weight_decay", training.weight_decay if training else 0.0),
+            optimizer=value("optimizer", training.optimizer if training else "SGD"),
+            defenses=tuple(self._defenses(training.defenses if training else [])),
+            server_defenses=tuple(truth.server_defenses if truth and self.defenses == "known" else ()),
             num_clients=num_clients,
             num_images=num_images,
             labels=labels if self.labels == "known" else sorted(labels) if self.label_counts == "known" else None,
             client_sizes=sizes if self.num_clients == "known" else split_evenly(num_images, num_clients),
             sources=sources,
         )
+
+    def _defenses(self, true: list[ClientDefense]) -> list[ClientDefense]:
+        """The clients' defences that the attacker acts on."""
+        return true if self.defenses == "known" else [] if self.defenses == "unknown" else self.defenses
