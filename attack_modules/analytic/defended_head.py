@@ -1,10 +1,14 @@
-"""What a reading of a defended head is given, and what it returns: the contract of one reading for each kind of defence."""
+"""The contract of the readings of defended updates, one for each kind of defence: what they are given and return."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
+import torch
 from torch import Tensor
+
+from fl_lightning.defenses import Defense
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,21 @@ class HeadRound:
     weight: Tensor
     activations: Tensor
     errors: Tensor
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is expected of the features before the first layer is solved.
+
+    Attributes:
+        features: (N, D).
+        error: (N,) of these, relative to their size.
+        of_images: whether they are of the images as they were reconstructed so far, or typical ones.
+    """
+
+    features: Tensor
+    error: Tensor
+    of_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,11 +63,40 @@ class DefendedFeatures:
 class DefendedReading(ABC):
     """How the first layer's update is read under one kind of defence."""
 
+    @classmethod
     @abstractmethod
-    def solve(self, rounds: Sequence[HeadRound], features: Tensor | None = None) -> DefendedFeatures:
+    def against(cls, defenses: Sequence[Defense]) -> Self | None:
+        """The reading for these defences of the peers and the server; None if they do not ask for it."""
+
+    @property
+    def resolves(self) -> int:
+        """How often, while images are reconstructed, their features make this reading better than it was."""
+        return 0
+
+    @abstractmethod
+    def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:
         """Features of the images.
 
         Args:
             rounds: of the same images, oldest first.
-            features: (N, D) an estimate, as from images that were reconstructed meanwhile.
+            expected: of the features.
         """
+
+
+@dataclass(frozen=True)
+class DefendedLayer:
+    """A first layer that is solved under a defence, and can be solved again.
+
+    Attributes:
+        reading: of the defence.
+        rounds: that it reads.
+    """
+
+    reading: DefendedReading
+    rounds: Sequence[HeadRound]
+
+    def solve(self, expected: Expected) -> DefendedFeatures:
+        """Features of the images, see `DefendedReading.solve`; a bias's 1 is added to the expected ones here."""
+        width = self.rounds[0].update.shape[1]
+        ones = expected.features.new_ones(len(expected.features), width - expected.features.shape[1])
+        return self.reading.solve(self.rounds, replace(expected, features=torch.cat([expected.features, ones], 1)))

@@ -1,16 +1,37 @@
-"""The closed form where the attacker knows the peers' defence: counts and labels, and a reading made for the defence."""
+"""The closed form where the attacker knows the peers' defence: counts, labels, and a reading made for the defence."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
 from attack_modules.analytic.counting import read_counts
-from attack_modules.analytic.defended_head import DefendedReading, HeadRound
+from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading, Expected, HeadRound
+from attack_modules.analytic.leak import leak_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.attack import AttackError
+
+TYPICAL = 0.5
+"""Share of typical features that is expected of images."""
+
+
+class UnreadableDefense(AttackError):
+    """The update is not one in which this defence can be read."""
+
+
+def leak_known(
+    updates: Sequence[Mapping[str, Tensor]], weights: Sequence[Mapping[str, Tensor]], training: TrainingKnowledge
+) -> Leakage:
+    """`leak_rounds`, or `leak_defended` where a defence is known that asks for it and can be read."""
+    if training.reading:
+        try:
+            return leak_defended(updates, weights, training, training.reading)
+        except UnreadableDefense as error:
+            rank_zero_warn(f"{error} The attack goes on as if it knew of no defence.")
+    return leak_rounds(updates, weights, training)
 
 
 def leak_defended(
@@ -25,29 +46,31 @@ def leak_defended(
     keeps and rounding resolves them. Images are counted and classes found in the mean of all rounds.
 
     Raises:
-        AttackError: the head is not two linear layers, images share classes, or their number cannot be read.
+        UnreadableDefense: the head is not two linear layers, or images share classes.
     """
     layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
     if len(layers[0]) != 2:
-        raise AttackError(
+        raise UnreadableDefense(
             f"The peers' defence is read from heads of two linear layers, but this one has {len(layers[0])} "
-            f"({', '.join(updates[0])}). Set `knowledge.defenses: unknown` for the attack that does without it."
+            f"({', '.join(updates[0])})."
         )
     first, last = (torch.stack([layer[i] for layer in layers]).mean(0) for i in (0, 1))
     hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
     space = RowSpace.of(first, before[0][0])
     count, labels = read_counts(space, [last.double()], hidden, training)
     if len(labels.unique()) < len(labels):
-        raise AttackError(
-            f"{len(labels)} images share {len(labels.unique())} classes, and the peers' defence is read only where "
-            "every image has a class of its own. Set `knowledge.defenses: unknown` for the attack that does without it."
+        raise UnreadableDefense(
+            f"{len(labels)} images share {len(labels.unique())} classes, but the peers' defence is read only where "
+            "every image has a class of its own."
         )
     scale = len(labels) / (training.lr * training.steps)
     rounds = [
         head_round(update, weight, labels, hidden, scale, training.half_way)
         for update, weight in zip(layers, before, strict=True)
     ]
-    found = reading.solve(rounds)
+    typical = TYPICAL * training.typical.features.expand(len(labels), -1)
+    layer = DefendedLayer(reading, rounds)
+    found = layer.solve(Expected(typical, torch.ones(len(labels))))
     missing = torch.cat([seen.update for seen in rounds]) - found.gated.to(first).T @ found.features.to(first)
     width = next(tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2)
     singular, n = space.singular, len(labels)
@@ -66,7 +89,7 @@ def leak_defended(
         ),
         uncertainty=found.uncertainty.float(),
         ones=found.features[:, width].float() if found.features.shape[1] > width else None,
-        noisy=True,
+        defended=layer,
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attack_modules.analytic.defended_head import DefendedReading
+from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.threat_model.assumptions import half_way
 
@@ -99,7 +99,8 @@ class Leakage:
             `feature_uncertainty`.
         ones: (N,) the input of a bias, which is 1, as it was read; None without a bias. The features are off by the
             same factor.
-        noisy: whether a defence's noise lies on the features, of which `uncertainty` is then the size.
+        defended: the first layer and how it is read under the peers' defence, whose noise lies on the features, of the
+            size of `uncertainty`; None where they were read as of plain training.
     """
 
     labels: Tensor
@@ -108,7 +109,12 @@ class Leakage:
     diagnosis: Diagnosis
     uncertainty: Tensor
     ones: Tensor | None = None
-    noisy: bool = False
+    defended: DefendedLayer | None = None
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a defence's noise lies on the features."""
+        return self.defended is not None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from attack_modules.analytic.defended_head import Expected
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
 from attack_modules.attack import Attack, Reconstruction, Verdict
 from attack_modules.feature_inversion.controls import ERRORS, expected_psnr
@@ -171,8 +172,9 @@ class FeatureInversion(Attack):
         half_way = model_half_way([observed.observation for observed in seen], updates, self.steps)
         self.embedder = (for_speed(half_way, device),)  # a tuple, so that it is no submodule
         shape = seen[0].observation.image_shape
-        self.noise = self.leakage.uncertainty.clamp_max(MOST_NOISE).to(device) if self.leakage.noisy else None
-        noise = 0.0 if self.noise is None else self.noise.median().item()
+        noise = self.leakage.uncertainty.clamp_max(MOST_NOISE).to(device) if self.leakage.noisy else None
+        self.register_buffer("noise", noise)  # of the features, relative to their size; None if they are exact
+        noise = 0.0 if noise is None else noise.median().item()
         self.decoder = (FeatureDecoder(self.model, shape, noise) if FeatureDecoder.fits(self.model, shape) else None,)
         self.scale = found_scale(self.leakage, self.model, self.decoder[0], self.steps)
         if self.scale != 1:
@@ -225,6 +227,8 @@ class FeatureInversion(Attack):
         self.images.grad = torch.zeros_like(self.images)
         if self._simulates_now:
             self._simulate_drift()
+        if self._resolves_now:
+            self._resolve()
         if self.guidance and self.guidance.denoises_at(self.global_step):
             self.guidance.denoise(self.images, self.ranks, self.chunk_size)
         scored = torch.empty(len(self.images), 2, device=self.device)
@@ -315,6 +319,25 @@ class FeatureInversion(Attack):
     def _drifts(self) -> bool:
         """Whether the features change during what was observed, and the training that changes them is as assumed."""
         return len(self.observed_rounds) * self.steps > 1 and self.scale == 1 and self.noise is None
+
+    @property
+    def _resolves_now(self) -> bool:
+        """Whether a defended update is read once more at this step, with the images that were found so far."""
+        if not self.leakage.defended or not (times := self.leakage.defended.reading.resolves):
+            return False
+        every = math.ceil(max(self.trainer.max_steps, 1) / (times + 1))
+        return self.global_step > 0 and self.global_step % every == 0
+
+    @torch.no_grad()
+    def _resolve(self) -> None:
+        """Read a defended update once more, with the features of the best images so far as what is expected."""
+        features = torch.cat([self.model.embed(chunk) for chunk in self.best.split(self.chunk_size)]).cpu()
+        off = self.noise.cpu()  # images are no better than the features that they were made from
+        found = self.leakage.defended.solve(Expected(features / self.scale, off, of_images=True))
+        self.features.copy_(self.scale * found.features[:, : features.shape[1]])
+        self.noise.copy_(found.uncertainty.clamp_max(MOST_NOISE))
+        self.leakage = replace(self.leakage, peers=found.peers, uncertainty=found.uncertainty.float())
+        self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
 
     @torch.no_grad()
     def _simulate_drift(self) -> None:
