@@ -336,7 +336,6 @@ class FeatureInversion(Attack):
         found = self.leakage.defended.solve(Expected(features / self.scale, off, of_images=True))
         self.features.copy_(self.scale * found.features[:, : features.shape[1]])
         self.noise.copy_(found.uncertainty.clamp_max(MOST_NOISE))
-        self.leakage = replace(self.leakage, peers=found.peers, uncertainty=found.uncertainty.float())
         self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
 
     @torch.no_grad()
@@ -440,7 +439,8 @@ class FeatureInversion(Attack):
         }
 
     def verdict(self, misfit: Tensor) -> Verdict:
-        evidence = Evidence(self.leakage, self.features.cpu(), misfit.cpu(), self._drifts, self.scale)
+        leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())
+        evidence = Evidence(leakage, self.features.cpu(), misfit.cpu(), self._drifts, self.scale)
         steps, shape = max(self.global_step, 1), self.observed_rounds[0].observation.image_shape
         noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device)
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):

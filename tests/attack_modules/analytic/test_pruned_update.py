@@ -48,7 +48,7 @@ def test_peers_masks_and_features(keep: float) -> None:
     assert error(found.features.float()).mean() < 0.8 * error(as_dense).mean()
     torch.testing.assert_close(found.uncertainty.mean(), error(found.features).mean(), rtol=0.5, atol=0)
     again = PrunedUpdate().solve([seen], Expected(features, torch.full((IMAGES,), 0.01), of_images=True))
-    assert error(again.features).max() < 0.01
+    assert error(again.features).mean() < 0.6 * error(found.features).mean()
     assert (masks(sent.any(0), again.gated.float(), features, PEERS) == sent).double().mean() > 0.999
 
 
