@@ -1,7 +1,6 @@
 """One client's local training."""
 
 import copy
-import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,8 +181,8 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         generator = torch.Generator().manual_seed(task.seed)
         trainer.fit(client, task.images.dataloader(training.batch_size, shuffle=True, generator=generator))
     after = parameters(model.cpu())
-    del trainer
-    gc.collect()  # a Trainer refers to itself, and would keep every client's model until the next collection
+    client.model = client.images = None  # a Trainer refers to itself, and would keep both until the next collection
+    trainer.strategy.optimizers = []
     update = {name: tensor - after[name] for name, tensor in before.items()}
     for defense, occasion in defenses:
         update = defense.on_update(update, occasion)

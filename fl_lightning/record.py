@@ -11,10 +11,6 @@ from fl_lightning.client import NEW
 from fl_lightning.errors import AuditError
 from fl_lightning.storage import locked, read_json, write_json
 
-ONLY_WHERE_GIVEN = {**NEW, "server_defenses": []}
-"""Settings that are recorded only where they are given, and what their absence means."""
-
-
 class RecordError(AuditError):
     """A directory does not hold the record that was asked for."""
 
@@ -57,7 +53,7 @@ class Record:
         """
         if not self.settings.exists():
             write_json(self.settings, settings)
-        elif differing := differences(read_json(self.settings), settings):
+        elif differing := differences(_in_full(read_json(self.settings)), _in_full(settings)):
             raise RecordError(
                 f"'{self.directory}' holds a federation with other settings: {summary(differing)}. "
                 "Name another folder with `--observation`, or delete this one."
@@ -78,6 +74,11 @@ class Record:
 def fingerprint(settings: dict[str, Any]) -> str:
     """A short name for settings: equal settings have equal names."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _in_full(settings: dict[str, Any]) -> dict[str, Any]:
+    """A federation's settings with those that are recorded only where they are given."""
+    return {"server_defenses": [], **settings, "client": {**NEW, **settings.get("client", {})}}
 
 
 def describe(component: Any) -> Any:
@@ -103,9 +104,8 @@ def describe(component: Any) -> Any:
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """What differs, in words; settings that an earlier version did not record yet are not compared."""
     found = []
-    for key in sorted(old.keys() | (ONLY_WHERE_GIVEN.keys() & new.keys())):
-        absent = ONLY_WHERE_GIVEN.get(key)
-        before, after = old.get(key, absent), new.get(key, absent)
+    for key in sorted(old):
+        before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{prefix}{key}.")
         elif before != after:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attack_modules.analytic.defended_head import Expected
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
+from attack_modules.analytic.suspicion import suspected_defenses
 from attack_modules.attack import Attack, Reconstruction, Verdict
 from attack_modules.feature_inversion.controls import ERRORS, expected_psnr
 from attack_modules.feature_inversion.decoder import FeatureDecoder
@@ -451,7 +452,8 @@ class FeatureInversion(Attack):
                 lambda wrong: self.invert(wrong, steps, noise),
                 shape,
             )
-        return judge(evidence, psnr, best, self.model)
+        suspected = suspected_defenses(self.update_of(self.observed_rounds[0]))
+        return judge(evidence, psnr, best, self.model).suspecting(suspected)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -1,5 +1,6 @@
 """DP-SGD: noise on clipped gradients of single images."""
 
+import gc
 import logging
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ class DPSGD(ClientDefense):
     def start(self, model: ImageClassifier, occasion: Occasion) -> None:
         from opacus import GradSampleModule
 
+        gc.collect()  # Opacus' hooks and the former client's model refer to each other
         if any(isinstance(layer, _BatchNorm) for layer in model.modules()):
             raise SettingError(
                 f"{type(model).__name__} has BatchNorm, which mixes the images of a batch, so that no image has a "
