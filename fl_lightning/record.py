@@ -11,6 +11,7 @@ from fl_lightning.client import NEW
 from fl_lightning.errors import AuditError
 from fl_lightning.storage import locked, read_json, write_json
 
+
 class RecordError(AuditError):
     """A directory does not hold the record that was asked for."""
 
