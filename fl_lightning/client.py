@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -11,17 +12,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.nn import functional as F
 
 from fl_lightning.data import ImageSet
 from fl_lightning.defenses import ClientDefense, defenses_of, describe_defenses, memory_of, occasions
 from fl_lightning.defenses.defense import Occasion
 from fl_lightning.errors import SettingError, non_negative, positive
+from fl_lightning.loss import CrossEntropy
 from fl_lightning.models import ImageClassifier
 from fl_lightning.state_files import Tensors
-
-NEW = {"optimizer": "SGD", "defenses": []}
-"""Settings of which a record speaks only where they are given, so that older records keep their names."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class LocalTraining:
         momentum: of SGD; the velocity starts at zero in every round.
         weight_decay: of SGD, or of Adam.
         optimizer: `SGD`, or `Adam` with torch's betas and epsilon, whose state starts anew in every round.
+        label_smoothing: of the cross entropy, in [0, 1).
+        class_weights: of the cross entropy, one positive number for each class; null for none.
         defenses: what the client does so that less leaks, in this order; `defenses+:` in a file adds to the list.
     """
 
@@ -44,6 +44,8 @@ class LocalTraining:
     momentum: float = 0.0
     weight_decay: float = 0.0
     optimizer: Literal["SGD", "Adam"] = "SGD"
+    label_smoothing: float = 0.0
+    class_weights: list[float] | None = None
     defenses: list[ClientDefense] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -58,12 +60,17 @@ class LocalTraining:
                 "`federation.client` needs lr > 0, local_epochs >= 1, batch_size >= 1 or null, momentum in [0, 1) and "
                 f"weight_decay >= 0, but got {self}."
             )
+        _ = self.loss  # which refuses its own numbers
+
+    @property
+    def loss(self) -> CrossEntropy:
+        """What is minimised."""
+        return CrossEntropy(self.label_smoothing, None if self.class_weights is None else tuple(self.class_weights))
 
     def describe(self) -> dict[str, Any]:
-        """The settings in JSON types, for `restored`; without `NEW` ones that are not given."""
+        """The settings in JSON types, for `restored`."""
         settings = {item.name: getattr(self, item.name) for item in fields(self)}
-        settings["defenses"] = describe_defenses(self.defenses)
-        return {name: value for name, value in settings.items() if name not in NEW or value != NEW[name]}
+        return settings | {"defenses": describe_defenses(self.defenses)}
 
     @classmethod
     def restored(cls, description: dict[str, Any]) -> "LocalTraining":
@@ -111,7 +118,7 @@ class ClientModule(LightningModule):
                 f"{tuple(images.shape[1:])} ({error}). Give the clients more images (`data.images_per_client`), larger "
                 "ones (`data.image_size`), or another model."
             ) from error
-        return F.cross_entropy(logits, targets)
+        return self.training_settings.loss(logits, targets)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for defense, occasion in self.defenses:
@@ -131,7 +138,7 @@ class ClientUpdate:
     """What a client sends to the server.
 
     Attributes:
-        update: parameters before minus after local training, so it points like a gradient.
+        update: parameters before minus after local training, so it points like a gradient; without frozen ones.
         buffers: the model's buffers after local training (BatchNorm's running statistics).
         num_examples: number of images that the client trained on, its weight in the aggregate.
         memory: what its defences keep for its next round; it stays with the client.
@@ -148,7 +155,8 @@ class ClientTask:
     """What one client does in one round.
 
     Attributes:
-        model: the global model `w_t` that the server sent; it is not modified.
+        model: the global model `w_t` that the server sent; it is not modified. Of its parameters, those that require
+            gradients are trained, and its frozen BatchNorm layers are in eval mode.
         images: the client's private images.
         seed: of the order of mini-batches, of random layers and of defences.
         memory: what the client's defences kept of its former round.
@@ -168,8 +176,8 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         training: the settings of the optimiser.
         accelerator: where Lightning trains (`cpu`, `gpu`, `auto`).
     """
-    before, model = parameters(task.model), copy.deepcopy(task.model)
-    defenses = occasions(training.defenses, before, task.seed, task.memory)
+    model = copy.deepcopy(task.model)
+    defenses = occasions(training.defenses, trained_parameters(task.model), task.seed, task.memory)
     client = ClientModule(model, training, defenses)
     with isolate_rng(), quiet():
         torch.manual_seed(task.seed)
@@ -183,7 +191,7 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
     after = parameters(model.cpu())
     client.model = client.images = None  # a Trainer refers to itself, and would keep both until the next collection
     trainer.strategy.optimizers = []
-    update = {name: tensor - after[name] for name, tensor in before.items()}
+    update = {name: tensor - after[name] for name, tensor in trained_parameters(task.model).items()}
     for defense, occasion in defenses:
         update = defense.on_update(update, occasion)
     return ClientUpdate(update, buffers(model), len(task.images), memory_of(defenses))
@@ -192,6 +200,11 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
 def parameters(model: torch.nn.Module) -> Tensors:
     """The model's parameters by name, detached."""
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def trained_parameters(model: torch.nn.Module) -> Tensors:
+    """The model's parameters that are not frozen, by name, detached."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
 def buffers(model: torch.nn.Module) -> Tensors:
@@ -219,13 +232,15 @@ def silent_trainer(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Lightning's notes on hardware and loggers, which every client would repeat."""
+    """Silence Lightning's notes on hardware, loggers and frozen layers, which every client would repeat."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -115,9 +115,9 @@ def test_layered_defences_stand_in_the_results() -> None:
               ("--config", str(ROOT / f"configs/defenses/{name}.yaml"))]  # fmt: skip
     main([*TINY, *layers, "--federation.client.defenses.scale", "0.001", "--knowledge.defenses", "unknown"])
     results = json.loads(Path("runs/inversion/version_0/results.json").read_text())
-    named = [(found["class_path"].rpartition(".")[2], found["init_args"]) for found in results["defenses"]]
-    assert named == [("TopK", {"keep": 0.1, "per_layer": True, "error_feedback": False}), ("Sign", {"scale": 0.001})]
-    assert [found["class_path"].rpartition(".")[2] for found in results["server_defenses"]] == ["DPFedAvg"]
+    top_k = {"class": "TopK", "keep": 0.1, "per_layer": True, "error_feedback": False}
+    assert results["defenses"] == [top_k, {"class": "Sign", "scale": 0.001}]
+    assert [found["class"] for found in results["server_defenses"]] == ["DPFedAvg"]
     assert (results["knowledge"]["defenses"], results["assumed"]["defenses"]) == ("unknown", [])
     (privacy,) = results["privacy"]
     assert (privacy["unit"], privacy["delta"], privacy["trusts_server"]) == ("client", 1e-5, True)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn import functional as F
 
 from attack_modules.analytic.counting import read_counts
 from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading, Expected, HeadRound
@@ -13,6 +12,7 @@ from attack_modules.analytic.leak import leak_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.attack import AttackError
+from fl_lightning.loss import logit_errors
 
 TYPICAL = 0.5
 """Share of typical features that is expected of images."""
@@ -64,8 +64,9 @@ def leak_defended(
             "every image has a class of its own."
         )
     scale = len(labels) / (training.lr * training.steps)
+    targets = training.loss.targets(labels, len(last), last.double(), training.sizes)
     rounds = [
-        head_round(update, weight, labels, hidden, scale, training.half_way)
+        head_round(update, weight, labels, targets, hidden, scale, training.half_way)
         for update, weight in zip(layers, before, strict=True)
     ]
     typical = TYPICAL * training.typical.features.expand(len(labels), -1)
@@ -94,7 +95,13 @@ def leak_defended(
 
 
 def head_round(
-    update: Sequence[Tensor], weight: Sequence[Tensor], labels: Tensor, hidden: int, scale: float, half_way: float
+    update: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    labels: Tensor,
+    targets: Tensor,
+    hidden: int,
+    scale: float,
+    half_way: float,
 ) -> HeadRound:
     """One round, with activations and errors from the rows of the held classes.
 
@@ -102,17 +109,17 @@ def head_round(
         update: of both layers, (H, D) and (C, H), a bias as one more column.
         weight: the same before the round.
         labels: (N,) long, distinct.
+        targets: (N, C) of the loss, see `fl_lightning.loss`.
         hidden: H.
         scale: N / (lr * steps).
         half_way: share of the update after which the model is half way through the local steps.
     """
     gradient, middle = update[1].double() * scale, weight[1].double() - update[1].double() * half_way
-    targets = F.one_hot(labels, len(gradient)).double()
     probabilities = torch.full_like(targets, 1 / len(gradient))
     for _ in range(30):
-        inputs = torch.linalg.solve((probabilities - targets)[:, labels].T, gradient[labels])
+        inputs = torch.linalg.solve(logit_errors(probabilities, targets)[:, labels].T, gradient[labels])
         previous, probabilities = probabilities, (inputs @ middle.T).softmax(1)
         if (probabilities - previous).abs().max() < torch.finfo(gradient.dtype).eps:
             break
-    errors = ((probabilities - targets) @ middle)[:, :hidden]
+    errors = (logit_errors(probabilities, targets) @ middle)[:, :hidden]
     return HeadRound(update[0] * scale, weight[0] - update[0] * half_way, inputs[:, :hidden], errors)

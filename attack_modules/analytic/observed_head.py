@@ -32,8 +32,17 @@ def training_knowledge(seen: ObservedRound, model: ImageClassifier) -> TrainingK
     defenses = [*known.defenses, *known.server_defenses]
     reading = next((made for kind in READINGS if (made := kind.against(defenses))), None)
     typical = TypicalHead.of(model, seen.observation.image_shape) if labels is None or reading else None
+    ordered = labels is not None and known.sources.get("labels") == "known"
     return TrainingKnowledge(
-        known.mean_rate, known.local_steps, known.num_images, labels, known.local_epochs, typical, reading
+        known.mean_rate,
+        known.local_steps,
+        known.num_images,
+        labels,
+        known.local_epochs,
+        typical,
+        known.loss,
+        known.client_sizes if ordered else None,
+        reading,
     )
 
 

@@ -1,12 +1,13 @@
 """What the closed form takes as given, and what it returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.threat_model.assumptions import half_way
+from fl_lightning.loss import CrossEntropy
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class TrainingKnowledge:
         epochs: steps in which each image takes part, or None for all.
         typical: what the last layer computes for typical images; it makes label counts right where few classes are
             without images. None where the model is not at hand.
+        loss: what the peers minimise.
+        sizes: images of each peer where `labels` are in their order, or None. Class weights are relative to a peer's.
         reading: how a defended update is read; None where no defence is known that asks for another reading.
     """
 
@@ -30,6 +33,8 @@ class TrainingKnowledge:
     labels: Tensor | None = None
     epochs: int | None = None
     typical: TypicalHead | None = None
+    loss: CrossEntropy = field(default_factory=CrossEntropy)
+    sizes: list[int] | None = None
     reading: DefendedReading | None = None
 
     @property

@@ -5,7 +5,6 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +34,7 @@ from attack_modules.evaluation.run_directory import (
     remove_if_without_results,
 )
 from attack_modules.panels import save_images
-from fl_lightning.defenses import ClientDefense, ServerDefense, describe_defenses
+from fl_lightning.record import describe
 from fl_lightning.storage import atomic_path, has_record, unlock, write_json, write_text
 from fl_lightning.truth import Truth
 
@@ -280,9 +279,8 @@ class Evaluation(Callback):
     def _results(self, trainer: Trainer, attack: Attack, raw: Outcome, memory: int | None) -> dict[str, Any]:
         rounds, postprocessing = attack.observed_rounds, self.postprocessing
         assumptions = rounds[-1].assumptions
-        private = ("labels", "client_sizes", "sources", "defenses", "server_defenses")
+        private = ("labels", "client_sizes", "sources")
         truth = self._truth(trainer, attack)
-        assumed = {name: value for name, value in vars(assumptions).items() if name not in private}
         steps = max(trainer.global_step, self._steps)  # `test` counts none of its own
         return {
             "attack": attack.title,
@@ -294,9 +292,8 @@ class Evaluation(Callback):
             "seconds": round(self.seconds, 3),
             "peak_memory_mb": memory,
             "knowledge": assumptions.sources,
-            "assumed": assumed | _described(assumptions.defenses, assumptions.server_defenses),
-            **({} if truth is None else _described(truth.training.defenses, truth.server_defenses)),
-            "privacy": [] if truth is None else _privacy(truth, rounds[-1].observation.round + 1),
+            "assumed": {name: describe(value) for name, value in vars(assumptions).items() if name not in private},
+            **({} if truth is None else _defended(truth, rounds[-1].observation.round + 1)),
             "observed_rounds": [seen.observation.round for seen in rounds],
             "observation": str(trainer.datamodule.record.directory),
             "postprocess": ", ".join(type(made).__name__ for made in postprocessing.enhancers.values()) or "none",
@@ -307,15 +304,12 @@ class Evaluation(Callback):
         }
 
 
-def _described(defenses: Sequence[ClientDefense], server_defenses: Sequence[ServerDefense]) -> dict[str, Any]:
-    """Defences as a part of `results.json`."""
-    return {"defenses": describe_defenses(defenses), "server_defenses": describe_defenses(server_defenses)}
-
-
-def _privacy(truth: Truth, rounds: int) -> list[dict[str, Any]]:
-    """What differential privacy guarantees after so many rounds, as a part of `results.json`."""
-    defenses, epochs = [*truth.training.defenses, *truth.server_defenses], truth.training.local_epochs
-    return [asdict(found) for defense in defenses if (found := defense.privacy(rounds, epochs))]
+def _defended(truth: Truth, rounds: int) -> dict[str, Any]:
+    """The defences, and what differential privacy they guarantee after so many rounds, for `results.json`."""
+    client, server, epochs = truth.training.defenses, truth.server_defenses, truth.training.local_epochs
+    guarantees = [found for defense in [*client, *server] if (found := defense.privacy(rounds, epochs))]
+    named = {"defenses": describe(client), "server_defenses": describe(server)}
+    return named | {"privacy": [asdict(found) for found in guarantees]}
 
 
 def _recogniser(truth: Truth) -> Recognises | None:

@@ -50,7 +50,7 @@ class DPSGD(ClientDefense):
         from opacus import GradSampleModule
 
         gc.collect()  # Opacus' hooks and the former client's model refer to each other
-        if any(isinstance(layer, _BatchNorm) for layer in model.modules()):
+        if any(isinstance(layer, _BatchNorm) and layer.training for layer in model.modules()):
             raise SettingError(
                 f"{type(model).__name__} has BatchNorm, which mixes the images of a batch, so that no image has a "
                 "gradient of its own for DPSGD. Use a model with GroupNorm, or without normalisation, in its place."

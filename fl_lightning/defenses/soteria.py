@@ -34,6 +34,8 @@ class Soteria(ClientDefense):
 
     def on_gradient(self, model: ImageClassifier, images: Tensor, occasion: Occasion) -> None:
         parameter = model.get_parameter(model.first_layer)
+        if parameter.grad is None:  # it is frozen
+            return
         sizes, features = self._sensitivities(model, images, occasion)
         active = features > 0
         ratios = torch.where(active, sizes / features.where(active, torch.ones_like(features)), 0.0).sum(0)
