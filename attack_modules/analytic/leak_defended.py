@@ -90,6 +90,7 @@ def leak_defended(
         ),
         uncertainty=found.uncertainty.float(),
         ones=found.features[:, width].float() if found.features.shape[1] > width else None,
+        noisy=True,
         defended=layer,
     )
 

@@ -104,8 +104,8 @@ class Leakage:
             `feature_uncertainty`.
         ones: (N,) the input of a bias, which is 1, as it was read; None without a bias. The features are off by the
             same factor.
-        defended: the first layer and how it is read under the peers' defence, whose noise lies on the features, of the
-            size of `uncertainty`; None where they were read as of plain training.
+        noisy: whether a known defence leaves noise on the features, of the size of `uncertainty`.
+        defended: the first layer of an update under a known defence, which can be read again; None without.
     """
 
     labels: Tensor
@@ -114,12 +114,8 @@ class Leakage:
     diagnosis: Diagnosis
     uncertainty: Tensor
     ones: Tensor | None = None
+    noisy: bool = False
     defended: DefendedLayer | None = None
-
-    @property
-    def noisy(self) -> bool:
-        """Whether a defence's noise lies on the features."""
-        return self.defended is not None
 
 
 @dataclass(frozen=True)

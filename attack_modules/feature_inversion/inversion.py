@@ -186,6 +186,11 @@ class FeatureInversion(Attack):
         self.images = nn.Parameter(self._start(self.features))
         self.register_buffer("best", self.images.detach().clone())
         self.register_buffer("best_loss", torch.full((len(self.labels),), torch.inf))
+        if self.refinement and self.noise is not None:
+            rank_zero_warn(
+                "`model.refinement` has no effect: it would match the simulated training to the noise that the peers' "
+                "known defence leaves on the update."
+            )
         if self.refinement:
             self.refinement.start(self.leakage.features, self.labels)
         if self.guidance:

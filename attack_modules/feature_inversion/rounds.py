@@ -117,6 +117,7 @@ class ChangingParticipants(RoundsReader):
                 torch.cat([found.uncertainty for found in rounds]),
                 "amax",
             ),
+            noisy=any(found.noisy for found in rounds),
         )
         return joined, presence
 
