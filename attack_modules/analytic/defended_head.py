@@ -52,12 +52,16 @@ class DefendedFeatures:
         gated: (N, K) back-propagated errors, gates included, the units of all rounds side by side.
         uncertainty: (N,) expected error of the features relative to their true size; infinite where nothing is left.
         peers: (N,) long; 0 for all where nothing tells.
+        residual: relative Frobenius norm of the update that the features leave unexplained.
+        noise: standard deviation of independent noise in an entry of the update; None if it is not of this kind.
     """
 
     features: Tensor
     gated: Tensor
     uncertainty: Tensor
     peers: Tensor
+    residual: float
+    noise: float | None = None
 
 
 class DefendedReading(ABC):

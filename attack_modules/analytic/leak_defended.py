@@ -69,21 +69,21 @@ def leak_defended(
         head_round(update, weight, labels, targets, hidden, scale, training.half_way)
         for update, weight in zip(layers, before, strict=True)
     ]
-    typical = TYPICAL * training.typical.features.expand(len(labels), -1)
-    layer = DefendedLayer(reading, rounds)
-    found = layer.solve(Expected(typical, torch.ones(len(labels))))
-    missing = torch.cat([seen.update for seen in rounds]) - found.gated.to(first).T @ found.features.to(first)
     width = next(tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2)
+    known = training.typical and training.typical.features
+    typical = torch.zeros(width) if known is None else TYPICAL * known
+    layer = DefendedLayer(reading, rounds)
+    found = layer.solve(Expected(typical.expand(len(labels), -1), torch.ones(len(labels))))
     singular, n = space.singular, len(labels)
     return Leakage(
         labels=labels,
         features=found.features[:, :width].float(),
         peers=found.peers,
         diagnosis=Diagnosis(
-            **{**vars(count), "noise": missing.square().mean().sqrt().item() / scale},
+            **{**vars(count), "noise": found.noise and found.noise / scale},
             disentangled=n,
             gap=(singular[n - 1] / singular[n]).item() if n < len(singular) else 1.0,
-            residual=(missing.norm() / torch.cat([seen.update for seen in rounds]).norm()).item(),
+            residual=found.residual,
             conditioning=torch.linalg.cond(found.gated).item(),
             drift=0.0,
             outside=0.0,

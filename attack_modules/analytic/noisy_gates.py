@@ -33,7 +33,7 @@ SURE = 3.0
 FIRST_NOISE = 0.2
 """The same before anything is known."""
 LEAST_GRAM = 1e-3
-"""Share of the largest eigenvalue of the features' Gram matrix below which a direction is not known."""
+"""Share of the features' mean square that is added to a Gram matrix, and least share of a gate's variance."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,15 @@ class NoisyGates(DefendedReading):
 
     def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:
         found = noisy_gates(rounds)
-        peers = torch.zeros(len(found.features), dtype=torch.long)
-        return DefendedFeatures(found.features, found.gates * found.errors, self.optimism * found.uncertainty, peers)
+        size = torch.cat([seen.update.square().mean(1) for seen in rounds]).mean()
+        return DefendedFeatures(
+            features=found.features,
+            gated=found.gates * found.errors,
+            uncertainty=self.optimism * found.uncertainty,
+            peers=torch.zeros(len(found.features), dtype=torch.long),
+            residual=(found.noise.mean() / size).sqrt().item(),
+            noise=found.noise.mean().sqrt().item(),
+        )
 
 
 def noisy_gates(rounds: Sequence[HeadRound], iterations: int = ITERATIONS) -> NoisyFeatures:

@@ -55,7 +55,14 @@ class PrunedUpdate(DefendedReading):
             features, _ = solve_columns(update, gated, sent[None], peers, prior, off)
         peers = peers_of_masks(sent, gated, features)
         features, error = solve_columns(update, gated, masks(sent, gated, features, peers), peers, prior, off)
-        return DefendedFeatures(features.double(), gated.double(), error.double(), peers)
+        every = peer_updates(gated, features, peers) * masks(sent, gated, features, peers)
+        return DefendedFeatures(
+            features=features.double(),
+            gated=gated.double(),
+            uncertainty=error.double(),
+            peers=peers,
+            residual=((update - every.sum(0)).norm() / update.norm()).item(),
+        )
 
 
 def active(activations: Tensor) -> Tensor:
@@ -119,11 +126,6 @@ def masks(sent: Tensor, gated: Tensor, features: Tensor, peers: Tensor) -> Tenso
         low, high = (low, keep) if seen > sent.to(sample).mean() else (keep, high)
     ratio = sizes / thresholds.clamp_min(torch.finfo(sizes.dtype).tiny)[:, None, None]
     return ((ratio >= 1) | (ratio == ratio.amax(0))) & sent
-
-
-def sum_of_masked(gated: Tensor, features: Tensor, sent: Tensor, peers: Tensor) -> Tensor:
-    """(K, D) the sum of what the peers sent."""
-    return (peer_updates(gated, features, peers) * sent).sum(0)
 
 
 def peers_of_masks(sent: Tensor, gated: Tensor, features: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class TypicalHead:
     Attributes:
         probabilities: (C,) mean predicted probabilities, float64.
         inputs: mean sum of the last layer's inputs.
-        features: (D,) mean features; None where they are not needed.
+        features: (D,) mean features; None where they are not known.
     """
 
     probabilities: Tensor
