@@ -480,6 +480,18 @@ class FeatureInversion(Attack):
             f"{found.drift:.2%}, outside {found.outside:.2%}.\n"
             f"Feature inversion: {self.images[0].numel():,} pixels an image from {self.features.shape[1]:,} features, "
             f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}."
+            + self._defense_introduction()
             + "".join(f"\n{part}" for part in parts if part)
             + (REFINE if found.drift > DRIFTING and refinable else "")
+        )
+
+    def _defense_introduction(self) -> str:
+        """How a known defence is read, in one line; empty without."""
+        if self.leakage.defended is None:
+            return ""
+        reading = self.leakage.defended.reading
+        again = f", and once more at {reading.resolves} steps with the images found so far" if reading.resolves else ""
+        return (
+            f"\nKnown defence: the head's first layer is read by {type(reading).__name__}{again}. It leaves the features "
+            f"off by {self.leakage.uncertainty.median():.1%} (median), in proportion to which the prior weighs."
         )
