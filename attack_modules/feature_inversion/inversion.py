@@ -492,6 +492,6 @@ class FeatureInversion(Attack):
         reading = self.leakage.defended.reading
         again = f", and once more at {reading.resolves} steps with the images found so far" if reading.resolves else ""
         return (
-            f"\nKnown defence: the head's first layer is read by {type(reading).__name__}{again}. It leaves the features "
-            f"off by {self.leakage.uncertainty.median():.1%} (median), in proportion to which the prior weighs."
+            f"\nKnown defence: the head's first layer is read by {type(reading).__name__}{again}. It leaves the "
+            f"features off by {self.leakage.uncertainty.median():.1%}, in proportion to which the prior weighs."
         )
