@@ -104,11 +104,15 @@ class ClientTask:
         model: the global model `w_t` that the server sent; it is not modified.
         images: the client's private images.
         seed: of the order of mini-batches and of random layers.
+        client: its number in the federation.
+        round: of the federation, from 0.
     """
 
     model: ImageClassifier
     images: ImageSet
     seed: int
+    client: int = 0
+    round: int = 0
 
 
 def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "cpu") -> ClientUpdate:

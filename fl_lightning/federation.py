@@ -1,7 +1,7 @@
 """The federation: rounds of client sampling, local training and aggregation (FedAvg)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -182,12 +182,16 @@ class Federation:
                 start, kept_buffers = state["rounds_done"], state["kept_buffers"]
         _ = data.test_set  # one that cannot be read is refused before the rounds, not after the first
         logger = TensorBoardLogger(record.directory, name="", version="tensorboard")
-        with Progress() as progress:
+        running = self.engine.running(data.num_clients, data.attacker, record.directory)
+        with running, Progress() as progress:
             task = progress.add_task("Federation, rounds", total=self.rounds, completed=start)
             for round_ in range(start, self.rounds):
+                receivers = self._receivers(round_, data)
+                self.engine.announce(model, round_, [c for c in receivers if c not in self._training(round_, data)])
                 model, observation = self._round(round_, model, data, kept_buffers)
+                self.engine.announce(model, round_ + 1, receivers)
                 if round_ in observed:
-                    observation.save(record.observation(round_))
+                    self.engine.received(observation).save(record.observation(round_))
                 save_checkpoint(
                     record.checkpoint,
                     {"rounds_done": round_ + 1, "model": model.state_dict(), "kept_buffers": kept_buffers},
@@ -210,13 +214,13 @@ class Federation:
     ) -> tuple[ImageClassifier, Observation]:
         """The next global model, and what the observer sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        training = [client for client in self._sample(round_, data) if len(data.clients[client])]
+        training = self._training(round_, data)
         own = None
 
         def tasks() -> Iterator[ClientTask]:
             for client in training:
                 model.load_state_dict(kept_buffers.get(str(client), {}), strict=False)
-                yield ClientTask(model, data.clients[client], seed_of(self.seed, round_, client))
+                yield ClientTask(model, data.clients[client], seed_of(self.seed, round_, client), client, round_)
 
         def updates() -> Iterator[ClientUpdate]:
             nonlocal own
@@ -255,13 +259,21 @@ class Federation:
         chosen = torch.randperm(len(able), generator=generator)[: self.clients_per_round]
         return sorted(able[i] for i in chosen.tolist())
 
+    def _training(self, round_: int, data: FederatedData) -> list[int]:
+        """The sampled clients that have images."""
+        return [client for client in self._sample(round_, data) if len(data.clients[client])]
+
+    def _receivers(self, round_: int, data: FederatedData) -> Sequence[int]:
+        """The clients that receive the models before and after a round."""
+        return range(data.num_clients) if self.broadcast == "all" else self._sample(round_, data)
+
     def _peers(self, round_: int, data: FederatedData) -> list[int]:
         """The other clients that train in a round."""
         return [client for client in self._sample(round_, data) if client != data.attacker]
 
     def _reaches_observer(self, round_: int, data: FederatedData) -> bool:
         """Whether the observer receives a round's models."""
-        return self.broadcast == "all" or data.attacker in self._sample(round_, data)
+        return data.attacker in self._receivers(round_, data)
 
     def rounds_to_observe(self, data: FederatedData) -> list[int]:
         """The rounds that are written to the record, ascending (after `data.setup()`).

@@ -1,17 +1,9 @@
-"""Engine interface, and an engine that trains clients sequentially in the current process."""
+"""An engine that trains clients sequentially in the current process."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, local_update
-
-
-class Engine(ABC):
-    """Executes the local training of a round's clients."""
-
-    @abstractmethod
-    def train(self, tasks: Iterable[ClientTask], training: LocalTraining, accelerator: str) -> Iterator[ClientUpdate]:
-        """Yield the result of `local_update` for each task, in the order of the tasks."""
+from fl_lightning.engines.engine import Engine
 
 
 class InProcess(Engine):

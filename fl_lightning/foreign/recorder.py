@@ -63,7 +63,7 @@ class Recorder:
             state: the model as it was received.
             round: `t`, from 0. A model that arrives at the end of round `t` is that of round `t + 1`.
         """
-        with self._harmless(f"the global model of round {round}"):
+        with self.harmless(f"the global model of round {round}"):
             stem, tensors = self._stem("global", round), _tensors(state)
             if has_record(stem) and not _holds(stem, tensors):
                 log.warning("'%s' holds round %d of another run: its files are removed.", self.directory, round)
@@ -84,7 +84,7 @@ class Recorder:
             weight: the client's share of all examples of the round, if it is known.
             num_examples: the number of its own examples.
         """
-        with self._harmless(f"the own model of round {round}"):
+        with self.harmless(f"the own model of round {round}"):
             self._save_own(_tensors(state), round, weight, num_examples)
 
     def own_update(
@@ -101,7 +101,7 @@ class Recorder:
             weight: the client's share of all examples of the round, if it is known.
             num_examples: the number of its own examples.
         """
-        with self._harmless(f"the own update of round {round}"):
+        with self.harmless(f"the own update of round {round}"):
             before, terms = _load(self._stem("global", round)), _tensors(update)
             if strange := terms.keys() - before.keys():
                 raise ValueError(f"its names {sorted(strange)[:3]} are not those of the global model")
@@ -139,7 +139,8 @@ class Recorder:
                 path.unlink(missing_ok=True)
 
     @contextmanager
-    def _harmless(self, what: str) -> Iterator[None]:
+    def harmless(self, what: str) -> Iterator[None]:
+        """Turn an error into a warning, the recorder's first one."""
         try:
             yield
         except Exception as error:
