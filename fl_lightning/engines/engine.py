@@ -28,6 +28,7 @@ class Engine(ABC):
         """
         yield
 
+    @abstractmethod
     def announce(self, model: ImageClassifier, round_: int, clients: Sequence[int]) -> None:
         """Send the model with which a round begins, to be looked at, to those clients that do not have it yet."""
 

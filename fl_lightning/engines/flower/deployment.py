@@ -174,8 +174,8 @@ def refuse_missing_flower() -> None:
     if importlib.util.find_spec("flwr") is None:
         raise FlowerError(
             "`federation.engine: Flower` needs the package `flwr`, which is not installed. Run `pip install -e "
-            "'.[flower]'` (Python 3.11 or later), or leave the engine out: clients then train in this process, with the "
-            "same results."
+            "'.[flower]'` (Python 3.11 or later), or leave the engine out: clients then train in this process, "
+            "with the same results."
         )
 
 

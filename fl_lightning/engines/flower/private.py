@@ -56,10 +56,10 @@ class Private:
 
     def take(self, before: Arrays, sent: Arrays, parameters: Collection[str]) -> ClientUpdate:
         """The result of the training, as `local_update` gives it, from what was sent to the client and back."""
-        own = tensors(sent)
+        own, old = tensors(sent), tensors(before)
         return replace(
             pickle.loads(self.result.read_bytes()),
-            update={name: torch.from_numpy(before[name]) - tensor for name, tensor in own.items() if name in parameters},
+            update={name: old[name] - tensor for name, tensor in own.items() if name in parameters},
             buffers={name: tensor for name, tensor in own.items() if name not in parameters},
         )
 

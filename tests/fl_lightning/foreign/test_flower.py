@@ -1,0 +1,91 @@
+"""The mod on made messages: what a ClientApp is given by Flower, without Flower's processes."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fl_lightning.foreign import recorded_rounds
+from fl_lightning.foreign.flower import curious_mod
+from fl_lightning.state_files import read_state
+
+pytest.importorskip("flwr")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN = SimpleNamespace(run_id=12345678901234567890)
+
+
+@pytest.fixture(autouse=True)
+def within_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower makes messages for the task of a process."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def message(kind: str, server_round: int | None, *layers: float) -> Message:
+    config = {} if server_round is None else {"server-round": server_round}
+    content = RecordDict({"arrays": arrays(layers), "config": ConfigRecord(config)})
+    return Message(content, dst_node_id=1, message_type=kind)
+
+
+def reply_to(asked: Message, *layers: float) -> Message:
+    content = RecordDict({"metrics": MetricRecord({"num-examples": 8})})
+    return Message(RecordDict({**content, "arrays": arrays(layers)}) if layers else content, reply_to=asked)
+
+
+def arrays(layers: tuple[float, ...]) -> ArrayRecord:
+    return ArrayRecord({f"layer{i}.weight": Array(np.float32([value])) for i, value in enumerate(layers)})
+
+
+def values(path: Path) -> list[float]:
+    return [float(tensor) for tensor in read_state(path).values()]
+
+
+def test_models_and_own_updates_are_recorded_and_messages_unchanged(tmp_path: Path) -> None:
+    mod = curious_mod(tmp_path)
+    first, evaluation = message("train", 1, 1.0, 2.0), message("evaluate", 1, 3.0, 4.0)
+    answers = {id(first): reply_to(first, 1.5, 2.5), id(evaluation): reply_to(evaluation)}
+    for asked in (first, evaluation):
+        before = asked.content["arrays"].object_id
+        assert mod(asked, RUN, lambda m, _: answers[id(m)]) is answers[id(asked)]
+        assert asked.content["arrays"].object_id == before
+    later = message("train.head", 2, 3.0, 4.0)  # of the same model as the evaluation
+    mod(later, RUN, lambda m, _: Message(Error(1, "it failed"), reply_to=m))
+    last = message("evaluate", 2, 5.0, 6.0)
+    mod(last, RUN, lambda m, _: reply_to(m))
+    rounds = recorded_rounds(tmp_path / f"run_{RUN.run_id}")
+    assert [(recorded.round, recorded.num_examples) for recorded in rounds] == [(0, 8), (1, None)]
+    assert values(rounds[0].before) == [1.0, 2.0]
+    assert values(rounds[0].own) == [1.5, 2.5]
+    assert values(rounds[0].after) == values(rounds[1].before) == [3.0, 4.0]
+    assert (values(rounds[1].after), rounds[1].own) == ([5.0, 6.0], None)
+
+
+def test_arrays_that_flower_numbered_are_nameless(tmp_path: Path) -> None:
+    asked = message("evaluate", 0)
+    asked.content["arrays"] = ArrayRecord([np.float32([i]) for i in range(11)])
+    curious_mod(tmp_path)(asked, RUN, lambda m, _: reply_to(m))
+    (path,) = tmp_path.rglob("global_0000.safetensors")
+    assert [float(tensor) for tensor in read_state(path)] == list(range(11))
+
+
+def test_the_client_answers_whatever_the_mod_meets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mod = curious_mod(tmp_path)
+    without_round, without_model, query = message("train", None, 1.0), message("train", 1), message("query", 1)
+    del without_model.content["arrays"]
+    for asked in (without_round, without_model, query):
+        answer = reply_to(asked)
+        assert mod(asked, RUN, lambda *_: answer) is answer  # noqa: B023
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "no 'server-round'" in caplog.text
+
+    def fails(*_: object) -> object:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        mod(message("train", 3, 1.0), RUN, fails)
