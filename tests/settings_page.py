@@ -10,6 +10,7 @@ from jsonargparse import SUPPRESS, ArgumentParser
 
 import attack_modules
 import fl_lightning.data
+import fl_lightning.engines
 import fl_lightning.models
 from attack_modules.diffusion.trained.class_conditional import ClassConditionalDiffusion, SmallConditional
 from attack_modules.diffusion.trained.photo_crops import PhotoCrops
@@ -60,6 +61,10 @@ SECTIONS = {
         ("federation.model", fl_lightning.models.ResNet18),
         ("federation.model", fl_lightning.models.TorchvisionClassifier),
         ("federation.model", fl_lightning.models.WrappedClassifier),
+    ],
+    "`federation.engine`: where clients train": [
+        ("federation.engine", fl_lightning.engines.InProcess),
+        ("federation.engine", fl_lightning.engines.Flower),
     ],
     "`model`: attacks": [
         ("model", attack_modules.FeatureInversion),

@@ -11,7 +11,7 @@ from fl_lightning.observation import Observation
 
 
 class Engine(ABC):
-    """Runs the clients; sampling, aggregation and the server's step are the federation's."""
+    """Runs the clients: their local training, and what they receive. All else is the federation's."""
 
     @abstractmethod
     def train(self, tasks: Iterable[ClientTask], training: LocalTraining, accelerator: str) -> Iterator[ClientUpdate]:

@@ -23,14 +23,17 @@ def curious_mod(directory: Path | str, keep: int = 10) -> Mod:
     Flower's default, every client sees every aggregate, also of rounds in which it does not train.
 
     Args:
-        directory: each run of Flower has a folder `run_ID` in it, which `observe --recorded` reads.
-        keep: rounds that stay on disk.
+        directory: `observe --recorded` reads the folders `run_ID/client_N` in it: Flower's number of the run, and the
+            client's `partition-id`, or `node_ID` where it has none.
+        keep: rounds that stay on disk, of each run.
     """
-    recorders: dict[int, Recorder] = {}
+    recorders: dict[Path, Recorder] = {}
 
     def mod(message: "Message", context: "Context", call_next: Next) -> "Message":
-        run = context.run_id
-        recorder = recorders.setdefault(run, Recorder(Path(directory) / f"run_{run}", keep))
+        client = context.node_config.get("partition-id")
+        seat = f"node_{context.node_id}" if client is None else f"client_{client}"
+        folder = Path(directory) / f"run_{context.run_id}" / seat
+        recorder = recorders.setdefault(folder, Recorder(folder, keep))  # a simulation's process is many clients
         return record_message(recorder, message, context, call_next)
 
     return mod

@@ -19,7 +19,7 @@ from urllib.request import ProxyHandler, build_opener
 from fl_lightning.errors import AuditError
 
 LOOPBACK = "127.0.0.1"
-START = 180.0
+START = 600.0
 """Seconds in which a process must have started."""
 PATIENCE = 5.0
 """Seconds in which a process should have ended by itself."""
@@ -166,11 +166,16 @@ class Deployment:
 
 
 def refuse_missing_flower() -> None:
-    """Refuse an environment without Flower.
+    """Refuse an environment in which Flower cannot be started.
 
     Raises:
-        FlowerError: it is not installed.
+        FlowerError: it is not installed, or this is Windows.
     """
+    if os.name != "posix":
+        raise FlowerError(
+            "`federation.engine: Flower` needs Linux or macOS, whose processes it can end as a group. Leave the engine "
+            "out: clients then train in this process, with the same results."
+        )
     if importlib.util.find_spec("flwr") is None:
         raise FlowerError(
             "`federation.engine: Flower` needs the package `flwr`, which is not installed. Run `pip install -e "

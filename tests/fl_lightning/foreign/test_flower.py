@@ -16,7 +16,7 @@ pytest.importorskip("flwr")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-RUN = SimpleNamespace(run_id=12345678901234567890)
+RUN = SimpleNamespace(run_id=12345678901234567890, node_id=5, node_config={"partition-id": 3})
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_models_and_own_updates_are_recorded_and_messages_unchanged(tmp_path: Pa
     mod(later, RUN, lambda m, _: Message(Error(1, "it failed"), reply_to=m))
     last = message("evaluate", 2, 5.0, 6.0)
     mod(last, RUN, lambda m, _: reply_to(m))
-    rounds = recorded_rounds(tmp_path / f"run_{RUN.run_id}")
+    rounds = recorded_rounds(tmp_path / "run_12345678901234567890/client_3")
     assert [(recorded.round, recorded.num_examples) for recorded in rounds] == [(0, 8), (1, None)]
     assert values(rounds[0].before) == [1.0, 2.0]
     assert values(rounds[0].own) == [1.5, 2.5]
