@@ -14,6 +14,8 @@ from fl_lightning.state_files import read_state
 pytest.importorskip("flwr")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod
 from flwr.supercore.task_identity import TaskIdentity
 
 RUN = SimpleNamespace(run_id=12345678901234567890, node_id=5, node_config={"partition-id": 3})
@@ -89,3 +91,16 @@ def test_the_client_answers_whatever_the_mod_meets(tmp_path: Path, caplog: pytes
 
     with pytest.raises(ZeroDivisionError):
         mod(message("train", 3, 1.0), RUN, fails)
+
+
+def test_the_own_model_is_what_later_mods_make_of_it(tmp_path: Path) -> None:
+    """Clipping and noise of Flower's local DP are in the aggregate, so they are in the own update."""
+    private = LocalDpMod(clipping_norm=1.0, sensitivity=0.01, epsilon=1.0, delta=1e-5)
+    asked = message("train", 1, 0.0, 0.0)
+    client = ClientApp(mods=[curious_mod(tmp_path), private])
+    client.train()(lambda m, _: reply_to(m, 3.0, 4.0))
+    sent = client(asked, RUN).content["arrays"]
+    (own,) = tmp_path.rglob("own_0000.safetensors")
+    assert values(own) == [array.numpy().item() for array in sent.values()]
+    assert values(own) == pytest.approx([0.6, 0.8], abs=0.3)
+    assert values(own) != pytest.approx([0.6, 0.8], abs=1e-6)
