@@ -147,9 +147,15 @@ class Flower(Engine):
         """What the mod recorded of the round; the observer's share is what the federation knows it to be.
 
         Raises:
-            StorageError: it recorded nothing, or not this round.
+            AuditError: it recorded nothing, or not this round.
         """
-        files = next(files for files in recorded_rounds(self._run.records) if files.round == observation.round)
+        by_round = {files.round: files for files in recorded_rounds(self._run.records)}
+        if observation.round not in by_round:
+            raise FlowerError(
+                f"The mod of the observing client has not recorded round {observation.round} in "
+                f"'{self._run.records}'. Its log says why: '{self._run.deployment.logs}'."
+            )
+        files = by_round[observation.round]
         before, after = read_state(files.before), read_state(files.after)
         own = read_state(files.own) if observation.own_update else {}
         own_update = {name: before[name] - own[name] for name in observation.own_update}
