@@ -1,21 +1,28 @@
 """The mod on made messages: what a ClientApp is given by Flower, without Flower's processes."""
 
 import logging
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from fl_lightning.foreign import recorded_rounds
 from fl_lightning.foreign.flower import curious_mod
+from fl_lightning.server_optimizers import FedAvg, FedAvgM, FlowerFedAdam, ServerOptimizer
 from fl_lightning.state_files import read_state
+from fl_lightning.storage import read_json
 
 pytest.importorskip("flwr")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import LocalDpMod
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as strategies
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
 from flwr.supercore.task_identity import TaskIdentity
 
 RUN = SimpleNamespace(run_id=12345678901234567890, node_id=5, node_config={"partition-id": 3})
@@ -104,3 +111,77 @@ def test_the_own_model_is_what_later_mods_make_of_it(tmp_path: Path) -> None:
     assert values(own) == [array.numpy().item() for array in sent.values()]
     assert values(own) == pytest.approx([0.6, 0.8], abs=0.3)
     assert values(own) != pytest.approx([0.6, 0.8], abs=1e-6)
+
+
+class Loopback(Grid):
+    """Four nodes of one ClientApp in this process, for Flower's own strategies."""
+
+    run = set_run = create_message = push_messages = pull_messages = None  # strategies need none of them
+
+    def __init__(self, app: ClientApp) -> None:
+        self.app = app
+
+    def get_node_ids(self) -> list[int]:
+        return [10, 11, 12, 13]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        for asked in messages:
+            node = asked.metadata.dst_node_id
+            yield self.app(asked, SimpleNamespace(run_id=1, node_id=node, node_config={"partition-id": node - 10}))
+
+
+def update_of(client: int, server_round: int) -> np.ndarray:
+    return np.random.default_rng([client, server_round]).normal(0, 1e-3, 50).astype(np.float32)
+
+
+def train(asked: Message, context: SimpleNamespace) -> Message:
+    client = context.node_config["partition-id"]
+    model = asked.content["arrays"]["w"].numpy() - update_of(client, asked.content["config"]["server-round"])
+    metrics = MetricRecord({"num-examples": 10 * (client + 1)})
+    return Message(RecordDict({"arrays": ArrayRecord({"w": Array(model)}), "metrics": metrics}), reply_to=asked)
+
+
+HALF = {"fraction_train": 0.5}
+CLIPPED = DifferentialPrivacyClientSideFixedClipping(strategies.FedAvg(**HALF), 1e-9, 0.003, 2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "server", "server_lr", "mods"),
+    [
+        (strategies.FedAvg(**HALF), FedAvg(), 1.0, []),
+        (strategies.FedAvgM(**HALF, server_learning_rate=0.5, server_momentum=0.9), FedAvgM(momentum=0.9), 0.5, []),
+        (strategies.FedAdam(**HALF, eta=0.1), FlowerFedAdam(), 0.1, []),
+        (CLIPPED, FedAvg(), 1.0, [fixedclipping_mod]),
+    ],
+    ids=["FedAvg", "FedAvgM", "FedAdam", "clipping"],
+)
+def test_flowers_own_strategies_are_undone_from_what_one_client_saw(
+    tmp_path: Path,
+    strategy: strategies.Strategy,
+    server: ServerOptimizer,
+    server_lr: float,
+    mods: list[Callable[..., Message]],
+) -> None:
+    """Two of four clients train in each round; that all evaluate shows every aggregate to each of them."""
+    app = ClientApp(mods=[curious_mod(tmp_path), *mods])
+    app.train()(train)
+    app.evaluate()(lambda asked, _: Message(RecordDict({"m": MetricRecord({"num-examples": 1})}), reply_to=asked))
+    weights = np.random.default_rng(0).normal(0, 0.1, 50).astype(np.float32)
+    strategy.start(Loopback(app), ArrayRecord({"w": Array(weights)}), num_rounds=3)
+    models = {}
+    for path in tmp_path.glob("run_1/client_*/global_*.safetensors"):
+        models.setdefault(path.stem, read_state(path)["w"])
+        assert torch.equal(models[path.stem], read_state(path)["w"])
+    steps = [(models[f"global_000{t}"] - models[f"global_000{t + 1}"]) / server_lr for t in range(3)]
+    for t in range(3):
+        trained = list(tmp_path.glob(f"run_1/client_*/own_000{t}.safetensors"))
+        assert len(trained) == 2
+        shares = {path: read_json(path.with_suffix(".json"))["num_examples"] for path in trained}
+        own = {path: models[f"global_000{t}"] - read_state(path)["w"] for path in trained}
+        mean = sum(share * own[path] for path, share in shares.items()) / sum(shares.values())
+        undone = server.undo([*(steps[s] for s in server.needed(t)), steps[t]], t)
+        assert (undone - mean).norm() < 1e-3 * mean.norm()
+        clients = {path: int(path.parent.name.removeprefix("client_")) for path in trained}
+        whole = sum(float(np.linalg.norm(update_of(client, t + 1))) for client in clients.values())
+        sent = sum(float(update.norm()) for update in own.values())
+        assert sent == pytest.approx(0.006 if mods else whole, rel=1e-3)
