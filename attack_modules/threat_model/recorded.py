@@ -87,11 +87,11 @@ def record_round(
             continue
         _refuse_other_record(Record(out), observation)
         observation.save(Record(out).observation(files.round))
-    written = ", ".join(str(files.round) for files in rounds if files.round not in left_out)
+    written = [str(files.round) for files in rounds if files.round not in left_out]
     reasons = "".join(f"Round {number} is left out: {error}\n" for number, error in left_out.items())
     own_class = "" if issubclass(model_class, ImageClassifier) else _named(model_class)
     return (
-        f"{reasons}Round {written} is recorded in '{out}'. The head of {model_class.__name__} is "
+        f"{reasons}Recorded in '{out}': round {', '.join(written)}. The head of {model_class.__name__} is "
         f"{', '.join(model.head_parameters)}.\n"
         f"To attack it: python cli.py fit --config configs/leakage.yaml --observation {out}{own_class}\n"
         "with what you guess of the peers' training: --knowledge.client_lr, --knowledge.server_lr, "
