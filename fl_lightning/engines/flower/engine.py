@@ -5,8 +5,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining
 from fl_lightning.engines.engine import Engine
@@ -17,6 +17,9 @@ from fl_lightning.foreign import recorded_rounds
 from fl_lightning.models import ImageClassifier
 from fl_lightning.observation import Observation
 from fl_lightning.state_files import read_state
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection  # Windows has none
 
 BRIDGE = Path(__file__).parent / "bridge"
 RECORDED = "recorded"
@@ -38,7 +41,7 @@ class Run:
     """
 
     deployment: Deployment
-    connection: Connection
+    connection: "Connection"
     records: Path
     timeout: float
     holds: dict[int, int] = field(default_factory=dict)
@@ -168,8 +171,10 @@ def device(folder: Path, client: int) -> Path:
 
 
 @contextmanager
-def _connected(deployment: Deployment, num_clients: int) -> Iterator[Connection]:
+def _connected(deployment: Deployment, num_clients: int) -> Iterator["Connection"]:
     """The bridge's ServerApp, once all clients are there."""
+    from multiprocessing.connection import Connection
+
     address = str(deployment.folder / "federation")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
