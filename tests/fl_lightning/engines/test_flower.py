@@ -122,7 +122,7 @@ def test_failures_on_flower_are_sentences_and_leave_no_process(
     engine = Flower()
 
     def train(image_size: int) -> None:
-        tasks = [ClientTask(LeNet5(10, (3, image_size, image_size)), data.clients[c], 0, c) for c in range(2)]
+        tasks = [ClientTask(LeNet5(10, (3, image_size, image_size)), data.clients[c], 0, client=c) for c in range(2)]
         list(engine.train(tasks, TRAINING, "cpu"))
 
     died = r"SuperNode of client 1 has ended with status -9.*goes on after them"
