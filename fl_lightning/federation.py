@@ -1,7 +1,7 @@
 """The federation: rounds of client sampling, local training and aggregation (FedAvg)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -244,12 +244,20 @@ class Federation:
                 memory, kept_memory = state.get("server_memory", {}), state.get("kept_memory", {})
         _ = data.test_set  # one that cannot be read is refused before the rounds, not after the first
         logger = TensorBoardLogger(record.directory, name="", version="tensorboard")
-        with Progress() as progress:
+        # several clients, a server, and defences on arrival know more than what crosses one client's wire
+        one_wire = len(self.seat.members(data.num_clients)) == 1 and not self.server_defenses
+        running = self.engine.running(data.num_clients, data.attacker, record.directory)
+        with running, Progress() as progress:
             task = progress.add_task("Federation, rounds", total=self.rounds, completed=start)
             for round_ in range(start, self.rounds):
+                receivers = self._receivers(round_, data)
+                self.engine.announce(model, round_, [c for c in receivers if c not in self._training(round_, data)])
                 model, observations = self._round(round_, model, data, kept_buffers, memory, kept_memory)
+                self.engine.announce(model, round_ + 1, receivers)
                 if round_ in recorded:
                     for client, observation in observations.items():
+                        if one_wire:
+                            observation = self.engine.received(observation)
                         observation.save(record.observation(round_, client))
                 save_checkpoint(
                     record.checkpoint,
@@ -281,7 +289,7 @@ class Federation:
     ) -> tuple[ImageClassifier, dict[View, Observation]]:
         """The next global model, and what the seat sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        training = [client for client in self._sample(round_, data) if len(data.clients[client])]
+        training = self._training(round_, data)
         seed = seed_of(self.seed, round_)
         at_server = occasions(self.server_defenses, parameters(model), seed, kept_memory.get(SERVER, {}))
         members = self.seat.members(data.num_clients)
@@ -291,7 +299,8 @@ class Federation:
             for client in training:
                 model.load_state_dict(kept_buffers.get(str(client), {}), strict=False)
                 memory = kept_memory.get(str(client), {})
-                yield ClientTask(model, data.clients[client], seed_of(self.seed, round_, client), memory)
+                seed = seed_of(self.seed, round_, client)
+                yield ClientTask(model, data.clients[client], seed, memory, client, round_)
 
         def updates() -> Iterator[ClientUpdate]:
             for client, result in zip(training, self.engine.train(tasks(), self.client, self.accelerator), strict=True):
@@ -341,6 +350,14 @@ class Federation:
         chosen = torch.randperm(len(able), generator=generator)[: self.clients_per_round]
         return sorted(able[i] for i in chosen.tolist())
 
+    def _training(self, round_: int, data: FederatedData) -> list[int]:
+        """The sampled clients that have images."""
+        return [client for client in self._sample(round_, data) if len(data.clients[client])]
+
+    def _receivers(self, round_: int, data: FederatedData) -> Sequence[int]:
+        """The clients that receive the models before and after a round."""
+        return range(data.num_clients) if self.broadcast == "all" else self._sample(round_, data)
+
     def _peers(self, round_: int, data: FederatedData) -> list[int]:
         """The clients that train in a round, without those that look."""
         members = self.seat.members(data.num_clients)
@@ -348,8 +365,7 @@ class Federation:
 
     def _reaches_observer(self, round_: int, data: FederatedData) -> bool:
         """Whether the seat receives a round's models."""
-        receivers = range(data.num_clients) if self.broadcast == "all" else self._sample(round_, data)
-        return self.seat.receives(receivers, data.num_clients)
+        return self.seat.receives(self._receivers(round_, data), data.num_clients)
 
     def rounds_to_observe(self, data: FederatedData) -> list[int]:
         """The rounds that are written to the record, ascending (after `data.setup()`).

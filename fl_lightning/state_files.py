@@ -47,9 +47,10 @@ def read_state(path: Path) -> State:
         )
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _with_their_names(load_file(path))
         if path.suffix == ".npz":
-            return _of_arrays(path)
+            with np.load(path, allow_pickle=False) as arrays:
+                return _with_their_names({name: torch.from_numpy(arrays[name]) for name in arrays.files})
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, zipfile.BadZipFile) as error:
         raise StateError(f"'{path}' cannot be read ({_first_line(error)}). Copy or write it again.") from error
@@ -82,11 +83,10 @@ def _digest(path: Path, changed: int) -> str:
     return sha256_of(path)[:12]
 
 
-def _of_arrays(path: Path) -> State:
-    with np.load(path, allow_pickle=False) as arrays:
-        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    nameless = list(tensors) == [f"arr_{i}" for i in range(len(tensors))]  # `np.savez(FILE, *arrays)`
-    return list(tensors.values()) if nameless else tensors
+def _with_their_names(tensors: Tensors) -> State:
+    """The tensors, as a list where they have none: as of `np.savez(FILE, *arrays)`."""
+    numbered = [f"arr_{i}" for i in range(len(tensors))]
+    return [tensors[name] for name in numbered] if tensors.keys() == set(numbered) else tensors
 
 
 def _is_state(content: Any) -> bool:

@@ -12,6 +12,7 @@ from jsonargparse import SUPPRESS, ArgumentParser
 import attack_modules
 import fl_lightning.data
 import fl_lightning.defenses
+import fl_lightning.engines
 import fl_lightning.models
 import fl_lightning.seats
 import fl_lightning.server_optimizers
@@ -94,6 +95,10 @@ SECTIONS = {
     ],
     "`federation.client.defenses`, `federation.server_defenses`": [
         (" and ".join(places(defense)), defense) for defense in DEFENSES
+    ],
+    "`federation.engine`: where clients train": [
+        ("federation.engine", fl_lightning.engines.InProcess),
+        ("federation.engine", fl_lightning.engines.Flower),
     ],
     "`model`: attacks": [
         ("model", attack_modules.FeatureInversion),
