@@ -48,6 +48,7 @@ ROOMS = [
     ["attack_modules.feature_inversion", "attack_modules.gradient_matching"],
     ["attack_modules.enhance"],
     ["attack_modules.evaluation"],
+    ["attack_modules.audit"],
     ["attack_modules"],
     ["cli"],
 ]

@@ -1,0 +1,194 @@
+"""The command `audit`: plan a study, run its cells, and write the report."""
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from attack_modules.audit.conclusions import Conclusions
+from attack_modules.audit.forecast import Forecast, Work
+from attack_modules.audit.readings import Reading
+from attack_modules.audit.report import Report
+from attack_modules.audit.study import NO_DEFENCE, Cell, Defence, Scenario, Study
+from attack_modules.audit.workers import CellRecord, Run, Workers, in_words, threads_each
+from attack_modules.evaluation.finished_run import StrangersOf
+from fl_lightning.errors import AuditError, SettingError
+from fl_lightning.memory import exceeds_memory
+
+Check = Callable[[list[str]], Mapping[str, Any]]
+"""Arguments of a command line -> the settings that it would run with, parsed and nested; raises AuditError."""
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def audit(
+    run: Callable[[Path], Run],
+    check: Check,
+    title: str,
+    scenarios: list[Scenario],
+    base: list[Path],
+    settings: dict[str, Any] | None = None,
+    defences: list[Defence] | None = None,
+    seeds: list[int] | None = None,
+    out: Path = Path("runs/audit"),
+    workers: int = 1,
+    budget: str | None = None,
+    dry_run: bool = False,
+    retry: bool = False,
+    redact: bool = False,
+    strangers: Path | None = None,
+    observation: Path | None = None,
+    csv: Path | None = None,
+) -> str:
+    """Run a study and write its report.
+
+    Args:
+        run: the study's folder -> what runs a cell.
+        check: reads the settings of a cell, without running it.
+        title: of the report.
+        scenarios: situations in which the attack is tried, the most telling first.
+        base: configurations of `fit` that all runs begin with, in the order in which they are read.
+        settings: for all runs, by dotted name: `trainer.max_steps: 100`.
+        defences: the first is what the others are compared with; null for none.
+        seeds: each combination is run with each seed; null for 0, 1 and 2.
+        out: the study's folder; a command with the same folder goes on, also on another machine at the same time.
+        workers: runs at once, each with its share of the processor's cores.
+        budget: time after which no run is begun, e.g. `30m`, `2h` or `90s`; null for no limit. The same command goes on.
+        dry_run: only say what would be run, and how long it may take.
+        retry: run again what failed.
+        redact: leave originals and file names out of the report, for circulation.
+        strangers: folder of public images, `FOLDER/<class>/<name>`, with which reconstructions are compared; null for
+            crops of the photographs in scikit-image and scikit-learn.
+        observation: rounds of another system to attack, as of `fit`; null for those that are simulated.
+        csv: your own images, as `data.csv` of `fit`.
+
+    Returns:
+        What was done, and where the report lies.
+
+    Raises:
+        AuditError: the study cannot be run, or the report cannot be written.
+    """
+    if workers < 1:
+        raise SettingError(f"`workers` is {workers}, but at least 1 is needed.")
+    seconds = None if budget is None else seconds_of(budget)
+    for path, option in ((observation, "--observation"), (csv, "--data.csv"), (strangers, "--strangers")):
+        if path is not None and not path.exists():
+            raise SettingError(f"There is no '{path}'. Correct `{option}`.")
+    places = {"observation": observation, "data.csv": csv}
+    given = {key: str(path) for key, path in places.items() if path is not None}
+    study = Study(title, scenarios, base, {**(settings or {}), **given}, defences or [NO_DEFENCE], seeds or [0, 1, 2])
+    out = out.resolve()
+    cells = study.cells()
+    parsed = _checked(cells, check)
+    forecast = Forecast(out, cells, {cell.name: Work.of(parsed[_kind(cell)]) for cell in cells})
+    print(_plan(study, cells, forecast, out, workers), flush=True)
+    if dry_run:
+        return "Nothing was run, because of `--dry_run`."
+    compared = StrangersOf(strangers)
+    if strangers is not None:
+        compared((3, 64, 64))  # a folder that cannot be read is refused now
+    if retry:
+        for cell in cells:
+            record = CellRecord.load(cell.folder(out))
+            if record is not None and record.status == "failed":
+                (cell.folder(out) / "cell.json").unlink()
+    try:
+        Workers(workers, run(out), out, forecast.seconds, seconds).work(cells, lambda cell: _ended(cell, out))
+    except KeyboardInterrupt:
+        print("Interrupted. What ended is kept, and the same command goes on.", flush=True)
+        raise
+    finally:  # what is there is reported, whatever ended the work
+        readings = _read(cells, out, compared, redact)
+        report = Report(
+            Conclusions.of(study, readings),
+            lambda reading: parsed.get(_kind(reading.cell)),
+            compared.origins,
+            redact,
+            shlex.join(["python", "cli.py", "audit", *sys.argv[2:]]),
+        )
+        path = report.write(out)
+    done = sum(reading.status == "done" for reading in readings)
+    return "\n".join(
+        [*report.conclusions.verdict(), f"{done} of {len(cells)} runs have a result. The report: {path}"]
+    )
+
+
+def seconds_of(budget: str) -> float:
+    """A duration such as `30m` in seconds.
+
+    Raises:
+        SettingError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", budget)
+    if not found or float(found[1]) <= 0:
+        raise SettingError(f"`budget` is '{budget}', but must be a time such as 90s, 30m or 2h.")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def _kind(cell: Cell) -> tuple[str, str]:
+    """Cells that differ in their seed alone have the same settings."""
+    return cell.scenario.name, cell.defence.name
+
+
+def _checked(cells: Sequence[Cell], check: Check) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """The parsed settings of all kinds of cells.
+
+    Raises:
+        SettingError: those of one cannot be read; it names the scenario and the defence.
+    """
+    first = {_kind(cell): cell for cell in reversed(cells)}
+    parsed = {}
+    for kind, cell in track(list(first.items()), "Reading settings", transient=True):
+        try:
+            parsed[kind] = check(["fit", *cell.arguments])
+        except AuditError as error:
+            where = f"Scenario '{cell.scenario.name}', defence '{cell.defence.name}': "
+            raise SettingError(where + str(error)[: 400 - len(where)]) from error
+    return parsed
+
+
+def _plan(study: Study, cells: Sequence[Cell], forecast: Forecast, out: Path, workers: int) -> str:
+    """What will be run, and how long it may take."""
+    open_ = [cell for cell in cells if not (cell.folder(out) / "cell.json").exists()]
+    times = [forecast.seconds(cell) for cell in open_]
+    known = [seconds for seconds in times if seconds is not None]
+    megabytes, measured = forecast.memory()
+    lines = [
+        f"Study: {study.title}",
+        f"{len(study.expanded())} scenario(s), {len(study.defences)} defence(s), {len(study.seeds)} seed(s): "
+        f"{len(cells)} runs, {len(cells) - len(open_)} of which have ended. Folder: {out}",
+    ]
+    if known:
+        rough = "" if len(open_) < len(cells) else ", roughly, as none has ended yet"
+        unknown = f", and {len(times) - len(known)} runs of which nothing is known" if len(known) < len(times) else ""
+        lines.append(
+            f"Time: about {in_words(sum(known) / workers)} with {workers} worker(s) of {threads_each(workers)} "
+            f"thread(s){rough}{unknown}; the longest run {in_words(max(known))}."
+        )
+    elif times:
+        lines.append("Time: unknown until the first run has ended.")
+    of = f"measured on {measured} run(s)" if measured else "an assumption until the first run has ended"
+    lines.append(f"Memory: about {workers * megabytes / 1024:.1f} GB ({of}).")
+    if excess := exceeds_memory(workers * megabytes * 2**20):
+        lines.append(f"Warning: that is {excess}. Lower `--workers`.")
+    return "\n".join(lines)
+
+
+def _ended(cell: Cell, out: Path) -> str:
+    """How a cell ended, in a few words."""
+    record = CellRecord.load(cell.folder(out))
+    return "done" if record is not None and record.status == "done" else f"failed: {record and record.sentence}"
+
+
+def _read(cells: Sequence[Cell], out: Path, compared: StrangersOf, redact: bool) -> list[Reading]:
+    """All cells; pictures of the first one of each scenario and defence that has a result."""
+    found, pictured = [], set()
+    for cell in track(cells, "Reading results", transient=True):
+        reading = Reading.of(cell, out, compared, _kind(cell) not in pictured, redact)
+        if reading.worst:
+            pictured.add(_kind(cell))
+        found.append(reading)
+    return found
