@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test,predict,federate,audit} --config configs/X.yaml`, and `observe`."""
+"""The command line: `python cli.py {fit,validate,test,predict,federate,audit} --config X.yaml`, and `observe`."""
 
 import os
 import signal

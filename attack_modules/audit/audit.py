@@ -56,7 +56,7 @@ def audit(
         seeds: each combination is run with each seed; null for 0, 1 and 2.
         out: the study's folder; a command with the same folder goes on, also on another machine at the same time.
         workers: runs at once, each with its share of the processor's cores.
-        budget: time after which no run is begun, e.g. `30m`, `2h` or `90s`; null for no limit. The same command goes on.
+        budget: time after which no run is begun, such as 90s, 30m or 2h; null for no limit. The same command goes on.
         dry_run: only say what would be run, and how long it may take.
         retry: run again what failed.
         redact: leave originals and file names out of the report, for circulation.
@@ -111,9 +111,7 @@ def audit(
         )
         path = report.write(out)
     done = sum(reading.status == "done" for reading in readings)
-    return "\n".join(
-        [*report.conclusions.verdict(), f"{done} of {len(cells)} runs have a result. The report: {path}"]
-    )
+    return "\n".join([*report.conclusions.verdict(), f"{done} of {len(cells)} runs have a result. The report: {path}"])
 
 
 def seconds_of(budget: str) -> float:

@@ -16,8 +16,8 @@ BY_CHANCE = 0.01
 """Probability below which so many leaked images are not taken for chance."""
 FEWEST_SEEDS = 3
 NO_PROOF = (
-    "That no image was reconstructed says how hard this tool tried; it is no proof that nothing leaks, and other attacks "
-    "may do better."
+    "That no image was reconstructed says how hard this tool tried; it is no proof that nothing leaks, and other "
+    "attacks may do better."
 )
 
 
@@ -180,7 +180,7 @@ class Conclusions:
             sentences.append(
                 f"Images leak. In the worst setting that was tried ({worst.title}), {worst.scenario.seat}, "
                 f"reconstructed {worst.leaked} of {worst.images} images of the others so that each can be told from "
-                f"all strangers compared with; {copies} of them are copies in all but name (PSNR of {COPY:.0f} dB or more)."
+                f"all strangers compared with; {copies} of them are copies (PSNR of {COPY:.0f} dB or more)."
             )
             claimed = sum(reading.claimed for reading in worst.compared)
             sentences.append(
@@ -278,8 +278,8 @@ class Conclusions:
             return []
         return [
             Action(
-                "Treat every participant as able to see the others' images in this setting, and tell those whose images "
-                "they are, until a defence below has been tried in your setting.",
+                "Treat every participant as able to see the others' images in this setting, and tell those whose "
+                "images they are, until a defence has been tried in it.",
                 f"{worst.title}: {worst.leaked} of {worst.images} images leaked.",
             )
         ]
@@ -293,11 +293,11 @@ class Conclusions:
             before, after = plain.leaked_share, group.leaked_share
             cost = ""
             if plain.accuracy and group.accuracy:
-                cost = f" Accuracy of the global model: {plain.accuracy.mean:.0%} without, {group.accuracy.mean:.0%} with it."
+                cost = f" Accuracy of the model: {plain.accuracy.mean:.0%} without, {group.accuracy.mean:.0%} with it."
             if not group.above_chance:
                 what = (
-                    f"Consider the defence '{group.defence.name}' in the scenario '{group.scenario.name}', and audit it "
-                    "against an attacker who knows of it."
+                    f"Consider the defence '{group.defence.name}' in the scenario '{group.scenario.name}', and audit "
+                    "it against an attacker who knows of it."
                 )
             elif after.mean < before.mean / 2:
                 what = (
@@ -306,9 +306,7 @@ class Conclusions:
                 )
             else:
                 what = f"Do not rely on '{group.defence.name}' in the scenario '{group.scenario.name}'."
-            found.append(
-                Action(what, f"Leaked {before.mean:.0%} without and {after.mean:.0%} with the defence.{cost}")
-            )
+            found.append(Action(what, f"Leaked {before.mean:.0%} without and {after.mean:.0%} with the defence.{cost}"))
         return found
 
     def _scenarios(self) -> list[Action]:
@@ -374,4 +372,4 @@ class Conclusions:
 def _but_told(scenario: Scenario) -> tuple[Mapping[str, object], object]:
     """What makes a scenario, without what the attacker is told."""
     settings = {key: value for key, value in scenario.settings.items() if not key.startswith("knowledge.")}
-    return settings, scenario.base
+    return settings, (scenario.base, scenario.configs)

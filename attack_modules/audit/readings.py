@@ -57,6 +57,7 @@ class Reading:
         results: of `results.json`.
         rows: see `FinishedRun`.
         strangers: that each reconstruction was compared with; 0 without originals.
+        chance: share of the images that count as leaked at most where reconstructions have nothing of their originals.
         accuracy: of the global model, see `FinishedRun`.
         worst: pictures of what leaked most; empty but for one seed.
         middle: pictures of the median.
@@ -70,6 +71,7 @@ class Reading:
     results: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[ImageRow] = ()
     strangers: int = 0
+    chance: float = 1.0
     accuracy: tuple[str, float] | None = None
     worst: Sequence[Picture] = ()
     middle: Sequence[Picture] = ()
@@ -99,7 +101,7 @@ class Reading:
             return cls(cell, "unreadable", f"Its results cannot be read ({in_short(error)}).", **ran)
         worst, middle = _pictures(run, redact) if pictures else ((), ())
         return cls(
-            cell, "done", "", **ran, results=run.results, rows=run.rows, strangers=run.strangers,
+            cell, "done", "", **ran, results=run.results, rows=run.rows, strangers=run.strangers, chance=run.chance,
             accuracy=run.accuracy, worst=worst, middle=middle,
         )  # fmt: skip
 
@@ -117,11 +119,6 @@ class Reading:
     def leaked(self) -> int | None:
         """Images whose reconstruction is nearer to the original than to any stranger; None without originals."""
         return sum(row.nearer == 0 for row in self.rows) if self.compared else None
-
-    @property
-    def chance(self) -> float | None:
-        """Share of images that count as leaked at most where the reconstructions have nothing of the originals."""
-        return len(self.rows) / (len(self.rows) + self.strangers) if self.compared else None
 
     @property
     def recognisable(self) -> int | None:
@@ -173,7 +170,7 @@ class Reading:
             "features_separated": self.diagnosis("disentangled"),
             "features_error": self.diagnosis("uncertainty"),
             "leaked": self.leaked,
-            "leaked_by_chance": None if self.chance is None else round(self.chance * len(self.rows), 3),
+            "leaked_by_chance": round(self.chance * len(self.rows), 3) if self.compared else None,
             "recognisable_20db": self.recognisable,
             "classified": self.classified,
             "copies_30db": self.copies,
@@ -220,7 +217,9 @@ def _pictures(run: FinishedRun, redact: bool) -> tuple[list[Picture], list[Pictu
     def picture(row: int) -> Picture:
         known = run.originals is not None and not redact
         original = _data_uri(run.originals[row]) if known else None
-        return Picture(run.rows[row], original, _data_uri(run.images[row]) if run.images[row].isfinite().all() else None)
+        return Picture(
+            run.rows[row], original, _data_uri(run.images[row]) if run.images[row].isfinite().all() else None
+        )
 
     return [picture(row) for row in worst], [picture(row) for row in middle]
 

@@ -6,7 +6,8 @@ import json
 import re
 import shlex
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Scenario:
         settings: by dotted name, as on the command line of `fit`: `federation.client.lr: 0.01`.
         values: dotted name -> list of values, each of which makes a scenario of its own.
         base: configurations in place of the study's.
+        configs: configurations on top of these.
         seat: who looks, in words.
         defences: names of the study's defences that are tried; null for all.
     """
@@ -41,6 +43,7 @@ class Scenario:
     settings: dict[str, Any] = field(default_factory=dict)
     values: dict[str, list[Any]] = field(default_factory=dict)
     base: list[Path] | None = None
+    configs: list[Path] = field(default_factory=list)
     seat: str = "one of the clients, honest but curious"
     defences: list[str] | None = None
 
@@ -53,11 +56,13 @@ class Defence:
         name: in the report, at most 60 characters.
         about: what it is, for a reader who does not know the settings.
         settings: by dotted name, as those of a scenario, which they add to.
+        configs: configurations on top of the scenario's, such as configs/defenses/gaussian_noise.yaml.
     """
 
     name: str
     about: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    configs: list[Path] = field(default_factory=list)
 
 
 NO_DEFENCE = Defence(UNDEFENDED, "The federation as it is.")
@@ -88,7 +93,7 @@ class Cell:
         """The cell in words."""
         return f"{self.scenario.name} / {self.defence.name} / seed {self.seed}"
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The name of its folder; other settings have another name."""
         words = re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")[:60]
@@ -174,9 +179,9 @@ class Study:
                         f"`{key}` is set by the study itself, for each of its runs. Leave it out of `settings`; seeds "
                         "are listed in `seeds`, and results lie in `out`."
                     )
-        for path in {path for scenario in self.scenarios for path in scenario.base or self.base}:
+        for path in {path for s in self.scenarios for d in self.defences for path in self._configs(s, d)}:
             if not path.is_file():
-                raise MissingFile(f"There is no configuration '{path}'. Correct `base`, which names files of `fit`.")
+                raise MissingFile(f"There is no configuration '{path}'. Correct `base` or `configs`, which name files.")
 
     def expanded(self) -> list[Scenario]:
         """The scenarios, one for each combination of `values`."""
@@ -186,12 +191,7 @@ class Study:
                 picked = dict(zip(scenario.values, chosen, strict=True))
                 shown = ", ".join(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in picked.items())
                 name = f"{scenario.name}: {shown}" if picked else scenario.name
-                settings = {**scenario.settings, **picked}
-                found.append(
-                    Scenario(
-                        name, scenario.about, settings, {}, scenario.base, scenario.seat, scenario.defences
-                    )
-                )
+                found.append(replace(scenario, name=name, settings={**scenario.settings, **picked}, values={}))
         return found
 
     def cells(self) -> list[Cell]:
@@ -204,8 +204,11 @@ class Study:
                         found.append(self._cell(scenario, defence, seed))
         return found
 
+    def _configs(self, scenario: Scenario, defence: Defence) -> list[Path]:
+        return [*(scenario.base or self.base), *scenario.configs, *defence.configs]
+
     def _cell(self, scenario: Scenario, defence: Defence, seed: int) -> Cell:
-        base = scenario.base or self.base
+        base = self._configs(scenario, defence)
         settings = {**self.settings, **scenario.settings, **defence.settings, "seed_everything": seed}
         arguments = [word for path in base for word in ("--config", str(path))]
         arguments += [f"--{key}={_text(value)}" for key, value in settings.items()]

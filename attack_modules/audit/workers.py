@@ -134,6 +134,7 @@ class Workers:
         self.budget = budget
         self._guard = threading.Lock()
         self._here: set[str] = set()  # names of cells that a thread of this process holds
+        self._done: set[str] = set()  # names of cells that were seen to have ended
         self._began = 0
         self._stop = threading.Event()
         self._broken: BaseException | None = None
@@ -180,7 +181,9 @@ class Workers:
         return None if None in left else sum(left) / self.number
 
     def _ended(self, cell: Cell) -> bool:
-        return (cell.folder(self.out) / "cell.json").exists()
+        if cell.name not in self._done and (cell.folder(self.out) / "cell.json").exists():
+            self._done.add(cell.name)
+        return cell.name in self._done
 
     def _loop(self, tell: Callable[[Cell, float], None]) -> None:
         try:

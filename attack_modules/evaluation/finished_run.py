@@ -57,6 +57,7 @@ class FinishedRun:
         originals: (M, C, H, W) in [0, 1]; None where there is no ground truth.
         images: (M, C, H, W) in [0, 1], the reconstruction of each row; NaN where there is none.
         strangers: how many were compared with; 0 where there is no ground truth.
+        chance: see `Comparison`; 1 where there is no ground truth.
         accuracy: of the federation's global model after its last round, with what it was measured on (`test_accuracy`
             or `train_accuracy`); None where nothing is known.
     """
@@ -66,6 +67,7 @@ class FinishedRun:
     originals: Tensor | None
     images: Tensor
     strangers: int
+    chance: float
     accuracy: tuple[str, float] | None
 
     @classmethod
@@ -95,17 +97,19 @@ class FinishedRun:
         originals = None if truth is None else truth.images
         images = _pictures(directory / "images", places, originals)
         nearer: list[int | None] = [None] * len(table)
-        count = 0
+        count, chance = 0, 1.0
         if originals is not None and len(originals):
             strangers = strangers_of(tuple(originals.shape[1:]))
             count = len(strangers)
             found = [row for row, place in enumerate(places) if place >= 0]
             sources = [table[row]["source"] for row in found]
             known = sources if all(sources) else ()
-            for row, number in zip(found, strangers.nearer(images[found], originals[found], known), strict=True):
-                nearer[row] = int(number)
+            comparison = strangers.compare(images[found], originals[found], known)
+            chance = comparison.chance
+            for row, number in zip(found, comparison.nearer.tolist(), strict=True):
+                nearer[row] = number
         rows = [_row(row, number, truth is not None) for row, number in zip(table, nearer, strict=True)]
-        return cls(results, rows, originals, images, count, _accuracy(record))
+        return cls(results, rows, originals, images, count, chance, _accuracy(record))
 
 
 class StrangersOf:

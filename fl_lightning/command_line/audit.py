@@ -40,9 +40,7 @@ def run_audit(audit: Callable[..., Any], args: list[str], **programs: Callable[.
         settings = parser.instantiate_classes(settings)
     except ArgumentError as error:
         shown = " ".join(line.strip(" -") for line in str(error).splitlines() if line.strip())
-        raise UsageError(
-            f"{shown[:300].rstrip('.')}. `python cli.py audit --help` lists all settings."
-        ) from error
+        raise UsageError(f"{shown[:300].rstrip('.')}. `python cli.py audit --help` lists all settings.") from error
     given = {name: value for name, value in vars(settings).items() if name not in ("config", "data")}
     return audit(**programs, **given, csv=settings.data.csv)
 
