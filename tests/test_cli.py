@@ -385,8 +385,13 @@ def test_the_papers_enhancement_needs_its_model(capsys: pytest.CaptureFixture[st
 def test_a_fresh_process_knows_the_classes_that_enhancements_name(name: str) -> None:
     """Here, other tests may have imported what the command alone does not know."""
     command = [sys.executable, str(ROOT / "cli.py"), *DEMO, "--config", str(ROOT / f"configs/postprocess/{name}.yaml")]
-    printed = subprocess.run([*command, "--print_config"], check=True, capture_output=True, text=True).stdout
-    assert "class_path: attack_modules.DirectEnhancement" in printed
+    profiled = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run([*command, "--print_config"], check=True, capture_output=True, text=True, env=profiled)
+    assert "class_path: attack_modules.DirectEnhancement" in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "torch" in loaded
+    assert not loaded & {"sklearn", "skimage"}  # a second each: loaded where they are used
+    assert ("diffusers" in loaded) == (name == "direct_paper")  # which names one of its classes
 
 
 def test_federate_shows_accuracy_by_round(tmp_path: Path) -> None:

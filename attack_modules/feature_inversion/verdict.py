@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attack_modules.analytic.results import Leakage
 from attack_modules.attack import Level, Verdict
+from fl_lightning.errors import counted
 
 LEFT_OF_CORRECTION = 0.2
 """Share of a correction by simulated training that the features are still off. Measured: 0.05 to 0.16."""
@@ -100,7 +101,7 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) 
     mixed = (misfit > SINGULAR_MISFIT * misfit.median()) & (misfit > LEAST_SINGULAR)
     if mixed.any():
         levels = _unreliable(levels, mixed)
-        reasons.append(f"{int(mixed.sum())} images have features that are those of no single image")
+        reasons.append(f"{counted(int(mixed.sum()), 'image')} came out with features of no single image")
         advice.append("Where images share classes, there may be more images than were counted: `knowledge.num_images`.")
     if len(model.head) == 1:
         shared = leakage.labels.bincount()[leakage.labels] > 1
