@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.progress import track
 
@@ -16,17 +16,21 @@ from attack_modules.audit.report import Report
 from attack_modules.audit.study import NO_DEFENCE, Cell, Defence, Scenario, Study
 from attack_modules.audit.workers import CellRecord, Run, Workers, in_words, threads_each
 from attack_modules.evaluation.finished_run import StrangersOf
-from fl_lightning.errors import AuditError, SettingError
+from fl_lightning.errors import AuditError, MissingFile, SettingError
 from fl_lightning.memory import exceeds_memory
 
 Check = Callable[[list[str]], Mapping[str, Any]]
 """Arguments of a command line -> the settings that it would run with, parsed and nested; raises AuditError."""
+Changes = TypeVar("Changes", Scenario, Defence)
+IMAGES = ("csv", "root")
+"""Settings of `data` that say where images lie, the first of which that is given holds."""
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def audit(
     run: Callable[[Path], Run],
     check: Check,
+    given: dict[str, str],
     title: str,
     scenarios: list[Scenario],
     base: list[Path],
@@ -41,13 +45,13 @@ def audit(
     redact: bool = False,
     strangers: Path | None = None,
     observation: Path | None = None,
-    csv: Path | None = None,
 ) -> str:
     """Run a study and write its report.
 
     Args:
         run: the study's folder -> what runs a cell.
         check: reads the settings of a cell, without running it.
+        given: settings for all runs that the command line names, which replace those of `settings`.
         title: of the report.
         scenarios: situations in which the attack is tried, the most telling first.
         base: configurations of `fit` that all runs begin with, in the order in which they are read.
@@ -63,7 +67,6 @@ def audit(
         strangers: folder of public images, `FOLDER/<class>/<name>`, with which reconstructions are compared; null for
             crops of the photographs in scikit-image and scikit-learn.
         observation: rounds of another system to attack, as of `fit`; null for those that are simulated.
-        csv: your own images, as `data.csv` of `fit`.
 
     Returns:
         What was done, and where the report lies.
@@ -74,12 +77,13 @@ def audit(
     if workers < 1:
         raise SettingError(f"`workers` is {workers}, but at least 1 is needed.")
     seconds = None if budget is None else seconds_of(budget)
-    for path, option in ((observation, "--observation"), (csv, "--data.csv"), (strangers, "--strangers")):
-        if path is not None and not path.exists():
-            raise SettingError(f"There is no '{path}'. Correct `{option}`.")
-    places = {"observation": observation, "data.csv": csv}
-    given = {key: str(path) for key, path in places.items() if path is not None}
-    study = Study(title, scenarios, base, {**(settings or {}), **given}, defences or [NO_DEFENCE], seeds or [0, 1, 2])
+    if observation is not None and not observation.is_dir():
+        raise MissingFile(f"There is no folder '{observation}'. Correct `--observation`.")
+    common, defences = {**(settings or {}), **given}, defences or [NO_DEFENCE]
+    if observation is not None:
+        common["observation"] = str(observation)
+        scenarios, defences = _of_the_past(scenarios), _of_the_past(defences)
+    study = Study(title, scenarios, base, common, defences, seeds or [0, 1, 2])
     out = out.resolve()
     cells = study.cells()
     parsed = _checked(cells, check)
@@ -126,6 +130,22 @@ def seconds_of(budget: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
+def _of_the_past(items: list[Changes]) -> list[Changes]:
+    """Scenarios or defences that change the attack alone: the federation of rounds that were observed has happened."""
+    kept = [item for item in items if not item.configs and not any(map(_changes_federation, _keys(item)))]
+    if left_out := [item.name for item in items if item not in kept]:
+        print(f"Left out, as the observed rounds have happened: {', '.join(left_out)}.", flush=True)
+    return kept
+
+
+def _keys(item: Scenario | Defence) -> list[str]:
+    return [*item.settings, *(item.values if isinstance(item, Scenario) else ())]
+
+
+def _changes_federation(key: str) -> bool:
+    return key.startswith(("data.", "federation.")) and not key.startswith("federation.model")
+
+
 def _kind(cell: Cell) -> tuple[str, str]:
     """Cells that differ in their seed alone have the same settings."""
     return cell.scenario.name, cell.defence.name
@@ -145,6 +165,13 @@ def _checked(cells: Sequence[Cell], check: Check) -> dict[tuple[str, str], Mappi
         except AuditError as error:
             where = f"Scenario '{cell.scenario.name}', defence '{cell.defence.name}': "
             raise SettingError(where + str(error)[: 400 - len(where)]) from error
+        data = (parsed[kind].get("data") or {}).get("init_args") or {}
+        source = next(filter(None, (data.get(name) for name in IMAGES)), None)
+        if cell.federation is not None and source is not None and not Path(str(source)).exists():
+            raise MissingFile(
+                f"There are no images '{source}', which the scenario '{cell.scenario.name}' needs. Give "
+                "`--data.root FOLDER`, or `--data.csv FILE` for your own."
+            )
     return parsed
 
 

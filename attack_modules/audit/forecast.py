@@ -14,8 +14,8 @@ START = 12.0
 """Seconds that a run takes before its first step: imports, data and the federation's first round. Measured: 8 to 20."""
 PER_PIXEL = {"FeatureInversion": 1.8e-6, "GradientInversion": 4e-6}
 """Seconds of one core per step, image and pixel with LeNet5. Deeper models take some ten times as long."""
-PER_ROUND = 0.4
-"""Seconds of a federation's round of a few images with LeNet5."""
+PER_CLIENT = 0.3
+"""Seconds of one client's training in a round, of a few images with LeNet5."""
 MEMORY = 2000
 """MiB that a run of LeNet5 takes, until one was measured. Measured: 1000 to 2000 at 64 to 128 pixels."""
 
@@ -46,7 +46,7 @@ class Work:
         if attack not in PER_PIXEL or not images or not side:
             return cls(kind, None)
         rounds = federation.get("rounds") or 1
-        return cls(kind, START + PER_ROUND * rounds + PER_PIXEL[attack] * steps * images * side**2)
+        return cls(kind, START + PER_CLIENT * rounds * arguments["num_clients"] + PER_PIXEL[attack] * steps * images * side**2)
 
 
 class Forecast:

@@ -2,7 +2,6 @@
 
 from argparse import ArgumentError
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -10,6 +9,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from fl_lightning.command_line.given import UsageError
 
 PURPOSE = "Run a study of many attacks, and write one report: report.html, report.json, cells.csv."
+SECTIONS = ("data", "federation", "knowledge", "model", "postprocess", "trainer")
+"""Settings of `fit` begin with one of these; on the command line of an audit they hold for all of its runs."""
 SWITCHES = ("--dry_run", "--retry", "--redact")
 """Settings that are true where they have no value."""
 
@@ -18,8 +19,7 @@ def audit_parser(audit: Callable[..., Any]) -> ArgumentParser:
     """The command's parser: the arguments of `audit` but for the programs that it uses."""
     parser = ArgumentParser(prog="python cli.py audit", description=PURPOSE, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="The study, see configs/audit_demo.yaml.")
-    parser.add_function_arguments(audit, skip={"run", "check", "csv"}, fail_untyped=True)
-    parser.add_argument("--data.csv", type=Path | None, default=None, help="Your own images, as `data.csv` of `fit`.")
+    parser.add_function_arguments(audit, skip={"run", "check", "given"}, fail_untyped=True)
     return parser
 
 
@@ -36,13 +36,28 @@ def run_audit(audit: Callable[..., Any], args: list[str], **programs: Callable[.
     """
     parser = audit_parser(audit)
     try:
-        settings = parser.parse_args(_with_values(args))
-        settings = parser.instantiate_classes(settings)
+        own, given = _of_fit(_with_values(args))
+        settings = parser.instantiate_classes(parser.parse_args(own))
     except ArgumentError as error:
         shown = " ".join(line.strip(" -") for line in str(error).splitlines() if line.strip())
         raise UsageError(f"{shown[:300].rstrip('.')}. `python cli.py audit --help` lists all settings.") from error
-    given = {name: value for name, value in vars(settings).items() if name not in ("config", "data")}
-    return audit(**programs, **given, csv=settings.data.csv)
+    arguments = {name: value for name, value in vars(settings).items() if name != "config"}
+    return audit(**programs, given=given, **arguments)
+
+
+def _of_fit(args: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The audit's own arguments, and those of `fit` by their dotted names."""
+    own, given, words = [], {}, iter(args)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name.partition(".")[0] in SECTIONS:
+            following = value if equals else next(words, None)
+            if following is None:
+                raise UsageError(f"`{word}` has no value. Write `{word} VALUE`.")
+            given[name] = following
+        else:
+            own.append(word)
+    return own, given
 
 
 def _with_values(args: list[str]) -> list[str]:

@@ -44,7 +44,7 @@ def study(tmp_path: Path) -> Study:
 
 
 def leave_run(cell: Cell, out: Path, error: float) -> None:
-    """What a run leaves, whose reconstructions are off by noise of a standard deviation `error`; from 1 on, only noise."""
+    """What a run leaves, reconstructions off by noise of a standard deviation `error`; from 1 on they are noise."""
     record, run = Record(out / "federations" / cell.federation), cell.folder(out) / "run"
     originals = pink_noise(IMAGES, SHAPE, seed=cell.seed)
     pixels = (255 * originals).round().byte()

@@ -54,7 +54,7 @@ class Page(HTMLParser):
 def run(study: Study, made: object, out: Path, **more: object) -> str:
     arguments = {"title": study.title, "scenarios": study.scenarios, "base": study.base, "settings": study.settings}
     return audit(
-        made, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, **arguments,
+        made, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, {}, **arguments,
         defences=study.defences, seeds=study.seeds, out=out, **{"workers": 2, **more},
     )  # fmt: skip
 
@@ -170,7 +170,7 @@ def test_nothing_is_run_of_a_study_that_cannot_be_read(study: Study, fake: Calla
     for more, words in (
         ({"workers": 0}, "`workers` is 0"),
         ({"budget": "soon"}, "`budget` is 'soon'"),
-        ({"csv": tmp_path / "no.csv"}, "Correct `--data.csv`"),
+        ({"observation": tmp_path / "no"}, "Correct `--observation`"),
         ({"strangers": tmp_path}, "no images in class folders"),
     ):
         with pytest.raises(AuditError, match=words):
