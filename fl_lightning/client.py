@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.nn import functional as F
 
 from fl_lightning.data import ImageSet
 from fl_lightning.errors import SettingError, non_negative, positive
+from fl_lightning.loss import CrossEntropy
 from fl_lightning.models import ImageClassifier
 from fl_lightning.state_files import Tensors
 
@@ -29,6 +30,8 @@ class LocalTraining:
         batch_size: images in an SGD step; null for full batches, all of the client's images.
         momentum: of SGD; the velocity starts at zero in every round.
         weight_decay: of SGD.
+        label_smoothing: of the cross entropy, in [0, 1).
+        class_weights: of the cross entropy, one positive number for each class; null for none.
     """
 
     lr: float = 0.003
@@ -36,6 +39,8 @@ class LocalTraining:
     batch_size: int | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: list[float] | None = None
 
     def __post_init__(self) -> None:
         counts = self.local_epochs >= 1 and (self.batch_size is None or self.batch_size >= 1)
@@ -44,6 +49,12 @@ class LocalTraining:
                 "`federation.client` needs lr > 0, local_epochs >= 1, batch_size >= 1 or null, momentum in [0, 1) and "
                 f"weight_decay >= 0, but got {self}."
             )
+        _ = self.loss  # which refuses its own numbers
+
+    @property
+    def loss(self) -> CrossEntropy:
+        """What is minimised."""
+        return CrossEntropy(self.label_smoothing, None if self.class_weights is None else tuple(self.class_weights))
 
 
 class ClientModule(LightningModule):
@@ -72,7 +83,7 @@ class ClientModule(LightningModule):
                 f"{tuple(images.shape[1:])} ({error}). Give the clients more images (`data.images_per_client`), larger "
                 "ones (`data.image_size`), or another model."
             ) from error
-        return F.cross_entropy(logits, labels)
+        return self.training_settings.loss(logits, labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = self.training_settings
@@ -86,7 +97,7 @@ class ClientUpdate:
     """What a client sends to the server.
 
     Attributes:
-        update: parameters before minus after local training, so it points like a gradient.
+        update: parameters before minus after local training, so it points like a gradient; without frozen ones.
         buffers: the model's buffers after local training (BatchNorm's running statistics).
         num_examples: number of images that the client trained on, its weight in the aggregate.
     """
@@ -101,7 +112,8 @@ class ClientTask:
     """What one client does in one round.
 
     Attributes:
-        model: the global model `w_t` that the server sent; it is not modified.
+        model: the global model `w_t` that the server sent; it is not modified. Of its parameters, those that require
+            gradients are trained, and its frozen BatchNorm layers are in eval mode.
         images: the client's private images.
         seed: of the order of mini-batches and of random layers.
     """
@@ -132,7 +144,7 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
     del trainer
     gc.collect()  # a Trainer refers to itself, and would keep every client's model until the next collection
     return ClientUpdate(
-        update={name: before - after[name] for name, before in parameters(task.model).items()},
+        update={name: before - after[name] for name, before in trained_parameters(task.model).items()},
         buffers=buffers(model),
         num_examples=len(task.images),
     )
@@ -141,6 +153,11 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
 def parameters(model: torch.nn.Module) -> Tensors:
     """The model's parameters by name, detached."""
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def trained_parameters(model: torch.nn.Module) -> Tensors:
+    """The model's parameters that are not frozen, by name, detached."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
 def buffers(model: torch.nn.Module) -> Tensors:
@@ -168,13 +185,15 @@ def silent_trainer(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Lightning's notes on hardware and loggers, which every client would repeat."""
+    """Silence Lightning's notes on hardware, loggers and frozen layers, which every client would repeat."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -18,10 +18,13 @@ from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors
 from fl_lightning.data import FederatedData
 from fl_lightning.engines import Engine, InProcess
 from fl_lightning.errors import SettingError, positive
-from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5
+from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trainable
+from fl_lightning.models.freezing import freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
 from fl_lightning.record import Record
 from fl_lightning.seeds import seed_of
+from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
+from fl_lightning.state_files import content_of, fitted, read_state
 from fl_lightning.storage import has_record, load_checkpoint, save_checkpoint
 from fl_lightning.truth import Truth
 
@@ -39,11 +42,16 @@ class Federation:
         clients_per_round: clients sampled in each round, of those with images and the observer; null for all of them.
             An observer without images that is sampled receives the models, and sends nothing.
         server_lr: learning rate of the server's step `w_{t+1} = w_t - server_lr * u`, `u` the mean update.
+        server: optimiser of the server, which makes another step of `u`; null for FedAvg. The adaptive ones need a
+            server_lr of 0.1 or less.
         share_buffers: whether BatchNorm's running statistics are averaged with the model, or stay with each client.
         broadcast: who receives the models before and after a round, and so can observe it. `participants`: the clients
             sampled in it, as in FedAvg's paper and where a server talks to the sampled devices alone. `all`: every
             client, as with Flower, whose server by default has all clients evaluate every round's model.
         observed_rounds: rounds, from 0, that are written to the record; null for the last that can be observed.
+        initial_weights: a file of the weights to begin from, as `observe` reads them; null for new ones of the seed.
+        trainable: what clients train: `all` parameters, those of the `head`, or a list of names of layers or patterns
+            of parameter names (`features.6`, `*.bias`). The rest is frozen, its BatchNorm in eval mode; it is not sent.
         engine: where clients run.
         accelerator: what clients train on (`cpu`, `gpu`, `auto`).
         seed: of the model's initial weights, the sampling of clients and the order of mini-batches; null for
@@ -57,9 +65,12 @@ class Federation:
         rounds: int = 1,
         clients_per_round: int | None = None,
         server_lr: float = 1.0,
+        server: ServerOptimizer | None = None,
         share_buffers: bool = True,
         broadcast: Literal["participants", "all"] = "participants",
         observed_rounds: list[int] | None = None,
+        initial_weights: Path | None = None,
+        trainable: Trainable = "all",
         engine: Engine | None = None,
         accelerator: str = "cpu",
         seed: int | None = None,
@@ -75,10 +86,13 @@ class Federation:
                 "Name rounds among them, or null for the last, or raise `federation.rounds`."
             )
         self.model = model
+        self.initial_weights = initial_weights
+        self.trainable = trainable
         self.client = client
         self.rounds = rounds
         self.clients_per_round = clients_per_round
         self.server_lr = server_lr
+        self.server = server or FedAvg()
         self.share_buffers = share_buffers
         self.broadcast = broadcast
         self.observed_rounds = None if observed_rounds is None else sorted(set(observed_rounds))
@@ -87,10 +101,19 @@ class Federation:
         self.seed = seed or 0
 
     def initial_model(self, data: FederatedData) -> ImageClassifier:
-        """The global model `w_0` for this data (after `data.setup()`)."""
+        """The global model `w_0` for this data (after `data.setup()`).
+
+        Raises:
+            StateError: `initial_weights` cannot be read or are of another model.
+            SettingError: `trainable` names no parameter.
+        """
         with isolate_rng():
             torch.manual_seed(self.seed)
-            return self.model(data.num_classes, data.image_shape)
+            model = self.model(data.num_classes, data.image_shape)
+        if path := self.initial_weights:
+            source = f"`federation.initial_weights` '{path}'"
+            model.load_state_dict(fitted(read_state(path), model.state_dict(), source))
+        return freeze(model, frozen_names(model, self.trainable))
 
     def settings(self, data: FederatedData) -> dict[str, Any]:
         """Everything that determines the federation's course and what is observed of it, as plain JSON types.
@@ -98,7 +121,9 @@ class Federation:
         `broadcast` is not among it: it only says which rounds may be observed.
 
         Raises:
-            SettingError: a round cannot be observed, or there is one class only.
+            SettingError: a round cannot be observed, there is one class only, `trainable` names no parameter, or
+                class weights are not as many as classes.
+            MissingFile: there are no `initial_weights`.
         """
         data.setup()
         if data.num_classes < 2:
@@ -106,13 +131,22 @@ class Federation:
                 f"All images are of one class, '{data.class_names[0]}', so training changes nothing and nothing leaks. "
                 "Add images of other classes, or set `data.num_classes` to 2 or more."
             )
-        model = describe_model(on_meta(lambda: self.model(data.num_classes, data.image_shape)))
+        weights = self.client.class_weights
+        if weights is not None and len(weights) != data.num_classes:
+            raise SettingError(
+                f"`federation.client.class_weights` has {len(weights)} numbers, but there are {data.num_classes} "
+                "classes. Give one for each."
+            )
+        model = on_meta(lambda: self.model(data.num_classes, data.image_shape))
         return {
-            "model": model,
+            "model": describe_model(model),
+            "initial_weights": None if self.initial_weights is None else content_of(self.initial_weights),
+            "frozen": sorted(frozen_names(model, self.trainable)),
             "client": asdict(self.client),
             "rounds": self.rounds,
             "clients_per_round": self.clients_per_round,
             "server_lr": self.server_lr,
+            "server": self.server.describe(),
             "share_buffers": self.share_buffers,
             "observed_rounds": self.rounds_to_observe(data),
             "seed": self.seed,
@@ -143,14 +177,14 @@ class Federation:
             StorageError: the disk is full, or the directory is not writable.
         """
         settings = json.loads(json.dumps(self.settings(data)))
-        record = Record(directory)
+        record, recorded = Record(directory), self.rounds_to_record(data)
         if record.settings.exists():
             record.claim(settings)
-            if self._is_complete(record, settings["observed_rounds"]):
+            if self._is_complete(record, settings["observed_rounds"], recorded):
                 return  # without a lock, for which the folder would have to be writable
         with record.locked():
             record.claim(settings)
-            if self._is_complete(record, settings["observed_rounds"]):
+            if self._is_complete(record, settings["observed_rounds"], recorded):
                 return
             try:
                 self._run(data, record, settings["observed_rounds"])
@@ -158,10 +192,11 @@ class Federation:
                 print("Interrupted. Finished rounds are kept, and the same command goes on after them.", flush=True)
                 raise KeyboardInterrupt from None
 
-    def _is_complete(self, record: Record, observed: list[int]) -> bool:
+    def _is_complete(self, record: Record, observed: list[int], recorded: list[int]) -> bool:
         if not record.checkpoint.exists() or load_checkpoint(record.checkpoint)["rounds_done"] < self.rounds:
             return False
-        return all(has_record(stem) for r in observed for stem in (record.observation(r), record.truth(r)))
+        stems = [*map(record.observation, recorded), *map(record.truth, observed)]
+        return all(map(has_record, stems))
 
     def _run(self, data: FederatedData, record: Record, observed: list[int]) -> None:
         for round_ in observed:
@@ -169,28 +204,39 @@ class Federation:
                 self.truth(round_, data).save(record.truth(round_))
         model = self.initial_model(data)
         kept_buffers: dict[str, Tensors] = {}  # by client, where they are not shared
+        memory: dict[str, Tensors] = {}  # of the server's optimiser, by parameter
+        recorded = self.rounds_to_record(data)
         start = 0
         if record.checkpoint.exists():
             state = load_checkpoint(record.checkpoint)
-            lost = [r for r in observed if r < state["rounds_done"] and not has_record(record.observation(r))]
+            lost = [r for r in recorded if r < state["rounds_done"] and not has_record(record.observation(r))]
             if lost:
                 print(
                     f"'{record.directory}' lacks observed round {_listed(lost)}: all rounds are run again.", flush=True
                 )
             else:
                 model.load_state_dict(state["model"])
-                start, kept_buffers = state["rounds_done"], state["kept_buffers"]
+                start, kept_buffers, memory = (
+                    state["rounds_done"],
+                    state["kept_buffers"],
+                    state.get("server_memory", {}),
+                )
         _ = data.test_set  # one that cannot be read is refused before the rounds, not after the first
         logger = TensorBoardLogger(record.directory, name="", version="tensorboard")
         with Progress() as progress:
             task = progress.add_task("Federation, rounds", total=self.rounds, completed=start)
             for round_ in range(start, self.rounds):
-                model, observation = self._round(round_, model, data, kept_buffers)
-                if round_ in observed:
+                model, observation = self._round(round_, model, data, kept_buffers, memory)
+                if round_ in recorded:
                     observation.save(record.observation(round_))
                 save_checkpoint(
                     record.checkpoint,
-                    {"rounds_done": round_ + 1, "model": model.state_dict(), "kept_buffers": kept_buffers},
+                    {
+                        "rounds_done": round_ + 1,
+                        "model": model.state_dict(),
+                        "kept_buffers": kept_buffers,
+                        "server_memory": memory,
+                    },
                 )
                 scores = self._evaluate(model, data)
                 logger.log_metrics(scores, step=round_ + 1)
@@ -207,6 +253,7 @@ class Federation:
         model: ImageClassifier,
         data: FederatedData,
         kept_buffers: dict[str, Tensors],
+        memory: dict[str, Tensors],
     ) -> tuple[ImageClassifier, Observation]:
         """The next global model, and what the observer sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -230,7 +277,7 @@ class Federation:
         if not training:  # only an observer without images was sampled
             return model, Observation(round_, before, before, {}, 0.0, describe_model(model))
         mean = aggregate(updates())
-        parameters_after = server_step(parameters(model), mean.update, self.server_lr)
+        parameters_after = server_step(parameters(model), mean.update, self.server_lr, self.server, memory, round_)
         model.load_state_dict({**before, **parameters_after, **(mean.buffers if self.share_buffers else {})})
         return model, Observation(
             round=round_,
@@ -284,6 +331,12 @@ class Federation:
             "or set `federation.broadcast: all` if your system sends every round's model to all clients."
         )
 
+    def rounds_to_record(self, data: FederatedData) -> list[int]:
+        """The observed rounds, and earlier ones that tell what the server's optimiser kept, if they are received."""
+        observed = self.rounds_to_observe(data)
+        needed = {earlier for round_ in observed for earlier in self.server.needed(round_)}
+        return sorted({*observed, *(round_ for round_ in needed if self._reaches_observer(round_, data))})
+
     def truth(self, round_: int, data: FederatedData) -> Truth:
         """The ground truth of a round, which is known before the round is run.
 
@@ -303,6 +356,7 @@ class Federation:
             clients=torch.cat([torch.full((len(images),), peer) for peer, images in zip(peers, sets, strict=True)]),
             training=self.client,
             server_lr=self.server_lr,
+            server=self.server,
             class_names=data.class_names,
             imagenet_labels=data.imagenet_labels,
             sources=[source for images in sets for source in images.sources],
@@ -315,10 +369,11 @@ class Federation:
             split, sets = "train", [images for images in data.clients if len(images)]
         else:
             split, sets = "test", [data.test_set]
+        trained = [module for module in model.modules() if module.training]  # frozen BatchNorm is not
         model.eval()
-        for module in model.modules():  # statistics that are not shared are not the global model's: use the batch's
+        for module in trained:  # statistics that are not shared are not the global model's: use the batch's
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not self.share_buffers:
-                module.train()
+                module.training = True
         state = {name: tensor.clone() for name, tensor in buffers(model).items()}
         loss, correct, total = 0.0, 0, 0
         for images, labels in (batch for held in sets for batch in held.dataloader(256)):
@@ -327,7 +382,8 @@ class Federation:
             correct += int((logits.argmax(1) == labels).sum())
             total += len(labels)
         model.load_state_dict(state, strict=False)
-        model.train()
+        for module in trained:
+            module.training = True
         return {f"{split}_loss": loss / total, f"{split}_accuracy": correct / total}
 
 

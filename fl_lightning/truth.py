@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fl_lightning.client import LocalTraining
+from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 from fl_lightning.storage import load_record, save_record
 
 VERSION = 1
@@ -24,6 +25,7 @@ class Truth:
         clients: (M,) long, the peer that holds each image.
         training: the peers' local training.
         server_lr: the server's learning rate.
+        server: its optimiser.
         class_names: names of the classes.
         imagenet_labels: whether labels are the standard ImageNet class index.
         sources: where each image came from, a path or a name; empty in records of earlier versions.
@@ -37,6 +39,7 @@ class Truth:
     class_names: list[str]
     imagenet_labels: bool
     sources: list[str] = field(default_factory=list)
+    server: ServerOptimizer = field(default_factory=FedAvg)
 
     @property
     def images(self) -> Tensor:
@@ -72,6 +75,7 @@ class Truth:
             "version": VERSION,
             "training": asdict(self.training),
             "server_lr": self.server_lr,
+            "server": self.server.describe(),
             "class_names": self.class_names,
             "imagenet_labels": self.imagenet_labels,
             "sources": self.sources,
@@ -93,4 +97,5 @@ class Truth:
             class_names=facts["class_names"],
             imagenet_labels=facts["imagenet_labels"],
             sources=facts.get("sources", []),
+            server=ServerOptimizer.restored(facts["server"]) if "server" in facts else FedAvg(),
         )

@@ -11,6 +11,7 @@ from jsonargparse import SUPPRESS, ArgumentParser
 import attack_modules
 import fl_lightning.data
 import fl_lightning.models
+import fl_lightning.server_optimizers
 from attack_modules.diffusion.trained.class_conditional import ClassConditionalDiffusion, SmallConditional
 from attack_modules.diffusion.trained.photo_crops import PhotoCrops
 from attack_modules.diffusion.trained.photo_prior import DiffusionPrior
@@ -38,7 +39,14 @@ later ones win. `--print_config` shows the result, and every run saves it as `co
 """
 
 SECTIONS = {
-    "`federation`: the federation that is simulated": [("federation", Federation)],
+    "`federation`: the federation that is simulated": [
+        ("federation", Federation),
+        ("federation.server", fl_lightning.server_optimizers.FedAvg),
+        ("federation.server", fl_lightning.server_optimizers.FedAvgM),
+        ("federation.server", fl_lightning.server_optimizers.FedAdam),
+        ("federation.server", fl_lightning.server_optimizers.FlowerFedAdam),
+        ("federation.server", fl_lightning.server_optimizers.FedYogi),
+    ],
     "`knowledge`: what the attacker is told": [("knowledge", Knowledge)],
     "`data`: the clients' images": [
         ("data", FederatedData),

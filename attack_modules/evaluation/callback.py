@@ -33,6 +33,7 @@ from attack_modules.evaluation.run_directory import (
     remove_if_without_results,
 )
 from attack_modules.panels import save_images
+from fl_lightning.record import describe
 from fl_lightning.storage import atomic_path, has_record, unlock, write_json, write_text
 from fl_lightning.truth import Truth
 
@@ -289,7 +290,7 @@ class Evaluation(Callback):
             "seconds": round(self.seconds, 3),
             "peak_memory_mb": memory,
             "knowledge": assumptions.sources,
-            "assumed": {name: value for name, value in vars(assumptions).items() if name not in private},
+            "assumed": {name: describe(value) for name, value in vars(assumptions).items() if name not in private},
             "observed_rounds": [seen.observation.round for seen in rounds],
             "observation": str(trainer.datamodule.record.directory),
             "postprocess": ", ".join(type(made).__name__ for made in postprocessing.enhancers.values()) or "none",

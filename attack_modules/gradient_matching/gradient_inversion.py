@@ -196,7 +196,7 @@ class GradientInversion(Attack):
         """() `|simulated - observed| / |observed|` over all layers, whatever the objective weighs."""
         images = images.detach().to(self.device).clone(memory_format=torch.channels_last)
         simulated = self.whole.mean_update(images, labels.to(self.device).clone())
-        return SquaredL2()(simulated, self.observed).sqrt().detach()
+        return SquaredL2()(simulated, {name: self.observed[name] for name in simulated}).sqrt().detach()
 
     def decode(self, latent: Tensor) -> Tensor:
         """(N, C, h, w) latent -> (N, C, h * latent_downscale, w * latent_downscale) images."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 
 from fl_lightning.client import Tensors
 from fl_lightning.data.partition import even_sizes
+from fl_lightning.loss import CrossEntropy
+from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 
 
 def half_way(steps: int) -> float:
@@ -25,8 +27,11 @@ class Assumptions:
         local_epochs: the peers' passes over their images in a round.
         batch_size: the peers' mini-batch size; None for full batches.
         server_lr: the server's learning rate.
+        server: the server's optimiser.
         momentum: of the peers' SGD.
         weight_decay: of the peers' SGD.
+        label_smoothing: of the peers' cross entropy.
+        class_weights: of the peers' cross entropy, one for each class; None for none.
         num_clients: peers in the aggregate; None if unknown.
         num_images: images in the aggregate; None if it must be inferred.
         labels: one label an image, ordered by peer if labels are told, sorted if only their counts are; None if they
@@ -40,8 +45,11 @@ class Assumptions:
     local_epochs: int
     batch_size: int | None = None
     server_lr: float = 1.0
+    server: ServerOptimizer = field(default_factory=FedAvg)
     momentum: float = 0.0
     weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: list[float] | None = None
     num_clients: int | None = None
     num_images: int | None = None
     labels: list[int] | None = None
@@ -51,8 +59,13 @@ class Assumptions:
     def __post_init__(self) -> None:
         for item in fields(self):  # where nobody says otherwise, what is here is a guess
             if item.name not in ("client_sizes", "sources"):
-                guessed = getattr(self, item.name) is not None or item.name == "batch_size"
+                guessed = getattr(self, item.name) is not None or item.name in ("batch_size", "class_weights")
                 self.sources.setdefault(item.name, "guessed" if guessed else "inferred")
+
+    @property
+    def loss(self) -> CrossEntropy:
+        """What the peers minimise."""
+        return CrossEntropy(self.label_smoothing, None if self.class_weights is None else tuple(self.class_weights))
 
     @property
     def local_steps(self) -> int:

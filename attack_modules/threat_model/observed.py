@@ -1,6 +1,7 @@
 """The data of an attack: the rounds that the attacker observed, with what it assumes of them."""
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,38 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from attack_modules.threat_model.assumptions import Assumptions
-from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.knowledge import Knowledge, KnowledgeError
 from fl_lightning.client import Tensors
 from fl_lightning.data import FederatedData
 from fl_lightning.federation import Federation
 from fl_lightning.models import ImageClassifier, ImageShape
+from fl_lightning.models.freezing import freeze
 from fl_lightning.observation import Observation, build_on_meta
 from fl_lightning.record import Record, RecordError, fingerprint
+from fl_lightning.server_optimizers import ServerOptimizer
 from fl_lightning.storage import has_record
 from fl_lightning.truth import Truth
+
+
+def refuse_unknown_rounds(server: ServerOptimizer, round_: int, known: Collection[int]) -> None:
+    """Refuse a round whose server's optimiser kept something of rounds that were not observed.
+
+    Args:
+        server: its optimiser, as the attacker takes it to be.
+        round_: number of the round.
+        known: numbers of the other observed rounds.
+
+    Raises:
+        KnowledgeError: with the rounds that are missing.
+    """
+    if missing := [number for number in server.needed(round_) if number not in known]:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise KnowledgeError(
+            f"The server's {type(server).__name__} keeps something of earlier rounds, so round {round_} tells the mean "
+            f"update only with round {shown}, which the attacker did not observe. Observe the first round, or all "
+            "rounds (`federation.broadcast: all` or more `clients_per_round`), or set `knowledge.server: FedAvg`."
+        )
+
 
 RECORDS = Path("runs/federations")
 """Where records lie that are not given a directory: one folder for each fingerprint of the settings."""
@@ -29,18 +53,29 @@ class ObservedRound:
     Attributes:
         observation: what crossed the wire.
         assumptions: what the attacker takes the peers' training and data to be.
+        earlier: what crossed the wire before, oldest first, where it tells what the server's optimiser kept.
     """
 
     observation: Observation
     assumptions: Assumptions
+    earlier: Sequence[Observation] = ()
 
     def aggregated_update(self) -> Tensors:
-        """The weighted mean of all clients' updates, the attacker's own included, by parameter name."""
-        return self.observation.aggregated_update(self.assumptions.server_lr)
+        """The weighted mean of all clients' updates, the attacker's own included, by parameter name.
+
+        Raises:
+            KnowledgeError: the server's optimiser cannot be undone, since a round before was not observed.
+        """
+        rate, server, round_ = self.assumptions.server_lr, self.assumptions.server, self.observation.round
+        known = {seen.round: seen for seen in self.earlier}
+        refuse_unknown_rounds(server, round_, known)
+        rounds = [*(known[number] for number in server.needed(round_)), self.observation]
+        steps = [seen.aggregated_update(rate) for seen in rounds]
+        return {name: server.undo([step.pop(name) for step in steps], round_) for name in list(steps[0])}
 
     def peers_update(self) -> Tensors:
-        """The weighted mean of the peers' updates, by parameter name."""
-        return self.observation.peers_update(self.assumptions.server_lr)
+        """The weighted mean of the peers' updates, by parameter name; raises as `aggregated_update`."""
+        return self.observation.without_own(self.aggregated_update())
 
     def without_weight_decay(self, update: Tensors) -> Tensors:
         """The part of an update that the loss's gradients caused."""
@@ -52,7 +87,7 @@ class RoundsSummary:
     """What is known of the observed rounds without their tensors, and even before they are simulated.
 
     Attributes:
-        model: the architecture of the global model, on the meta device.
+        model: the architecture of the global model, on the meta device; what the peers did not train is frozen.
         image_shape: (C, H, W) of an image.
         assumptions: of each observed round, oldest first.
         dataset: class name of the simulated clients' dataset; None for a user's own images and foreign rounds.
@@ -66,14 +101,21 @@ class RoundsSummary:
     @classmethod
     def of(cls, rounds: Sequence[ObservedRound], dataset: str | None = None) -> "RoundsSummary":
         """Of rounds that are in memory."""
-        return cls.of_model(rounds[0].observation.model, [seen.assumptions for seen in rounds], dataset)
+        frozen = frozenset.intersection(*(seen.observation.unchanged for seen in rounds))
+        description, assumptions = rounds[0].observation.model, [seen.assumptions for seen in rounds]
+        return cls.of_model(description, assumptions, dataset, frozen)
 
     @classmethod
     def of_model(
-        cls, description: dict[str, Any], assumptions: Sequence[Assumptions], dataset: str | None = None
+        cls,
+        description: dict[str, Any],
+        assumptions: Sequence[Assumptions],
+        dataset: str | None = None,
+        frozen: Collection[str] = (),
     ) -> "RoundsSummary":
-        """Of rounds of a model that is described by `class_path` and `init_args`."""
-        return cls(build_on_meta(description), tuple(description["init_args"]["image_shape"]), assumptions, dataset)
+        """Of rounds of a model that is described by `class_path` and `init_args`, without training what is `frozen`."""
+        model = freeze(copy.deepcopy(build_on_meta(description)), frozen)
+        return cls(model, tuple(description["init_args"]["image_shape"]), assumptions, dataset)
 
 
 class GivenRounds(LightningDataModule):
@@ -148,7 +190,11 @@ class ObservedRounds(GivenRounds):
         federation, data = self._source
         truths = [federation.truth(round_, data) for round_ in federation.rounds_to_observe(data)]
         assumptions = [self.knowledge.assumptions(truth) for truth in truths]
-        return RoundsSummary.of_model(federation.settings(data)["model"], assumptions, self._dataset)
+        recorded, seen = federation.rounds_to_record(data), federation.rounds_to_observe(data)
+        for round_, assumed in zip(seen, assumptions, strict=True):
+            refuse_unknown_rounds(assumed.server, round_, recorded)
+        settings = federation.settings(data)
+        return RoundsSummary.of_model(settings["model"], assumptions, self._dataset, settings["frozen"])
 
     def prepare_data(self) -> None:
         """Simulate the rounds that are missing on disk."""
@@ -181,10 +227,13 @@ class ObservedRounds(GivenRounds):
                 f"'{record.directory}' lacks observed round {', '.join(map(str, missing))}. Run `python cli.py "
                 "federate` with the same settings, which simulates what is missing, or call `prepare_data` first."
             )
-        self.rounds = [
-            ObservedRound(Observation.load(record.observation(round_)), self.knowledge.assumptions(self._truth(round_)))
-            for round_ in wanted
-        ]
+        self.rounds = [self._observed(round_) for round_ in wanted]
+
+    def _observed(self, round_: int) -> ObservedRound:
+        assumptions, there = self.knowledge.assumptions(self._truth(round_)), self.record.observed_rounds
+        needed = [number for number in assumptions.server.needed(round_) if number in there]
+        seen, *earlier = (Observation.load(self.record.observation(number)) for number in (round_, *needed))
+        return ObservedRound(seen, assumptions, earlier)
 
     def _truth(self, round_: int) -> Truth | None:
         stem = self.record.truth(round_)
