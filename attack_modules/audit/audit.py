@@ -139,7 +139,7 @@ def _of_the_past(items: list[Changes]) -> list[Changes]:
 
 
 def _keys(item: Scenario | Defence) -> list[str]:
-    return [*item.settings, *(item.values if isinstance(item, Scenario) else ())]
+    return [*item.settings, *(item.grid if isinstance(item, Scenario) else ())]
 
 
 def _changes_federation(key: str) -> bool:
@@ -157,7 +157,9 @@ def _checked(cells: Sequence[Cell], check: Check) -> dict[tuple[str, str], Mappi
     Raises:
         SettingError: those of one cannot be read; it names the scenario and the defence.
     """
-    first = {_kind(cell): cell for cell in reversed(cells)}
+    first: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        first.setdefault(_kind(cell), cell)
     parsed = {}
     for kind, cell in track(list(first.items()), "Reading settings", transient=True):
         try:

@@ -46,7 +46,9 @@ class Work:
         if attack not in PER_PIXEL or not images or not side:
             return cls(kind, None)
         rounds = federation.get("rounds") or 1
-        return cls(kind, START + PER_CLIENT * rounds * arguments["num_clients"] + PER_PIXEL[attack] * steps * images * side**2)
+        return cls(
+            kind, START + PER_CLIENT * rounds * arguments["num_clients"] + PER_PIXEL[attack] * steps * images * side**2
+        )
 
 
 class Forecast:

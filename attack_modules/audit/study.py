@@ -31,7 +31,7 @@ class Scenario:
         name: in the report, at most 60 characters.
         about: what it is, for a reader who does not know the settings.
         settings: by dotted name, as on the command line of `fit`: `federation.client.lr: 0.01`.
-        values: dotted name -> list of values, each of which makes a scenario of its own.
+        grid: dotted name -> list of values, each combination of which makes a scenario of its own.
         base: configurations in place of the study's.
         configs: configurations on top of these.
         seat: who looks, in words.
@@ -41,7 +41,7 @@ class Scenario:
     name: str
     about: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-    values: dict[str, list[Any]] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
     base: list[Path] | None = None
     configs: list[Path] = field(default_factory=list)
     seat: str = "one of the clients, honest but curious"
@@ -184,14 +184,14 @@ class Study:
                 raise MissingFile(f"There is no configuration '{path}'. Correct `base` or `configs`, which name files.")
 
     def expanded(self) -> list[Scenario]:
-        """The scenarios, one for each combination of `values`."""
+        """The scenarios, one for each combination of its `grid`."""
         found = []
         for scenario in self.scenarios:
-            for chosen in itertools.product(*scenario.values.values()):
-                picked = dict(zip(scenario.values, chosen, strict=True))
+            for chosen in itertools.product(*scenario.grid.values()):
+                picked = dict(zip(scenario.grid, chosen, strict=True))
                 shown = ", ".join(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in picked.items())
                 name = f"{scenario.name}: {shown}" if picked else scenario.name
-                found.append(replace(scenario, name=name, settings={**scenario.settings, **picked}, values={}))
+                found.append(replace(scenario, name=name, settings={**scenario.settings, **picked}, grid={}))
         return found
 
     def cells(self) -> list[Cell]:

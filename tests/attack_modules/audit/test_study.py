@@ -26,8 +26,8 @@ def test_cells_come_with_the_first_seed_first_and_share_federations(study: Study
 
 def test_values_make_scenarios_and_settings_are_written_as_on_the_command_line(study: Study) -> None:
     partition = {"class_path": "Dirichlet", "init_args": {"alpha": 0.5}}
-    values = {"federation.client.lr": [0.01, 0.1], "federation.client.batch_size": [None, 4]}
-    scenario = Scenario("rates", settings={"data.partition": partition}, values=values, defences=["none"])
+    grid = {"federation.client.lr": [0.01, 0.1], "federation.client.batch_size": [None, 4]}
+    scenario = Scenario("rates", settings={"data.partition": partition}, grid=grid, defences=["none"])
     cells = replace(study, scenarios=[scenario], seeds=[7]).cells()
     assert [c.scenario.name for c in cells] == [
         "rates: lr 0.01, batch_size null", "rates: lr 0.01, batch_size 4",

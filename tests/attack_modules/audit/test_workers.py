@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(study: Study, tmp_path: P
 
 
 def test_the_overhead_of_a_cell_is_small(study: Study, tmp_path: Path) -> None:
-    many = Scenario("many", values={"knowledge.num_images": list(range(100))}, defences=["none"])
+    many = Scenario("many", grid={"knowledge.num_images": list(range(100))}, defences=["none"])
     study = replace(study, scenarios=[many], seeds=[0])
     began = time.monotonic()
     assert all(work(study, tmp_path, lambda cell, folder, threads: (0, "")))
