@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fl_lightning.aggregation import aggregate, server_step
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, buffers, parameters
 from fl_lightning.data import FederatedData
+from fl_lightning.defenses import ServerDefense, describe_defenses, memory_of, occasions
 from fl_lightning.engines import Engine, InProcess
 from fl_lightning.errors import SettingError, positive
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trainable
@@ -27,6 +28,9 @@ from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 from fl_lightning.state_files import content_of, fitted, read_state
 from fl_lightning.storage import has_record, load_checkpoint, save_checkpoint
 from fl_lightning.truth import Truth
+
+SERVER = "server"
+"""Where the memory of the server's defences is kept, among those of the clients, which go by numbers."""
 
 
 class Federation:
@@ -41,6 +45,8 @@ class Federation:
         rounds: number of communication rounds.
         clients_per_round: clients sampled in each round, of those with images and the observer; null for all of them.
             An observer without images that is sampled receives the models, and sends nothing.
+        server_defenses: what the server does to the updates that arrive, or to their mean; `client.defenses` are the
+            clients'.
         server_lr: learning rate of the server's step `w_{t+1} = w_t - server_lr * u`, `u` the mean update.
         server: optimiser of the server, which makes another step of `u`; null for FedAvg. The adaptive ones need a
             server_lr of 0.1 or less.
@@ -64,6 +70,7 @@ class Federation:
         client: LocalTraining = LocalTraining(),  # noqa: B008 - frozen
         rounds: int = 1,
         clients_per_round: int | None = None,
+        server_defenses: list[ServerDefense] | None = None,
         server_lr: float = 1.0,
         server: ServerOptimizer | None = None,
         share_buffers: bool = True,
@@ -91,6 +98,7 @@ class Federation:
         self.client = client
         self.rounds = rounds
         self.clients_per_round = clients_per_round
+        self.server_defenses = server_defenses or []
         self.server_lr = server_lr
         self.server = server or FedAvg()
         self.share_buffers = share_buffers
@@ -142,11 +150,12 @@ class Federation:
             "model": describe_model(model),
             "initial_weights": None if self.initial_weights is None else content_of(self.initial_weights),
             "frozen": sorted(frozen_names(model, self.trainable)),
-            "client": asdict(self.client),
+            "client": self.client.describe(),
             "rounds": self.rounds,
             "clients_per_round": self.clients_per_round,
             "server_lr": self.server_lr,
             "server": self.server.describe(),
+            "server_defenses": describe_defenses(self.server_defenses),
             "share_buffers": self.share_buffers,
             "observed_rounds": self.rounds_to_observe(data),
             "seed": self.seed,
@@ -205,6 +214,7 @@ class Federation:
         model = self.initial_model(data)
         kept_buffers: dict[str, Tensors] = {}  # by client, where they are not shared
         memory: dict[str, Tensors] = {}  # of the server's optimiser, by parameter
+        kept_memory: dict[str, Tensors] = {}  # of defences, by client
         recorded = self.rounds_to_record(data)
         start = 0
         if record.checkpoint.exists():
@@ -216,17 +226,14 @@ class Federation:
                 )
             else:
                 model.load_state_dict(state["model"])
-                start, kept_buffers, memory = (
-                    state["rounds_done"],
-                    state["kept_buffers"],
-                    state.get("server_memory", {}),
-                )
+                start, kept_buffers = state["rounds_done"], state["kept_buffers"]
+                memory, kept_memory = state.get("server_memory", {}), state.get("kept_memory", {})
         _ = data.test_set  # one that cannot be read is refused before the rounds, not after the first
         logger = TensorBoardLogger(record.directory, name="", version="tensorboard")
         with Progress() as progress:
             task = progress.add_task("Federation, rounds", total=self.rounds, completed=start)
             for round_ in range(start, self.rounds):
-                model, observation = self._round(round_, model, data, kept_buffers, memory)
+                model, observation = self._round(round_, model, data, kept_buffers, memory, kept_memory)
                 if round_ in recorded:
                     observation.save(record.observation(round_))
                 save_checkpoint(
@@ -236,6 +243,7 @@ class Federation:
                         "model": model.state_dict(),
                         "kept_buffers": kept_buffers,
                         "server_memory": memory,
+                        "kept_memory": kept_memory,
                     },
                 )
                 scores = self._evaluate(model, data)
@@ -254,22 +262,31 @@ class Federation:
         data: FederatedData,
         kept_buffers: dict[str, Tensors],
         memory: dict[str, Tensors],
+        kept_memory: dict[str, Tensors],
     ) -> tuple[ImageClassifier, Observation]:
         """The next global model, and what the observer sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         training = [client for client in self._sample(round_, data) if len(data.clients[client])]
+        seed = seed_of(self.seed, round_)
+        at_server = occasions(self.server_defenses, parameters(model), seed, kept_memory.get(SERVER, {}))
         own = None
 
         def tasks() -> Iterator[ClientTask]:
             for client in training:
                 model.load_state_dict(kept_buffers.get(str(client), {}), strict=False)
-                yield ClientTask(model, data.clients[client], seed_of(self.seed, round_, client))
+                memory = kept_memory.get(str(client), {})
+                yield ClientTask(model, data.clients[client], seed_of(self.seed, round_, client), memory)
 
         def updates() -> Iterator[ClientUpdate]:
             nonlocal own
             for client, result in zip(training, self.engine.train(tasks(), self.client, self.accelerator), strict=True):
                 if not self.share_buffers:
                     kept_buffers[str(client)] = result.buffers
+                if result.memory:
+                    kept_memory[str(client)] = result.memory
+                for defense, occasion in at_server:
+                    arrived = defense.on_arrival(result.update, result.num_examples, occasion)
+                    result = replace(result, update=arrived)
                 if client == data.attacker:
                     own = result
                 yield result
@@ -277,7 +294,12 @@ class Federation:
         if not training:  # only an observer without images was sampled
             return model, Observation(round_, before, before, {}, 0.0, describe_model(model))
         mean = aggregate(updates())
-        parameters_after = server_step(parameters(model), mean.update, self.server_lr, self.server, memory, round_)
+        update = mean.update
+        for defense, occasion in at_server:
+            update = defense.on_mean(update, occasion)
+        if self.server_defenses:
+            kept_memory[SERVER] = memory_of(at_server)
+        parameters_after = server_step(parameters(model), update, self.server_lr, self.server, memory, round_)
         model.load_state_dict({**before, **parameters_after, **(mean.buffers if self.share_buffers else {})})
         return model, Observation(
             round=round_,
@@ -357,6 +379,7 @@ class Federation:
             training=self.client,
             server_lr=self.server_lr,
             server=self.server,
+            server_defenses=self.server_defenses,
             class_names=data.class_names,
             imagenet_labels=data.imagenet_labels,
             sources=[source for images in sets for source in images.sources],

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fl_lightning.errors import AuditError
+from fl_lightning.server_optimizers import FedAvg
 from fl_lightning.storage import locked, read_json, write_json
+
+NEW = {"initial_weights": None, "frozen": [], "server": FedAvg().describe(), "server_defenses": []}
+"""Settings that older records do not speak of, and what they mean by that."""
+NEW_OF_CLIENTS = {"optimizer": "SGD", "label_smoothing": 0.0, "class_weights": None, "defenses": []}
+"""The same of `client`."""
 
 
 class RecordError(AuditError):
@@ -53,7 +59,7 @@ class Record:
         """
         if not self.settings.exists():
             write_json(self.settings, settings)
-        elif differing := differences(read_json(self.settings), settings):
+        elif differing := differences(_in_full(read_json(self.settings)), _in_full(settings)):
             raise RecordError(
                 f"'{self.directory}' holds a federation with other settings: {summary(differing)}. "
                 "Name another folder with `--observation`, or delete this one."
@@ -72,8 +78,21 @@ class Record:
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """A short name for settings: equal settings have equal names."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    """A short name for a federation's settings: equal settings have equal names, those of older records included."""
+    brief = _without(NEW, settings)
+    if "client" in brief:
+        brief["client"] = _without(NEW_OF_CLIENTS, brief["client"])
+    return hashlib.sha256(json.dumps(brief, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _without(new: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without new ones that are not given."""
+    return {name: value for name, value in settings.items() if name not in new or value != new[name]}
+
+
+def _in_full(settings: dict[str, Any]) -> dict[str, Any]:
+    """A federation's settings, of whatever age, with the new ones."""
+    return {**NEW, **settings, "client": {**NEW_OF_CLIENTS, **settings.get("client", {})}}
 
 
 def describe(component: Any) -> Any:

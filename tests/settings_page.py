@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from jsonargparse import SUPPRESS, ArgumentParser
 
 import attack_modules
 import fl_lightning.data
+import fl_lightning.defenses
 import fl_lightning.models
 import fl_lightning.server_optimizers
+from attack_modules.audit.study import Defence, Scenario
 from attack_modules.diffusion.trained.class_conditional import ClassConditionalDiffusion, SmallConditional
 from attack_modules.diffusion.trained.photo_crops import PhotoCrops
 from attack_modules.diffusion.trained.photo_prior import DiffusionPrior
@@ -37,6 +40,22 @@ later ones win. `--print_config` shows the result, and every run saves it as `co
 | file | what it is |
 |---|---|
 """
+
+DEFENSES = [
+    defense
+    for name in fl_lightning.defenses.__all__
+    if isinstance(defense := getattr(fl_lightning.defenses, name), type) and is_dataclass(defense)
+]
+
+
+def places(defense: type) -> list[str]:
+    """The settings that list a defence."""
+    kinds = {
+        "federation.client.defenses": fl_lightning.defenses.ClientDefense,
+        "federation.server_defenses": fl_lightning.defenses.ServerDefense,
+    }
+    return [path for path, kind in kinds.items() if issubclass(defense, kind)]
+
 
 SECTIONS = {
     "`federation`: the federation that is simulated": [
@@ -69,6 +88,9 @@ SECTIONS = {
         ("federation.model", fl_lightning.models.TorchvisionClassifier),
         ("federation.model", fl_lightning.models.WrappedClassifier),
     ],
+    "`federation.client.defenses`, `federation.server_defenses`": [
+        (" and ".join(places(defense)), defense) for defense in DEFENSES
+    ],
     "`model`: attacks": [
         ("model", attack_modules.FeatureInversion),
         ("model.refinement", attack_modules.Refinement),
@@ -94,6 +116,10 @@ SECTIONS = {
         ("postprocess", attack_modules.GAN),
         ("postprocess", attack_modules.Restoration),
         ("data", attack_modules.ReconstructedImage),
+    ],
+    "Studies of `python cli.py audit` (`audit --help` lists the rest)": [
+        ("scenarios", Scenario),
+        ("defences", Defence),
     ],
     "Training of priors and of the judge": [
         ("data", PhotoCrops),
@@ -150,7 +176,7 @@ def settings_of(path: str, cls: type) -> list[str]:
         kind = str(getattr(action, "typehint", None) or getattr(action, "_typehint", None) or action.type)
         meaning = " ".join(action.help.split()).replace("|", "\\|")
         default = shown_default(action.default, "None" in kind or "Optional" in kind)
-        rows.append(f"| `{path}.{action.dest}` | {default} | {meaning} |")
+        rows.append(f"| `{path.split(' and ')[0]}.{action.dest}` | {default} | {meaning} |")
     return rows
 
 
@@ -160,7 +186,12 @@ def describe(path: str, cls: type) -> list[str]:
     if issubclass(cls, FederatedData) and cls is not FederatedData:
         common = settings_of(path, FederatedData)
         rows = [row for row in rows if row not in common]
-    heading = [f"### `{cls.__name__}` (`{path}`)", "", first_paragraph(cls.__doc__), ""]
+    heading = [
+        f"### `{cls.__name__}` ({', '.join(f'`{place}`' for place in path.split(' and '))})",
+        "",
+        first_paragraph(cls.__doc__),
+        "",
+    ]
     table = ["| setting | default | meaning |", "|---|---|---|", *rows, ""] if rows else []
     return [*heading, *table]
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,7 @@ class Evaluation(Callback):
         rounds, postprocessing = attack.observed_rounds, self.postprocessing
         assumptions = rounds[-1].assumptions
         private = ("labels", "client_sizes", "sources")
+        truth = self._truth(trainer, attack)
         steps = max(trainer.global_step, self._steps)  # `test` counts none of its own
         return {
             "attack": attack.title,
@@ -291,6 +293,7 @@ class Evaluation(Callback):
             "peak_memory_mb": memory,
             "knowledge": assumptions.sources,
             "assumed": {name: describe(value) for name, value in vars(assumptions).items() if name not in private},
+            **({} if truth is None else _defended(truth, rounds[-1].observation.round + 1)),
             "observed_rounds": [seen.observation.round for seen in rounds],
             "observation": str(trainer.datamodule.record.directory),
             "postprocess": ", ".join(type(made).__name__ for made in postprocessing.enhancers.values()) or "none",
@@ -299,6 +302,14 @@ class Evaluation(Callback):
             "device": torch.cuda.get_device_name(attack.device) if attack.device.type == "cuda" else _cpu(),
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         }
+
+
+def _defended(truth: Truth, rounds: int) -> dict[str, Any]:
+    """The defences, and what differential privacy they guarantee after so many rounds, for `results.json`."""
+    client, server, epochs = truth.training.defenses, truth.server_defenses, truth.training.local_epochs
+    guarantees = [found for defense in [*client, *server] if (found := defense.privacy(rounds, epochs))]
+    named = {"defenses": describe(client), "server_defenses": describe(server)}
+    return named | {"privacy": [asdict(found) for found in guarantees]}
 
 
 def _recogniser(truth: Truth) -> Recognises | None:

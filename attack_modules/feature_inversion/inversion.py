@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
+from attack_modules.analytic.suspicion import suspected_defenses
 from attack_modules.attack import Attack, Reconstruction, Verdict
 from attack_modules.feature_inversion.controls import expected_psnr
 from attack_modules.feature_inversion.decoder import FeatureDecoder
@@ -398,7 +399,8 @@ class FeatureInversion(Attack):
                 lambda wrong: self.invert(wrong, steps),
                 shape,
             )
-        return judge(evidence, psnr, best, self.model)
+        suspected = suspected_defenses(self.update_of(self.observed_rounds[0]))
+        return judge(evidence, psnr, best, self.model).suspecting(suspected)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
