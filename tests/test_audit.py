@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -37,7 +38,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         def __init__(self, program: Path, out: Path) -> None:
             self.out = out
 
-        def __call__(self, cell: Cell, folder: Path, threads: int) -> tuple[int, str]:
+        def __call__(self, cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
             try:
                 main(["fit", *cell.placed(self.out)])
             except AuditError as error:

@@ -1,8 +1,6 @@
 """The command `audit`: plan a study, run its cells, and write the report."""
 
 import re
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +28,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 def audit(
     run: Callable[[Path], Run],
     check: Check,
+    command: str,
     given: dict[str, str],
     title: str,
     scenarios: list[Scenario],
@@ -42,6 +41,7 @@ def audit(
     budget: str | None = None,
     dry_run: bool = False,
     retry: bool = False,
+    report_only: bool = False,
     redact: bool = False,
     strangers: Path | None = None,
     observation: Path | None = None,
@@ -51,6 +51,7 @@ def audit(
     Args:
         run: the study's folder -> what runs a cell.
         check: reads the settings of a cell, without running it.
+        command: that this is, for the report.
         given: settings for all runs that the command line names, which replace those of `settings`.
         title: of the report.
         scenarios: situations in which the attack is tried, the most telling first.
@@ -63,6 +64,7 @@ def audit(
         budget: time after which no run is begun, such as 90s, 30m or 2h; null for no limit. The same command goes on.
         dry_run: only say what would be run, and how long it may take.
         retry: run again what failed.
+        report_only: run nothing, and report what is there, also while other commands run.
         redact: leave originals and file names out of the report, for circulation.
         strangers: folder of public images, `FOLDER/<class>/<name>`, with which reconstructions are compared; null for
             crops of the photographs in scikit-image and scikit-learn.
@@ -94,13 +96,14 @@ def audit(
     compared = StrangersOf(strangers)
     if strangers is not None:
         compared((3, 64, 64))  # a folder that cannot be read is refused now
-    if retry:
+    if retry and not report_only:
         for cell in cells:
             record = CellRecord.load(cell.folder(out))
             if record is not None and record.status == "failed":
                 (cell.folder(out) / "cell.json").unlink()
     try:
-        Workers(workers, run(out), out, forecast.seconds, seconds).work(cells, lambda cell: _ended(cell, out))
+        if not report_only:
+            Workers(workers, run(out), out, forecast.seconds, seconds).work(cells, lambda cell: _ended(cell, out))
     except KeyboardInterrupt:
         print("Interrupted. What ended is kept, and the same command goes on.", flush=True)
         raise
@@ -111,7 +114,7 @@ def audit(
             lambda reading: parsed.get(_kind(reading.cell)),
             compared.origins,
             redact,
-            shlex.join(["python", "cli.py", "audit", *sys.argv[2:]]),
+            command,
         )
         path = report.write(out)
     done = sum(reading.status == "done" for reading in readings)

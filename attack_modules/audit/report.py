@@ -173,6 +173,7 @@ class Report:
             "claimed": _vars(claimed),
             "own_verdicts": {level: levels.count(level) for level in sorted(set(levels))},
             "accuracy": _vars(group.accuracy),
+            "privacy": (first.results.get("privacy") or []) if first else [],
             "accuracy_of": next((r.accuracy[0] for r in group.done if r.accuracy), None),
             "told": told,
         }

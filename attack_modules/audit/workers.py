@@ -21,11 +21,12 @@ from fl_lightning.storage import StorageError, not_writable, read_json, write_js
 ATTEMPTS = 3
 """So often is a run begun that is killed from outside; a machine that is short of memory would kill it every time."""
 POLL = 0.5
-"""Seconds between looks at cells that another process holds."""
+"""Seconds between looks at cells that another process holds, and at whether a run is to stop."""
 LONGEST_SENTENCE = 400
 
-Run = Callable[[Cell, Path, int], tuple[int, str]]
-"""Runs a cell, whose folder and number of threads are given -> exit status, and the last it said."""
+Run = Callable[[Cell, Path, int, threading.Event], tuple[int, str]]
+"""Runs a cell, whose folder and number of threads are given, until the event asks it to stop -> exit status, and the
+last it said."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,8 @@ class Program:
     def __init__(self, path: Path, out: Path) -> None:
         self.path = path
         self.out = out
-        self._running: set[subprocess.Popen] = set()
 
-    def __call__(self, cell: Cell, folder: Path, threads: int) -> tuple[int, str]:
+    def __call__(self, cell: Cell, folder: Path, threads: int, stop: threading.Event) -> tuple[int, str]:
         command = [sys.executable, tied.__file__, str(self.path), "fit", *cell.placed(self.out)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
         log = folder / "log.txt"
@@ -89,18 +89,15 @@ class Program:
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others
             )
-        self._running.add(process)
-        try:
-            status = process.wait()
-        finally:
-            self._running.discard(process)
-            process.stdin.close()
+        while True:
+            try:
+                status = process.wait(POLL)
+                break
+            except subprocess.TimeoutExpired:
+                if stop.is_set():
+                    process.kill()
+        process.stdin.close()
         return status, _last_words(log.read_text(encoding="utf-8", errors="replace"))
-
-    def stop(self) -> None:
-        """End all runs at once."""
-        for process in list(self._running):
-            process.kill()
 
 
 class Workers:
@@ -171,6 +168,8 @@ class Workers:
                         thread.join(0.2)  # a join without end would keep Ctrl-C waiting
             except BaseException:
                 self._stop.set()
+                for thread in threads:
+                    thread.join(4 * POLL)  # until their runs have ended
                 raise
         if self._broken:
             raise self._broken
@@ -248,7 +247,7 @@ class Workers:
         for attempt in range(1, ATTEMPTS + 1):
             shutil.rmtree(folder / "run", ignore_errors=True)  # of a run that was killed
             started = time.monotonic()
-            status, words = self.run(cell, folder, threads)
+            status, words = self.run(cell, folder, threads, self._stop)
             seconds = time.monotonic() - started
             if status == 0 or not _was_killed(status) or self._stop.is_set():
                 break

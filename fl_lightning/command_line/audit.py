@@ -1,5 +1,6 @@
 """The command `audit`: its settings."""
 
+import shlex
 from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -16,7 +17,7 @@ from fl_lightning.command_line.given import Given, UsageError
 PURPOSE = "Run a study of many attacks, and write one report: report.html, report.json, cells.csv."
 SECTIONS = ("data", "federation", "knowledge", "model", "postprocess", "trainer")
 """Settings of `fit` begin with one of these; on the command line of an audit they hold for all of its runs."""
-SWITCHES = ("--dry_run", "--retry", "--redact")
+SWITCHES = ("--dry_run", "--retry", "--redact", "--report_only")
 """Settings that are true where they have no value."""
 
 
@@ -24,7 +25,7 @@ def audit_parser(audit: Callable[..., Any]) -> ArgumentParser:
     """The command's parser: the arguments of `audit` but for the programs that it uses."""
     parser = ArgumentParser(prog="python cli.py audit", description=PURPOSE, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="The study, see configs/audit_demo.yaml.")
-    parser.add_function_arguments(audit, skip={"run", "check", "given"}, fail_untyped=True)
+    parser.add_function_arguments(audit, skip={"run", "check", "command", "given"}, fail_untyped=True)
     return parser
 
 
@@ -48,7 +49,7 @@ def run_audit(audit: Callable[..., Any], args: list[str], **programs: Callable[.
         shown = " ".join(line.strip(" -") for line in str(error).splitlines() if line.strip())
         raise UsageError(f"{shown[:300].rstrip('.')}. `python cli.py audit --help` lists all settings.") from error
     arguments = {name: value for name, value in vars(settings).items() if name != "config"}
-    return audit(**programs, given=given, **arguments)
+    return audit(**programs, command=shlex.join(["python", "cli.py", "audit", *args]), given=given, **arguments)
 
 
 def _of_fit(args: list[str]) -> tuple[list[str], dict[str, str]]:

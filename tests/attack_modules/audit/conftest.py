@@ -4,12 +4,14 @@ import csv
 import io
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 
 from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.audit.study import Cell, Defence, Scenario, Study
+from attack_modules.audit.workers import Run
 from attack_modules.panels import save_images
 from fl_lightning.client import LocalTraining
 from fl_lightning.record import Record
@@ -85,11 +87,11 @@ def leave_run(cell: Cell, out: Path, error: float) -> None:
 
 
 @pytest.fixture
-def fake() -> Callable[[Path], Callable[[Cell, Path, int], tuple[int, str]]]:
+def fake() -> Callable[[Path], Run]:
     """Runs that succeed, those with the defence `noise` with nothing but noise as images."""
 
-    def made(out: Path) -> Callable[[Cell, Path, int], tuple[int, str]]:
-        def run(cell: Cell, folder: Path, threads: int) -> tuple[int, str]:
+    def made(out: Path) -> Run:
+        def run(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
             leave_run(cell, out, 0.02 if cell.defence.name == "none" else 1.0)
             return 0, ""
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from attack_modules.audit.audit import audit, seconds_of
 from attack_modules.audit.conclusions import Conclusions, Interval
 from attack_modules.audit.readings import Reading, letter
 from attack_modules.audit.study import Cell, Study
+from attack_modules.audit.workers import Run
 from attack_modules.evaluation.finished_run import StrangersOf
 from fl_lightning.errors import AuditError, SettingError
 
@@ -54,7 +56,7 @@ class Page(HTMLParser):
 def run(study: Study, made: object, out: Path, **more: object) -> str:
     arguments = {"title": study.title, "scenarios": study.scenarios, "base": study.base, "settings": study.settings}
     return audit(
-        made, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, {}, **arguments,
+        made, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, "python cli.py audit", {}, **arguments,
         defences=study.defences, seeds=study.seeds, out=out, **{"workers": 2, **more},
     )  # fmt: skip
 
@@ -114,9 +116,9 @@ def test_what_has_no_result_is_said_and_nothing_is_concluded_from_it(
 ) -> None:
     out = tmp_path / "out"
 
-    def some(place: Path) -> Callable[[Cell, Path, int], tuple[int, str]]:
-        def one(cell: Cell, folder: Path, threads: int) -> tuple[int, str]:
-            return (1, "`model.lr` is <b>, but") if cell.seed == 1 else fake(place)(cell, folder, threads)
+    def some(place: Path) -> Run:
+        def one(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
+            return (1, "`model.lr` is <b>, but") if cell.seed == 1 else fake(place)(cell, folder, threads, stop)
 
         return one
 
@@ -140,7 +142,7 @@ def test_what_has_no_result_is_said_and_nothing_is_concluded_from_it(
 
 
 def test_a_study_without_any_result_concludes_nothing(study: Study, tmp_path: Path) -> None:
-    said = run(study, lambda out: lambda cell, folder, threads: (1, "No."), tmp_path)
+    said = run(study, lambda out: lambda cell, folder, threads, stop: (1, "No."), tmp_path)
     assert "nothing is concluded" in said
     page = Page((tmp_path / "report.html").read_text())
     assert "Failed: No." in page.text

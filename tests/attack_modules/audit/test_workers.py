@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -27,7 +28,7 @@ def work(study: Study, out: Path, run: object, number: int = 2, budget: float | 
 def test_two_machines_on_one_folder_run_every_cell_once(study: Study, tmp_path: Path) -> None:
     begun: list[str] = []
 
-    def run(cell: Cell, folder: Path, threads: int) -> tuple[int, str]:
+    def run(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
         begun.append(cell.name)
         time.sleep(0.01)
         return 0, ""
@@ -45,7 +46,7 @@ def test_two_machines_on_one_folder_run_every_cell_once(study: Study, tmp_path: 
 def test_a_killed_run_is_taken_up_and_a_failed_one_is_a_sentence(study: Study, tmp_path: Path) -> None:
     begun: Counter = Counter()
 
-    def run(cell: Cell, folder: Path, threads: int) -> tuple[int, str]:
+    def run(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
         assert not (folder / "run").exists()  # what a killed run left is removed
         (folder / "run").mkdir()
         begun[cell.title] += 1
@@ -67,7 +68,7 @@ def test_a_killed_run_is_taken_up_and_a_failed_one_is_a_sentence(study: Study, t
 def test_a_budget_begins_the_most_telling_cells_first(study: Study, tmp_path: Path) -> None:
     begun = []
 
-    def run(cell: Cell, folder: Path, threads: int) -> tuple[int, str]:
+    def run(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
         begun.append(cell)
         return 0, ""
 
@@ -80,14 +81,14 @@ def test_a_budget_begins_the_most_telling_cells_first(study: Study, tmp_path: Pa
 def test_a_folder_that_cannot_be_written_is_a_sentence(study: Study, tmp_path: Path) -> None:
     (tmp_path / "cells").touch()
     with pytest.raises(AuditError, match="Could not write"):
-        work(study, tmp_path, lambda cell, folder, threads: (0, ""))
+        work(study, tmp_path, lambda cell, folder, threads, stop: (0, ""))
 
 
 def test_the_overhead_of_a_cell_is_small(study: Study, tmp_path: Path) -> None:
     many = Scenario("many", grid={"knowledge.num_images": list(range(100))}, defences=["none"])
     study = replace(study, scenarios=[many], seeds=[0])
     began = time.monotonic()
-    assert all(work(study, tmp_path, lambda cell, folder, threads: (0, "")))
+    assert all(work(study, tmp_path, lambda cell, folder, threads, stop: (0, "")))
     assert time.monotonic() - began < 30  # on a busy machine
 
 
@@ -193,4 +194,4 @@ def test_a_program_says_why_it_failed(study: Study, tmp_path: Path) -> None:
     )
     cell = study.cells()[0]
     cell.folder(tmp_path).mkdir(parents=True)
-    assert Program(program, tmp_path)(cell, cell.folder(tmp_path), 1) == (1, "It is too large.")
+    assert Program(program, tmp_path)(cell, cell.folder(tmp_path), 1, Event()) == (1, "It is too large.")
