@@ -101,9 +101,15 @@ def audit(
             record = CellRecord.load(cell.folder(out))
             if record is not None and record.status == "failed":
                 (cell.folder(out) / "cell.json").unlink()
+
+    def ended(cell: Cell) -> str:
+        forecast.look([cell])
+        record = CellRecord.load(cell.folder(out))
+        return "done" if record is not None and record.status == "done" else f"failed: {record and record.sentence}"
+
     try:
         if not report_only:
-            Workers(workers, run(out), out, forecast.seconds, seconds).work(cells, lambda cell: _ended(cell, out))
+            Workers(workers, run(out), out, forecast.seconds, seconds).work(cells, ended)
     except KeyboardInterrupt:
         print("Interrupted. What ended is kept, and the same command goes on.", flush=True)
         raise
@@ -205,12 +211,6 @@ def _plan(study: Study, cells: Sequence[Cell], forecast: Forecast, out: Path, wo
     if excess := exceeds_memory(workers * megabytes * 2**20):
         lines.append(f"Warning: that is {excess}. Lower `--workers`.")
     return "\n".join(lines)
-
-
-def _ended(cell: Cell, out: Path) -> str:
-    """How a cell ended, in a few words."""
-    record = CellRecord.load(cell.folder(out))
-    return "done" if record is not None and record.status == "done" else f"failed: {record and record.sentence}"
 
 
 def _read(cells: Sequence[Cell], out: Path, compared: StrangersOf, redact: bool) -> list[Reading]:

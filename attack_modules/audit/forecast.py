@@ -19,6 +19,9 @@ PER_CLIENT = 0.3
 MEMORY = 2000
 """MiB that a run of LeNet5 takes, until one was measured. Measured: 1000 to 2000 at 64 to 128 pixels."""
 
+RECENT = 10
+"""So many cells of a kind, the latest, correct the first guess for the others."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -64,19 +67,32 @@ class Forecast:
         self.out = out
         self.cells = list(cells)
         self.works = works
-        self._measured: dict[str, float | None] = {}  # seconds of ended cells by name; None of failed ones
+        self._seconds: dict[str, list[float]] = {}  # of ended cells, by kind
+        self._ratios: dict[str, list[float]] = {}  # of these seconds to the first guesses
+        self._seen: set[str] = set()
+        self.look(self.cells)
+
+    def look(self, cells: Sequence[Cell]) -> None:
+        """Learn from those of these cells that have ended."""
+        for cell in cells:
+            record = None if cell.name in self._seen else CellRecord.load(cell.folder(self.out))
+            if record is None:
+                continue
+            self._seen.add(cell.name)
+            if record.status == "done":
+                work = self.works[cell.name]
+                self._seconds.setdefault(work.kind, []).append(record.seconds)
+                if work.seconds:
+                    self._ratios.setdefault(work.kind, []).append(record.seconds / work.seconds)
 
     def seconds(self, cell: Cell) -> float | None:
-        """Seconds that a cell is expected to take; None if nothing is known."""
+        """Seconds that a cell is expected to take, by those that were looked at; None if nothing is known."""
         work = self.works[cell.name]
-        self._look()
-        alike = {c.name: s for c in self.cells if (s := self._measured.get(c.name)) and self._kind(c) == work.kind}
-        if not alike:
-            return work.seconds
-        ratios = [s / guess for name, s in alike.items() if (guess := self.works[name].seconds)]
-        if ratios and work.seconds:
-            return work.seconds * statistics.median(ratios)
-        return statistics.median(alike.values())
+        if work.seconds and work.kind in self._ratios:
+            return work.seconds * statistics.fmean(self._ratios[work.kind][-RECENT:])
+        if work.kind in self._seconds:
+            return statistics.fmean(self._seconds[work.kind][-RECENT:])
+        return work.seconds
 
     def memory(self) -> tuple[int, int]:
         """MiB that a cell takes at most, as measured, and on how many cells; without any, an assumption and 0."""
@@ -88,15 +104,6 @@ class Forecast:
                 continue
         found = [memory for memory in found if memory]
         return (max(found), len(found)) if found else (MEMORY, 0)
-
-    def _kind(self, cell: Cell) -> str:
-        return self.works[cell.name].kind
-
-    def _look(self) -> None:
-        """Read the records of cells that have ended since the last look."""
-        for cell in self.cells:
-            if cell.name not in self._measured and (record := CellRecord.load(cell.folder(self.out))):
-                self._measured[cell.name] = record.seconds if record.status == "done" else None
 
 
 def _peer_images(data: Mapping[str, Any]) -> int | None:

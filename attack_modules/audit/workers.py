@@ -153,10 +153,10 @@ class Workers:
             task = progress.add_task("Cells", total=len(cells), completed=len(cells) - len(open_))
 
             def tell(cell: Cell, seconds: float) -> None:
-                done = sum(map(self._ended, cells))
+                done, ended = len(self._done), describe(cell)
                 left = self.remaining()
                 rest = "" if left is None or done == len(cells) else f"; about {in_words(left)} left"
-                progress.print(f"[{done}/{len(cells)}] {cell.title}: {describe(cell)}, {seconds:.0f} s{rest}")
+                progress.print(f"[{done}/{len(cells)}] {cell.title}: {ended}, {seconds:.0f} s{rest}")
                 progress.update(task, completed=done)
 
             threads = [threading.Thread(target=self._loop, args=(tell,), daemon=True) for _ in range(self.number)]
@@ -176,7 +176,7 @@ class Workers:
 
     def remaining(self) -> float | None:
         """Seconds that the open cells are expected to take, None if nothing is known of one of them."""
-        left = [self.expected(cell) for cell in self._cells if not self._ended(cell)]
+        left = [self.expected(cell) for cell in self._cells if cell.name not in self._done]
         return None if None in left else sum(left) / self.number
 
     def _ended(self, cell: Cell) -> bool:
@@ -186,20 +186,20 @@ class Workers:
 
     def _loop(self, tell: Callable[[Cell, float], None]) -> None:
         try:
-            while not self._stop.is_set() and (open_ := [cell for cell in self._cells if not self._ended(cell)]):
-                if self._is_late():
-                    return
-                if not any(self._take(cell, tell) for cell in open_):
-                    if not self._elsewhere(open_):
+            while not self._stop.is_set():
+                taken = False
+                for cell in [cell for cell in self._cells if cell.name not in self._done]:
+                    if self._is_late() or self._stop.is_set():
                         return
+                    taken |= self._take(cell, tell)
+                open_ = [cell for cell in self._cells if not self._ended(cell)]
+                if not any(map(self._fits, open_)):
+                    return
+                if not taken:
                     time.sleep(POLL)  # others hold them; if they are killed, these cells are taken up here
         except BaseException as error:
             self._broken = self._broken or error
             self._stop.set()
-
-    def _elsewhere(self, open_: list[Cell]) -> bool:
-        """Whether another process, or another thread of this one, may be at work on one of these cells."""
-        return any(self._fits(cell) for cell in open_)
 
     def _is_late(self) -> bool:
         return self.budget is not None and time.monotonic() - self._start >= self.budget
@@ -234,6 +234,7 @@ class Workers:
                 if self._stop.is_set():
                     return True
                 write_json(folder / "cell.json", asdict(record))
+                self._done.add(cell.name)
             finally:
                 lock.release()  # its file stays: another process may be about to lock it
         finally:
