@@ -89,6 +89,12 @@ class Group:
         return self.share(lambda reading: reading.leaked)
 
     @property
+    def copied(self) -> float:
+        """Share of the images of which there is a copy; NaN without originals."""
+        share = self.share(lambda reading: reading.copies)
+        return share.mean if share else math.nan
+
+    @property
     def above_chance(self) -> bool:
         """Whether more images leaked than chance explains (binomial, 1 %)."""
         if not self.images:
@@ -306,7 +312,12 @@ class Conclusions:
                 )
             else:
                 what = f"Do not rely on '{group.defence.name}' in the scenario '{group.scenario.name}'."
-            found.append(Action(what, f"Leaked {before.mean:.0%} without and {after.mean:.0%} with the defence.{cost}"))
+            found.append(
+                Action(
+                    what,
+                    f"Leaked {before.mean:.0%} without and {after.mean:.0%} with it; copies {plain.copied:.0%}, {group.copied:.0%}.{cost}",
+                )
+            )
         return found
 
     def _scenarios(self) -> list[Action]:
@@ -351,7 +362,7 @@ class Conclusions:
         failed = [reading for reading in missing if reading.status != "not run"]
         return [
             Action(
-                "Finish the study: run the same command again, with `--retry true` for what failed, after mending its "
+                "Finish the study: run the same command again, with `--retry` for what failed, after mending its "
                 "cause.",
                 f"{len(failed)} runs failed or cannot be read, {len(missing) - len(failed)} were not run.",
             )
