@@ -41,10 +41,11 @@ class FederatedData(LightningDataModule, ABC):
             of others, also where files are grey.
         partition: how the images are assigned to the clients.
         csv: a file that lists images to use instead of the dataset's. Its first line names the columns
-            `path,label[,client]` in any order and case, separated by commas, semicolons or tabs; a path may also be
-            called file, filename, filepath, image or image_path, a label class, class_name, category or target, and
-            other columns are ignored. Paths are relative to the file, and no image is listed twice. Labels are all
-            class indices, from 0, or all class names; `client` is a victim's number, from 0, or `attacker`. The
+            `path,label[,client][,person]` in any order and case, separated by commas, semicolons or tabs; a path may
+            also be called file, filename, filepath, image or image_path, a label class, class_name, category or target,
+            a person patient, patient_id or subject, and other columns are ignored. Persons are for the results alone,
+            which then say what leaked of each. Paths are relative to the file, and no image is listed twice. Labels are
+            all class indices, from 0, or all class names; `client` is a victim's number, from 0, or `attacker`. The
             encoding is UTF-8, or UTF-16 with a byte order mark.
         num_classes: number of classes, greater than every label; null: as many as the dataset has.
         seed: seeds every random choice of the partition; null for that of `seed_everything`.
