@@ -45,7 +45,7 @@ def read_shared(
         num_images: N.
         training: how the peers trained, and what is known of their images.
         scale: N / (lr * steps).
-        iterations: rounds of features -> simulated training -> gates -> features, at least 1.
+        iterations: rounds of features -> simulated training -> gates -> features; at least one is made.
 
     Raises:
         AttackError: no image could be disentangled.
@@ -89,7 +89,7 @@ def read_shared(
     influence = torch.full((len(labels), len(labels)), 1 / num_images, dtype=rows.dtype)
     path = simulated(features, influence)
     best = None
-    for _ in range(iterations):
+    for _ in range(max(iterations, 1)):
         gram = features @ features.T
         if steps > 1:
             # the probabilities of one class's images differ too little to separate their activations
