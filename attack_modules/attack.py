@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +23,13 @@ from attack_modules.simulation.distributed import Ranks
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.observed import GivenRounds, ObservedRound, RoundsSummary
 from attack_modules.threat_model.plausibility import doubts, refuse_impossible
-from attack_modules.threat_model.requirements import Requirement, RequirementError, check
+from attack_modules.threat_model.requirements import FittingClassWeights, Requirement, RequirementError, check
 from fl_lightning.client import Tensors, quiet, silent_trainer
 from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.memory import exceeds_memory
 from fl_lightning.observation import Observation
 from fl_lightning.record import describe, differences, summary
+from fl_lightning.server_optimizers import FedAvg
 from fl_lightning.storage import atomic_path, load_checkpoint, write_json
 
 OF_NO_EFFECT = ("checkpoint_every", "chunk_size")
@@ -109,6 +110,11 @@ class Verdict:
         """Of the whole: the level that more than half of the images reach, missing ones included."""
         every = sorted([*self.levels, *[Level.NOT_READ] * self.missing], key=list(Level).index)
         return every[len(every) // 2]
+
+    def suspecting(self, clauses: list[str]) -> "Verdict":
+        """With further reasons, where images are less than certain."""
+        doubtful = self.missing or any(level is not Level.CERTAIN for level in self.levels)
+        return replace(self, reasons=[*self.reasons, *clauses]) if doubtful else self
 
     def sentence(self, originals: int | None = None) -> str:
         """The verdict, its reasons and what to try, in a few lines.
@@ -250,6 +256,7 @@ class Attack(LightningModule, ABC):
         assumptions: Assumptions,
         steps: int = 150,
         accelerator: str = "cpu",
+        earlier: Sequence[Observation] = (),
     ) -> Result:
         """Attack observed rounds here and now, without files; this attack's own state does not change.
 
@@ -258,6 +265,7 @@ class Attack(LightningModule, ABC):
             assumptions: how the peers are taken to have trained, in each of the rounds.
             steps: of the optimisation, >= 1.
             accelerator: where Lightning computes (`cpu`, `gpu`, `auto`).
+            earlier: rounds before, where the server's optimiser kept something of them.
 
         Raises:
             AuditError: the rounds do not fit the attack, cannot be rounds of training, or cannot be read.
@@ -268,7 +276,10 @@ class Attack(LightningModule, ABC):
         attack = copy.deepcopy(self)
         with quiet():
             silent_trainer(max_steps=steps, accelerator=accelerator).fit(
-                attack, datamodule=GivenRounds([ObservedRound(seen, assumptions) for seen in observations])
+                attack,
+                datamodule=GivenRounds(
+                    [ObservedRound(seen, assumptions, [*earlier, *observations]) for seen in observations]
+                ),
             )
         found = attack.reconstruction()
         images, labels = found.images.detach(), found.labels
@@ -297,7 +308,7 @@ class Attack(LightningModule, ABC):
             RequirementError: a requirement is not met, or the attack needs more memory than there is.
         """
         name = type(self).__name__
-        check(self.requirements(processes), rounds, name)
+        check([FittingClassWeights(), *self.requirements(processes)], rounds, name)
         if device == "cpu" and (excess := exceeds_memory(self.least_memory(rounds) // processes)):
             raise RequirementError(
                 f"{name} takes at least {excess}. Lower `data.image_size` or the number of images, choose a smaller "
@@ -308,7 +319,8 @@ class Attack(LightningModule, ABC):
         device = self.trainer.strategy.root_device.type
         self.check(self.trainer.datamodule.summary(), self.trainer.world_size, device)
         for seen in self.observed_rounds:
-            refuse_impossible(seen.observation, seen.assumptions.server_lr)
+            plain = isinstance(seen.assumptions.server, FedAvg)
+            refuse_impossible(seen.observation, seen.assumptions.server_lr if plain else None)
             for doubt in doubts(seen):
                 rank_zero_warn(doubt)
         path = Path(self.trainer.ckpt_path or "")
@@ -423,7 +435,8 @@ class Attack(LightningModule, ABC):
         ]
         assumed = self.observed_rounds[-1].assumptions
         knowledge = {
-            name: getattr(assumed, name) if source == "guessed" else source for name, source in assumed.sources.items()
+            name: describe(getattr(assumed, name)) if source == "guessed" else source
+            for name, source in assumed.sources.items()
         }
         settings = {name: value for name, value in describe(self).items() if name not in (*OF_NO_EFFECT, "class")}
         return {"attack": self.title, "rounds": probe, "model": settings, "knowledge": knowledge}

@@ -1,9 +1,10 @@
-"""Server-side aggregation of the clients' updates: FedAvg (McMahan et al. 2017)."""
+"""Server-side aggregation of the clients' updates: their mean (McMahan et al. 2017), and the server's step."""
 
 from collections.abc import Iterable
 
 from fl_lightning.client import ClientUpdate, Tensors
 from fl_lightning.errors import SettingError
+from fl_lightning.server_optimizers import ServerOptimizer
 
 
 def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
@@ -39,6 +40,28 @@ def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
     return ClientUpdate(update, buffers, total)
 
 
-def server_step(parameters: Tensors, mean_update: Tensors, server_lr: float) -> Tensors:
-    """Compute the next global model, `w_{t+1} = w_t - server_lr * u`, from the mean update `u` (before minus after)."""
-    return {name: before - server_lr * mean_update[name] for name, before in parameters.items()}
+def server_step(
+    parameters: Tensors,
+    mean_update: Tensors,
+    server_lr: float,
+    optimizer: ServerOptimizer,
+    memory: dict[str, Tensors],
+    round_: int,
+) -> Tensors:
+    """Compute the next global model, `w_{t+1} = w_t - server_lr * step(u)`, from the mean update `u`.
+
+    Parameters without an update, which were frozen, stay as they are.
+
+    Args:
+        parameters: of `w_t`, by name.
+        mean_update: before minus after, by name.
+        server_lr: of the server.
+        optimizer: of the server.
+        memory: what it keeps of each parameter, by name; changed in place.
+        round_: number of the round, from 0.
+    """
+    stepped = {
+        name: parameters[name] - server_lr * optimizer.step(update, memory.setdefault(name, {}), round_)
+        for name, update in mean_update.items()
+    }
+    return {**parameters, **stepped}

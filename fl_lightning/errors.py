@@ -28,3 +28,8 @@ def non_negative(*numbers: float) -> bool:
 def in_short(error: Exception) -> str:
     """Type and message of an error of other code, in one line of at most 150 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:150]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is 1."""
+    return f"{number} {noun if number == 1 else f'{noun}s'}"

@@ -4,7 +4,7 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fl_lightning.client import Tensors, parameters
 from fl_lightning.errors import SettingError
 from fl_lightning.models import Arguments, ImageClassifier, ImageShape, WrappedClassifier
+from fl_lightning.models.freezing import freeze
 from fl_lightning.models.wrapped import Prototype
 from fl_lightning.state_files import State, fitted
 from fl_lightning.storage import StorageError, load_record, save_record
@@ -105,7 +106,7 @@ class Observation:
         return cls(round, fit["before"], fit["after"], own_update, own_weight, describe_model(model))
 
     def build_model(self, shared: bool = False) -> ImageClassifier:
-        """The global model `w_t`, ready to run.
+        """The global model `w_t`, ready to run; what the round left as it was is frozen in it.
 
         Args:
             shared: use the tensors of `before` themselves, to save memory; they must then not be changed in place.
@@ -113,7 +114,12 @@ class Observation:
         Raises:
             StorageError: the model class is unknown, or does not have the observed tensors' names and shapes.
         """
-        return build_model(self.model, self.before, shared)
+        return freeze(build_model(self.model, self.before, shared), self.unchanged)
+
+    @cached_property
+    def unchanged(self) -> frozenset[str]:
+        """Names of the parameters and buffers that the round left exactly as they were, as what is frozen."""
+        return frozenset(name for name, tensor in self.before.items() if torch.equal(tensor, self.after[name]))
 
     def aggregated_update(self, server_lr: float) -> Tensors:
         """`u = (w_t - w_{t+1}) / server_lr`: the weighted mean of all clients' updates, by parameter name."""
@@ -124,9 +130,12 @@ class Observation:
 
     def peers_update(self, server_lr: float) -> Tensors:
         """`u_peers = (u - p_A u_A) / (1 - p_A)`: the weighted mean of the peers' updates, by parameter name."""
-        update = self.aggregated_update(server_lr)  # a head has 100 MB and more: computed in place
+        return self.without_own(self.aggregated_update(server_lr))
+
+    def without_own(self, update: Tensors) -> Tensors:
+        """The mean update of the others, from that of all clients, which is overwritten; by parameter name."""
         for name, own in self.own_update.items():
-            update[name].sub_(own, alpha=self.own_weight)
+            update[name].sub_(own, alpha=self.own_weight)  # a head has 100 MB and more: computed in place
         return {name: mean.div_(1 - self.own_weight) for name, mean in update.items()}
 
     @property

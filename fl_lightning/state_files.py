@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fl_lightning.errors import AuditError, MissingFile
+from fl_lightning.storage import sha256_of
 
 Tensors = dict[str, Tensor]
 """Tensors by parameter (or buffer) name."""
@@ -38,7 +40,7 @@ def read_state(path: Path) -> State:
         StateError: it is of another kind, holds Python objects that would run code, or not exactly one model.
     """
     if not path.is_file():
-        raise MissingFile(f"There is no file '{path}'. Name a file with a model's state.")
+        raise _missing(path)
     if path.suffix not in (*TORCH, ".safetensors", ".npz"):
         raise StateError(
             f"'{path}' is no model file by its suffix. Give one of {', '.join((*TORCH, '.safetensors', '.npz'))}."
@@ -58,6 +60,26 @@ def read_state(path: Path) -> State:
             "`torch.save(model.state_dict(), FILE)`."
         ) from error
     return _unwrapped(content, path)
+
+
+def content_of(path: Path) -> str:
+    """A short name for the content of a model file.
+
+    Raises:
+        MissingFile: there is no such file.
+    """
+    if not path.is_file():
+        raise _missing(path)
+    return _digest(path.resolve(), path.stat().st_mtime_ns)
+
+
+def _missing(path: Path) -> MissingFile:
+    return MissingFile(f"There is no file '{path}'. Name a file with a model's state.")
+
+
+@lru_cache(maxsize=8)  # settings are asked for several times, and a model may have gigabytes
+def _digest(path: Path, changed: int) -> str:
+    return sha256_of(path)[:12]
 
 
 def _of_arrays(path: Path) -> State:

@@ -32,13 +32,15 @@ def test_environment_yml_is_in_step_with_pyproject() -> None:
 
 ROOMS = [
     ["fl_lightning.errors", "fl_lightning.seeds", "fl_lightning.allocation", "fl_lightning.memory"],
-    ["fl_lightning.storage", "fl_lightning.state_files"],
+    ["fl_lightning.storage", "fl_lightning.loss"],
+    ["fl_lightning.state_files"],
     ["fl_lightning.models"],
     ["fl_lightning.download"],
     ["fl_lightning.data"],
+    ["fl_lightning.defenses", "fl_lightning.server_optimizers"],
     ["fl_lightning.client"],
     ["fl_lightning.aggregation", "fl_lightning.engines", "fl_lightning.observation", "fl_lightning.truth"],
-    ["fl_lightning.record"],
+    ["fl_lightning.record", "fl_lightning.seats"],
     ["fl_lightning.federation"],
     ["fl_lightning"],
     ["attack_modules.threat_model", "attack_modules.panels"],

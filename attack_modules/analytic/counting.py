@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,7 +52,11 @@ def read_counts(
         AttackError: the number of images cannot be read, or rounds do not hold the same classes.
     """
     gradients = [layer / (training.lr * training.steps) for layer in last]
-    held, distinct = held_classes(gradients[0], hidden, training.typical)
+    typical, smoothing, weights = training.typical, training.loss.label_smoothing, training.loss.weights(last[0])
+    if weights is not None:  # an image then counts the same in the row of its own class, whatever that is
+        gradients = [gradient / weights[:, None] for gradient in gradients]
+        typical = typical and replace(typical, probabilities=typical.probabilities / weights)
+    held, distinct = held_classes(gradients[0], hidden, typical, smoothing)
     num_held = int(held.sum())
     noise, above = noise_floor(first.singular, tuple(first.update.shape)) or (None, 1)
     compressed, epochs = is_compressed(first.update), training.epochs or training.steps
@@ -68,7 +73,7 @@ def read_counts(
             )
     labels = training.labels
     if labels is None:
-        labels = common_labels(gradients, num_images, hidden, training.typical)
+        labels = common_labels(gradients, num_images, hidden, typical, smoothing)
     count = ImageCount(
         num_images=num_images,
         held=num_held,
@@ -81,7 +86,9 @@ def read_counts(
     return count, labels
 
 
-def held_classes(gradient: Tensor, hidden: int, typical: TypicalHead | None) -> tuple[Tensor, bool]:
+def held_classes(
+    gradient: Tensor, hidden: int, typical: TypicalHead | None, smoothing: float = 0.0
+) -> tuple[Tensor, bool]:
     """Which classes have images, and whether most classes have none.
 
     Where most classes are empty, see `class_evidence`; else, shares of the images are estimated (`TypicalHead`).
@@ -90,13 +97,14 @@ def held_classes(gradient: Tensor, hidden: int, typical: TypicalHead | None) -> 
         gradient: (C, H), (C, H + 1) with a bias: the last layer's mean gradient.
         hidden: H.
         typical: of the model before the round; None where the model is not at hand.
+        smoothing: of the labels.
 
     Returns:
         (C,) bool, and a bool.
     """
     held = class_evidence(gradient)[1]
     if typical is not None:
-        common = class_shares(gradient, hidden, typical) > LEAST_SHARE
+        common = class_shares(gradient, hidden, typical, smoothing) > LEAST_SHARE
         if common.sum() >= len(common) / 2:
             return held | common, False
     return held, True
@@ -198,7 +206,9 @@ def is_compressed(update: Tensor, zeros: float = 0.2, values: int = 32, most_ent
     return bool(sizes.sort(descending=True).values[:values].sum() > 0.8 * len(entries))
 
 
-def infer_labels(gradient: Tensor, num_images: int, hidden: int, typical: TypicalHead | None = None) -> Tensor:
+def infer_labels(
+    gradient: Tensor, num_images: int, hidden: int, typical: TypicalHead | None = None, smoothing: float = 0.0
+) -> Tensor:
     """(N,) labels in ascending order from the last layer's mean gradient.
 
     Where most classes are without images, the evidence of a class grows with the number of its images
@@ -209,6 +219,7 @@ def infer_labels(gradient: Tensor, num_images: int, hidden: int, typical: Typica
         num_images: N.
         hidden: H.
         typical: of the model before the round; None where the model is not at hand.
+        smoothing: of the labels.
     """
     if typical is None or num_images < len(gradient) / 2:
         evidence, held = class_evidence(gradient)
@@ -216,7 +227,7 @@ def infer_labels(gradient: Tensor, num_images: int, hidden: int, typical: Typica
         weight = torch.where(held, evidence, 0.0)
         quota, least = weight * num_images / weight.sum() if held.any() else evidence, held.long()
     else:
-        quota = class_shares(gradient, hidden, typical) * num_images
+        quota = class_shares(gradient, hidden, typical, smoothing) * num_images
         least = torch.zeros(len(quota), dtype=torch.long)
     return torch.arange(len(quota)).repeat_interleave(apportion(quota, least, num_images))
 
@@ -237,15 +248,18 @@ def apportion(quota: Tensor, least: Tensor, total: int) -> Tensor:
     return counts
 
 
-def class_shares(gradient: Tensor, hidden: int, typical: TypicalHead) -> Tensor:
+def class_shares(gradient: Tensor, hidden: int, typical: TypicalHead, smoothing: float = 0.0) -> Tensor:
     """(C,) share of the images that each class has, which sum to about 1; scattered around the truth.
 
     Class c's row of the gradient sums to about `s (p_c - m_c / N)`: `m_c` the number of its images, `p_c` its mean
-    predicted probability, `s` the mean sum of the layer's inputs. A bias has `s = 1` exactly.
+    predicted probability, `s` the mean sum of the layer's inputs. A bias has `s = 1` exactly. Smoothed labels give
+    every class a share of `smoothing / C`.
     """
     biased = gradient.shape[1] > hidden
     rows = gradient[:, -1] if biased else gradient.sum(1) / typical.inputs
-    return typical.probabilities.to(rows) - rows
+    labelled = typical.probabilities.to(rows) - rows  # with weights of classes, these sum to another number than 1
+    labelled = labelled / labelled.sum()
+    return (labelled - smoothing / len(labelled)) / (1 - smoothing)
 
 
 def class_evidence(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,14 +285,18 @@ def class_evidence(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def common_labels(
-    gradients: Sequence[Tensor], num_images: int, hidden: int, typical: TypicalHead | None = None
+    gradients: Sequence[Tensor],
+    num_images: int,
+    hidden: int,
+    typical: TypicalHead | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """(N,) labels that every round's last layer shows, see `infer_labels`.
 
     Raises:
         AttackError: they differ.
     """
-    labels = [infer_labels(gradient, num_images, hidden, typical) for gradient in gradients]
+    labels = [infer_labels(gradient, num_images, hidden, typical, smoothing) for gradient in gradients]
     for number, others in enumerate(labels[1:], 2):
         if not torch.equal(labels[0], others):
             classes = len(gradients[0])

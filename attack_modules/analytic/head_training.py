@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.special import ndtr
 
 from attack_modules.analytic.gates import Gates, mean_activation, probably_active
+from fl_lightning.loss import logit_errors
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def simulate(
         gram: (N, N) inner products of the features.
         start: (N, H) pre-activations before the round.
         weight: (C, H) of the last layer before the round, (C, H + 1) with `bias`.
-        targets: (N, C) one-hot.
+        targets: (N, C) as of `CrossEntropy.targets`.
         influence: (N, N) weight of image m in the gradient of image n's peer: 1 / peer size, or 0 for another peer's.
         lr: of the peers.
         steps: that each of them takes.
@@ -64,7 +65,7 @@ def simulate(
         logits = active @ weight.T
         for earlier, residual in zip(inputs, residuals, strict=True):
             logits = logits - lr * (active @ earlier.T * influence) @ residual
-        now = logits.softmax(1) - targets
+        now = logit_errors(logits.softmax(1), targets)
         error = now @ weight[:, :width]
         for earlier, residual in zip(inputs, residuals, strict=True):
             error = error - lr * (now @ residual.T * influence) @ earlier[:, :width]

@@ -7,6 +7,7 @@ averages the peers weighted by their numbers of images. The head's *update* (bef
 are solved for the rows:
 
 1. The rank of `G1` is N; the row sums of `G2` give the label counts (`counting`).
+   With label smoothing or class weights, `P - Y` is what `fl_lightning.loss.logit_errors` says.
 2. `G2` gives hidden activations `H`, probabilities `P`, and so the back-propagated errors `E = (P - Y) W2`
    (`one_layer`).
 3. `Delta = gates * E`. A *gate* is the share of the steps in which a hidden unit was active for an image; with one
@@ -29,7 +30,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from attack_modules.analytic.counting import counts_to_try, read_counts
 from attack_modules.analytic.one_layer import read_single
@@ -84,7 +84,7 @@ def leak_rounds(
     count, labels = read_counts(first, last, hidden, training)
     num_images = count.num_images
     scale = num_images / (training.lr * training.steps)
-    targets = F.one_hot(labels, len(last[0])).to(last[0])
+    targets = training.loss.targets(labels, len(last[0]), last[0], training.sizes)
     if len(layers) > 1 and len(labels.unique()) < num_images:
         raise AttackError(
             f"{len(layers)} rounds were observed and images share classes, which is read from one round alone. "

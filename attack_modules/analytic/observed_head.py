@@ -24,7 +24,17 @@ def training_knowledge(seen: ObservedRound, model: ImageClassifier) -> TrainingK
     known = seen.assumptions
     labels = None if known.labels is None else torch.tensor(known.labels)
     typical = TypicalHead.of(model, seen.observation.image_shape) if labels is None else None
-    return TrainingKnowledge(known.mean_rate, known.local_steps, known.num_images, labels, known.local_epochs, typical)
+    ordered = labels is not None and known.sources.get("labels") == "known"
+    return TrainingKnowledge(
+        known.mean_rate,
+        known.local_steps,
+        known.num_images,
+        labels,
+        known.local_epochs,
+        typical,
+        known.loss,
+        known.client_sizes if ordered else None,
+    )
 
 
 def labels_in(seen: ObservedRound, update: Tensors, model: ImageClassifier) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from attack_modules.analytic.results import Reading, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace
+from fl_lightning.loss import logit_errors
 
 
 def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: int = 30) -> tuple[Tensor, Tensor]:
@@ -13,12 +14,13 @@ def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: i
     Args:
         gradient: (C, H), in any basis of the input space.
         weight: (C, H) in the same basis, half way through the local steps.
-        targets: (N, C) one-hot. Images of one class come out as their mean.
+        targets: (N, C) one-hot, or as of `CrossEntropy.targets`. Images of one class come out as their mean.
         iterations: upper limit, of the fixed point between inputs and probabilities.
     """
     probabilities = torch.full_like(targets, 1 / targets.shape[1])
     for _ in range(iterations):
-        inputs = torch.linalg.lstsq((probabilities - targets).T, gradient, driver="gelsd").solution
+        errors = logit_errors(probabilities, targets)
+        inputs = torch.linalg.lstsq(errors.T, gradient, driver="gelsd").solution
         previous, probabilities = probabilities, (inputs @ weight.T).softmax(1)
         if (probabilities - previous).abs().max() < torch.finfo(gradient.dtype).eps:
             break
@@ -30,6 +32,6 @@ def read_single(space: RowSpace, targets: Tensor, training: TrainingKnowledge, s
     rows = space.rows * scale
     middle = space.weight - space.rows * training.half_way
     features, probabilities = head_inputs(rows, middle, targets)
-    errors = probabilities - targets
+    errors = logit_errors(probabilities, targets)
     residual = ((rows - errors.T @ features).norm() / rows.norm()).item()
     return Reading(features, errors, torch.zeros(len(targets), dtype=torch.long), residual, 0.0)

@@ -1,11 +1,12 @@
 """What the closed form takes as given, and what it returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.threat_model.assumptions import half_way
+from fl_lightning.loss import CrossEntropy
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class TrainingKnowledge:
         epochs: steps in which each image takes part, or None for all.
         typical: what the last layer computes for typical images; it makes label counts right where few classes are
             without images. None where the model is not at hand.
+        loss: what the peers minimise.
+        sizes: images of each peer where `labels` are in their order, or None. Class weights are relative to a peer's.
     """
 
     lr: float
@@ -28,6 +31,8 @@ class TrainingKnowledge:
     labels: Tensor | None = None
     epochs: int | None = None
     typical: TypicalHead | None = None
+    loss: CrossEntropy = field(default_factory=CrossEntropy)
+    sizes: list[int] | None = None
 
     @property
     def half_way(self) -> float:

@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from attack_modules.analytic.gate_separation import separate
 from attack_modules.analytic.gates import GateRegression, regress_features
@@ -13,6 +12,7 @@ from attack_modules.analytic.head_training import Trajectory, co_members, gates_
 from attack_modules.analytic.results import Reading, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace
 from attack_modules.attack import AttackError
+from fl_lightning.loss import logit_errors
 
 MOST_OF_UNITS = 0.6
 """Images that share classes, as a share of the hidden units that are active for any, up to which they are separated."""
@@ -59,7 +59,9 @@ def read_shared(
             "training not as assumed: give `knowledge.num_images`, or attack by gradient matching (configs/paper.yaml)."
         )
     middle = (weight - last * training.half_way)[:, :hidden]
-    class_errors = middle.mean(0) - middle  # of uniform predictions
+    classes = len(last)
+    one_of_each = training.loss.targets(torch.arange(classes), classes, last)
+    class_errors = logit_errors(torch.full_like(one_of_each, 1 / classes), one_of_each) @ middle
     if training.labels is None:
         sums = last[:, :hidden].sum(1)  # lower with each image of the class
         quota = num_images / len(last) * (1 - sums / (2 * sums.max()))
@@ -78,7 +80,7 @@ def read_shared(
     if training.labels is not None and len(order) == len(training.labels):
         order = order[training.labels.argsort(stable=True).argsort()]
     labels, gates = separation.labels[order], separation.gates[order]
-    targets = F.one_hot(labels, len(last)).to(last)
+    targets = training.loss.targets(labels, classes, last)
 
     def simulated(features: Tensor, influence: Tensor) -> Trajectory:
         gram, start = features @ features.T, features @ space.weight.T

@@ -20,6 +20,7 @@ from attack_modules.analytic.head_training import (
 from attack_modules.analytic.one_layer import head_inputs
 from attack_modules.analytic.results import Reading, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace
+from fl_lightning.loss import logit_errors
 
 
 def read_stack(
@@ -39,7 +40,7 @@ def read_stack(
         space: of the first layer's updates, round under round.
         last: of each round, (C, H) update of the last layer, (C, H + 1) with a bias.
         weight: of each round, the last layer before it, of the same shape.
-        targets: (N, C) one-hot.
+        targets: (N, C) as of `CrossEntropy.targets`.
         training: how the peers trained.
         scale: N / (lr * steps).
         iterations: rounds of features -> simulated training -> gates -> features.
@@ -51,7 +52,7 @@ def read_stack(
         middle = before - gradient * training.half_way
         inputs, probabilities = head_inputs(gradient * scale, middle, targets)
         activations.append(inputs[:, :hidden])
-        errors.append(((probabilities - targets) @ middle)[:, :hidden])
+        errors.append((logit_errors(probabilities, targets) @ middle)[:, :hidden])
     activations, errors = torch.cat(activations, 1), torch.cat(errors, 1)
 
     regression = GateRegression(rows, len(targets))

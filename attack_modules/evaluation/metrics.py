@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
+from torchmetrics.functional.clustering import adjusted_rand_score
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     peak_signal_noise_ratio,
@@ -154,7 +154,7 @@ def attribution(peers: Tensor, clients: Tensor, assignment: Tensor) -> dict[str,
         1985): 1 for identical groupings, 0 in expectation for random ones.
     """
     found = assignment >= 0
-    index = adjusted_rand_score(clients[found].tolist(), peers.cpu()[assignment[found]].tolist())
+    index = adjusted_rand_score(peers.cpu()[assignment[found]], clients[found])
     return {"peers": len(peers.unique()), "clients": len(clients.unique()), "adjusted_rand": float(index)}
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
+from attack_modules.analytic.suspicion import suspected_defenses
 from attack_modules.attack import Attack, Reconstruction, Verdict
 from attack_modules.feature_inversion.controls import expected_psnr
 from attack_modules.feature_inversion.decoder import FeatureDecoder
@@ -26,7 +27,7 @@ from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
 from attack_modules.threat_model.observed import RoundsSummary
-from attack_modules.threat_model.requirements import LinearHead, NoRandomLayers, Requirement
+from attack_modules.threat_model.requirements import LinearHead, NoRandomLayers, Requirement, TrainedHead
 from fl_lightning.errors import SettingError, non_negative, positive
 from fl_lightning.models import ImageClassifier
 
@@ -134,7 +135,8 @@ class FeatureInversion(Attack):
 
     def requirements(self, processes: int) -> list[Requirement]:
         parts = [part for part in (self.rounds, self.refinement, self.guidance) if part]
-        return [LinearHead(), NoRandomLayers(), *(needed for part in parts for needed in part.requirements())]
+        of_parts = [needed for part in parts for needed in part.requirements()]
+        return [LinearHead(), TrainedHead(), NoRandomLayers(), *of_parts]
 
     def least_memory(self, rounds: RoundsSummary) -> int:
         """The updates of all rounds, a model, and the first layer's update in float64 with its QR decomposition."""
@@ -197,7 +199,7 @@ class FeatureInversion(Attack):
         """(N, C, H, W) initial images for features (N, D)."""
         if self.decoder[0]:
             return self.decoder[0](features.to(self.model.mean))
-        return torch.full((len(features), *self.observed_rounds[0].observation.image_shape), 0.5)
+        return self.model.mean.new_full((len(features), *self.observed_rounds[0].observation.image_shape), 0.5)
 
     @property
     def model(self) -> ImageClassifier:
@@ -259,7 +261,7 @@ class FeatureInversion(Attack):
     def invert(self, features: Tensor, steps: int) -> Tensor:
         """(K, C, H, W) images from features (K, D), as in so many training steps without simulations and guidance."""
         images = self._start(features).requires_grad_()
-        best, best_loss = images.detach().clone(), torch.full((len(images),), torch.inf, device=images.device)
+        best, best_loss = images.detach().clone(), images.new_full((len(images),), torch.inf)
         optimizer, scheduler = self._adam(images, steps)
         for step in range(steps):
             optimizer.zero_grad()
@@ -397,7 +399,8 @@ class FeatureInversion(Attack):
                 lambda wrong: self.invert(wrong, steps),
                 shape,
             )
-        return judge(evidence, psnr, best, self.model)
+        suspected = suspected_defenses(self.update_of(self.observed_rounds[0]))
+        return judge(evidence, psnr, best, self.model).suspecting(suspected)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)

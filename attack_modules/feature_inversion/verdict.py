@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from attack_modules.analytic.results import Leakage
 from attack_modules.attack import Level, Verdict
+from fl_lightning.errors import counted
+from fl_lightning.models.freezing import batch_statistics
 
 LEFT_OF_CORRECTION = 0.2
 """Share of a correction by simulated training that the features are still off. Measured: 0.05 to 0.16."""
@@ -100,7 +102,7 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) 
     mixed = (misfit > SINGULAR_MISFIT * misfit.median()) & (misfit > LEAST_SINGULAR)
     if mixed.any():
         levels = _unreliable(levels, mixed)
-        reasons.append(f"{int(mixed.sum())} images have features that are those of no single image")
+        reasons.append(f"{counted(int(mixed.sum()), 'image')} came out with features of no single image")
         advice.append("Where images share classes, there may be more images than were counted: `knowledge.num_images`.")
     if len(model.head) == 1:
         shared = leakage.labels.bincount()[leakage.labels] > 1
@@ -180,11 +182,11 @@ def _limits(evidence: Evidence, model: nn.Module) -> tuple[Level, list[str], lis
             "were inverted by their direction",
             "Check `knowledge.client_lr`, `.server_lr`, `.momentum` and whether updates are clipped.",
         )
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if batch_statistics(model):
         limit(
             Level.UNRELIABLE,
             "the model normalises by the statistics of the peers' batches, which the attacker does not know",
-            "If the peers train with frozen statistics, wrap the model so that its BatchNorm layers are in eval mode.",
+            "If the peers train with frozen statistics, observe models that hold these, which do not change.",
         )
     if found.drift > DRIFTING:
         reasons.append(f"the local training changes the activations by {found.drift:.0%}")

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attack_modules.simulation.distributed import Ranks
@@ -35,8 +34,8 @@ class Batch(NamedTuple):
     """(b, C, H, W) images, or (b, D) features where the convolutions are frozen."""
     labels: Tensor
     """(b,) long."""
-    size: int
-    """Images in the whole mini-batch."""
+    total: float
+    """What the sum of the losses of the whole mini-batch is divided by: its images, or their weights."""
 
 
 class SimulatedPeers:
@@ -159,11 +158,11 @@ class SimulatedPeers:
         size = math.ceil(len(images) / steps) if merged else self.assumptions.batch_size or len(images)
         batches = []
         for inputs, targets in zip(images.split(size), labels.split(size), strict=True):
-            whole = len(inputs)
+            total = self.assumptions.loss.total(targets)
             if self._divides_batches:
-                own = self.ranks.shard(whole).to(images.device)
+                own = self.ranks.shard(len(inputs)).to(images.device)
                 inputs, targets = inputs[own], targets[own]
-            batches.append(Batch(inputs if self.frozen is None else self._frozen_features(inputs), targets, whole))
+            batches.append(Batch(inputs if self.frozen is None else self._frozen_features(inputs), targets, total))
         return batches
 
     @property
@@ -188,14 +187,12 @@ class SimulatedPeers:
 
     def _own_gradient(self, weights: SimulatedUpdate, state: Tensors, batch: Batch) -> SimulatedUpdate:
         """This process's part of a batch's gradient, a chunk of images at a time."""
-        inputs, labels, size = batch
+        inputs, labels, total = batch
         if self.chunk_size is None or self.frozen is not None:
-            return self._gradient(weights, inputs, state, labels, size)
+            return self._gradient(weights, inputs, state, labels, total)
         gradient: SimulatedUpdate = {}
         for chunk, chunk_labels in zip(inputs.split(self.chunk_size), labels.split(self.chunk_size), strict=True):
-            part = recomputed(
-                partial(self._gradient, state=state, labels=chunk_labels, batch_size=size), weights, chunk
-            )
+            part = recomputed(partial(self._gradient, state=state, labels=chunk_labels, total=total), weights, chunk)
             gradient = {name: gradient[name] + g if gradient else g for name, g in part.items()}
         return {name: g.joined() if isinstance(g, LowRank) else g for name, g in gradient.items()}
 
@@ -206,9 +203,9 @@ class SimulatedPeers:
         return self._with_offset(functional_call(self.model.features, (convolutional, state), (normalised,)).flatten(1))
 
     def _gradient(
-        self, weights: SimulatedUpdate, inputs: Tensor, state: Tensors, labels: Tensor, batch_size: int
+        self, weights: SimulatedUpdate, inputs: Tensor, state: Tensors, labels: Tensor, total: float
     ) -> SimulatedUpdate:
-        """The gradient of `sum of losses / batch_size` for all parameters; that of linear weights as low-rank factors.
+        """The gradient of `sum of losses / total` for all parameters; that of linear weights as low-rank factors.
 
         It is itself differentiable where gradients are enabled.
         """
@@ -235,7 +232,7 @@ class SimulatedPeers:
                 outputs[name] = x = own["weight"].linear(x)
                 if layer.bias is not None:
                     x = x + own.get("bias", layer.bias)
-            loss = F.cross_entropy(x, labels, reduction="sum") / batch_size
+            loss = self.assumptions.loss(x, labels, reduction="sum") / total
             sources = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)} | outputs
             slopes = torch.autograd.grad(  # a parameter without influence has the gradient 0
                 loss, sources.values(), create_graph=differentiable, materialize_grads=True

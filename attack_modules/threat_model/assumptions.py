@@ -2,9 +2,13 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from fl_lightning.client import Tensors
 from fl_lightning.data.partition import even_sizes
+from fl_lightning.defenses import ClientDefense, ServerDefense
+from fl_lightning.loss import CrossEntropy
+from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 
 
 def half_way(steps: int) -> float:
@@ -25,34 +29,51 @@ class Assumptions:
         local_epochs: the peers' passes over their images in a round.
         batch_size: the peers' mini-batch size; None for full batches.
         server_lr: the server's learning rate.
+        server: the server's optimiser.
         momentum: of the peers' SGD.
         weight_decay: of the peers' SGD.
+        label_smoothing: of the peers' cross entropy.
+        class_weights: of the peers' cross entropy, one for each class; None for none.
         num_clients: peers in the aggregate; None if unknown.
         num_images: images in the aggregate; None if it must be inferred.
         labels: one label an image, ordered by peer if labels are told, sorted if only their counts are; None if they
             must be inferred.
         client_sizes: images of each peer; told together with `num_clients`, split evenly if that is guessed.
-        sources: `known`, `guessed` or `inferred` for each item of `Knowledge`; written into every result. What is
-            missing there is guessed, or inferred where it is None.
+        optimizer: of the peers.
+        defenses: of the peers, in the order in which they apply them; empty where there are none or they are unknown.
+        server_defenses: of the server, likewise.
+        sources: `known`, `guessed`, `inferred` or `unknown` for each item of `Knowledge`; written into every result.
+            What is missing there is guessed, or inferred where it is None.
     """
 
     client_lr: float
     local_epochs: int
     batch_size: int | None = None
     server_lr: float = 1.0
+    server: ServerOptimizer = field(default_factory=FedAvg)
     momentum: float = 0.0
     weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: list[float] | None = None
     num_clients: int | None = None
     num_images: int | None = None
     labels: list[int] | None = None
     client_sizes: list[int] | None = None
+    optimizer: Literal["SGD", "Adam"] = "SGD"
+    defenses: tuple[ClientDefense, ...] = ()
+    server_defenses: tuple[ServerDefense, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for item in fields(self):  # where nobody says otherwise, what is here is a guess
-            if item.name not in ("client_sizes", "sources"):
-                guessed = getattr(self, item.name) is not None or item.name == "batch_size"
+            if item.name not in ("client_sizes", "server_defenses", "sources"):
+                guessed = getattr(self, item.name) is not None or item.name in ("batch_size", "class_weights")
                 self.sources.setdefault(item.name, "guessed" if guessed else "inferred")
+
+    @property
+    def loss(self) -> CrossEntropy:
+        """What the peers minimise."""
+        return CrossEntropy(self.label_smoothing, None if self.class_weights is None else tuple(self.class_weights))
 
     @property
     def local_steps(self) -> int:

@@ -1,6 +1,7 @@
 """The data of an attack: the rounds that the attacker observed, with what it assumes of them."""
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,39 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from attack_modules.threat_model.assumptions import Assumptions
-from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.knowledge import Knowledge, KnowledgeError
 from fl_lightning.client import Tensors
 from fl_lightning.data import FederatedData
 from fl_lightning.federation import Federation
 from fl_lightning.models import ImageClassifier, ImageShape
+from fl_lightning.models.freezing import freeze
 from fl_lightning.observation import Observation, build_on_meta
 from fl_lightning.record import Record, RecordError, fingerprint
+from fl_lightning.seats import CuriousClient, Seat, View
+from fl_lightning.server_optimizers import ServerOptimizer
 from fl_lightning.storage import has_record
 from fl_lightning.truth import Truth
+
+
+def refuse_unknown_rounds(server: ServerOptimizer, round_: int, known: Collection[int]) -> None:
+    """Refuse a round whose server's optimiser kept something of rounds that were not observed.
+
+    Args:
+        server: its optimiser, as the attacker takes it to be.
+        round_: number of the round.
+        known: numbers of the other observed rounds.
+
+    Raises:
+        KnowledgeError: with the rounds that are missing.
+    """
+    if missing := [number for number in server.needed(round_) if number not in known]:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise KnowledgeError(
+            f"The server's {type(server).__name__} keeps something of earlier rounds, so round {round_} tells the mean "
+            f"update only with round {shown}, which the attacker did not observe. Observe the first round, or all "
+            "rounds (`federation.broadcast: all` or more `clients_per_round`), or set `knowledge.server: FedAvg`."
+        )
+
 
 RECORDS = Path("runs/federations")
 """Where records lie that are not given a directory: one folder for each fingerprint of the settings."""
@@ -29,18 +54,31 @@ class ObservedRound:
     Attributes:
         observation: what crossed the wire.
         assumptions: what the attacker takes the peers' training and data to be.
+        earlier: what crossed the wire before, oldest first, where it tells what the server's optimiser kept.
+        client: number of the client whose update alone it is, as a server sees it; None for the mean of all.
     """
 
     observation: Observation
     assumptions: Assumptions
+    earlier: Sequence[Observation] = ()
+    client: View = None
 
     def aggregated_update(self) -> Tensors:
-        """The weighted mean of all clients' updates, the attacker's own included, by parameter name."""
-        return self.observation.aggregated_update(self.assumptions.server_lr)
+        """The weighted mean of all clients' updates, the attacker's own included, by parameter name.
+
+        Raises:
+            KnowledgeError: the server's optimiser cannot be undone, since a round before was not observed.
+        """
+        rate, server, round_ = self.assumptions.server_lr, self.assumptions.server, self.observation.round
+        known = {seen.round: seen for seen in self.earlier}
+        refuse_unknown_rounds(server, round_, known)
+        rounds = [*(known[number] for number in server.needed(round_)), self.observation]
+        steps = [seen.aggregated_update(rate) for seen in rounds]
+        return {name: server.undo([step.pop(name) for step in steps], round_) for name in list(steps[0])}
 
     def peers_update(self) -> Tensors:
-        """The weighted mean of the peers' updates, by parameter name."""
-        return self.observation.peers_update(self.assumptions.server_lr)
+        """The weighted mean of the peers' updates, by parameter name; raises as `aggregated_update`."""
+        return self.observation.without_own(self.aggregated_update())
 
     def without_weight_decay(self, update: Tensors) -> Tensors:
         """The part of an update that the loss's gradients caused."""
@@ -52,7 +90,7 @@ class RoundsSummary:
     """What is known of the observed rounds without their tensors, and even before they are simulated.
 
     Attributes:
-        model: the architecture of the global model, on the meta device.
+        model: the architecture of the global model, on the meta device; what the peers did not train is frozen.
         image_shape: (C, H, W) of an image.
         assumptions: of each observed round, oldest first.
         dataset: class name of the simulated clients' dataset; None for a user's own images and foreign rounds.
@@ -66,14 +104,21 @@ class RoundsSummary:
     @classmethod
     def of(cls, rounds: Sequence[ObservedRound], dataset: str | None = None) -> "RoundsSummary":
         """Of rounds that are in memory."""
-        return cls.of_model(rounds[0].observation.model, [seen.assumptions for seen in rounds], dataset)
+        frozen = frozenset.intersection(*(seen.observation.unchanged for seen in rounds))
+        description, assumptions = rounds[0].observation.model, [seen.assumptions for seen in rounds]
+        return cls.of_model(description, assumptions, dataset, frozen)
 
     @classmethod
     def of_model(
-        cls, description: dict[str, Any], assumptions: Sequence[Assumptions], dataset: str | None = None
+        cls,
+        description: dict[str, Any],
+        assumptions: Sequence[Assumptions],
+        dataset: str | None = None,
+        frozen: Collection[str] = (),
     ) -> "RoundsSummary":
-        """Of rounds of a model that is described by `class_path` and `init_args`."""
-        return cls(build_on_meta(description), tuple(description["init_args"]["image_shape"]), assumptions, dataset)
+        """Of rounds of a model that is described by `class_path` and `init_args`, without training what is `frozen`."""
+        model = freeze(copy.deepcopy(build_on_meta(description)), frozen)
+        return cls(model, tuple(description["init_args"]["image_shape"]), assumptions, dataset)
 
 
 class GivenRounds(LightningDataModule):
@@ -129,15 +174,17 @@ class ObservedRounds(GivenRounds):
         self.foreign = directory is not None and Record(directory).foreign
         self._source: tuple[Federation, FederatedData] | None = None
         self._dataset: str | None = None
-        self._wanted: list[int] | None = None  # None for all that are there
+        self._wanted: list[tuple[int, View]] | None = None  # None for all that are there
         if not self.foreign:
             data.setup()
             self._source = federation, data
             settings = federation.settings(data)
-            self._wanted = settings["observed_rounds"]
+            self._wanted = federation.views(settings["observed_rounds"], data)
             self._dataset = None if settings["data"]["csv"] else settings["data"]["class"]
             directory = directory or RECORDS / fingerprint(settings)
         self.record = Record(directory)
+        #: who looked; a client, where the rounds are of another system
+        self.seat: Seat = CuriousClient() if self.foreign else federation.seat
 
     def summary(self) -> RoundsSummary:
         """What is known of the rounds, also before they are simulated and loaded."""
@@ -146,9 +193,13 @@ class ObservedRounds(GivenRounds):
                 self.setup()
             return RoundsSummary.of(self.rounds, self._dataset)
         federation, data = self._source
-        truths = [federation.truth(round_, data) for round_ in federation.rounds_to_observe(data)]
+        views, recorded = self._wanted, federation.rounds_to_record(data)
+        truths = [federation.truth(round_, data, client) for round_, client in views]
         assumptions = [self.knowledge.assumptions(truth) for truth in truths]
-        return RoundsSummary.of_model(federation.settings(data)["model"], assumptions, self._dataset)
+        for (round_, _), assumed in zip(views, assumptions, strict=True):
+            refuse_unknown_rounds(assumed.server, round_, recorded)
+        settings = federation.settings(data)
+        return RoundsSummary.of_model(settings["model"], assumptions, self._dataset, settings["frozen"])
 
     def prepare_data(self) -> None:
         """Simulate the rounds that are missing on disk."""
@@ -175,17 +226,20 @@ class ObservedRounds(GivenRounds):
         record = self.record
         if self.rounds:
             return
-        wanted = record.observed_rounds if self._wanted is None else self._wanted
-        if missing := sorted(set(wanted) - set(record.observed_rounds)):
+        wanted = [(number, None) for number in record.observed_rounds] if self._wanted is None else self._wanted
+        if missing := sorted({view[0] for view in wanted if not has_record(record.observation(*view))}):
             raise RecordError(
                 f"'{record.directory}' lacks observed round {', '.join(map(str, missing))}. Run `python cli.py "
                 "federate` with the same settings, which simulates what is missing, or call `prepare_data` first."
             )
-        self.rounds = [
-            ObservedRound(Observation.load(record.observation(round_)), self.knowledge.assumptions(self._truth(round_)))
-            for round_ in wanted
-        ]
+        self.rounds = [self._observed(round_, client) for round_, client in wanted]
 
-    def _truth(self, round_: int) -> Truth | None:
-        stem = self.record.truth(round_)
+    def _observed(self, round_: int, client: View) -> ObservedRound:
+        assumptions, there = self.knowledge.assumptions(self._truth(round_, client)), self.record.observed_rounds
+        needed = [(number, None) for number in assumptions.server.needed(round_) if number in there]
+        seen, *earlier = (Observation.load(self.record.observation(*view)) for view in ((round_, client), *needed))
+        return ObservedRound(seen, assumptions, earlier, client)
+
+    def _truth(self, round_: int, client: View) -> Truth | None:
+        stem = self.record.truth(round_, client)
         return None if self.foreign and not has_record(stem) else Truth.load(stem)

@@ -35,12 +35,12 @@ class ObservationError(AuditError):
     """An observed round cannot be a round of training, or shows nothing of the peers."""
 
 
-def refuse_impossible(observation: Observation, server_lr: float = 1.0) -> None:
+def refuse_impossible(observation: Observation, server_lr: float | None = 1.0) -> None:
     """Refuse a round from which no attack can read anything, before work starts.
 
     Args:
         observation: what crossed the wire.
-        server_lr: the server's learning rate.
+        server_lr: the server's learning rate; None where its step is no multiple of the mean update.
 
     Raises:
         ObservationError: a model holds NaN or infinity, the attacker's weight is not in [0, 1), or the models differ by
@@ -66,7 +66,9 @@ def refuse_impossible(observation: Observation, server_lr: float = 1.0) -> None:
             f"The models before and after round {round_} are the same, so nothing was trained between them. Give two "
             "consecutive global models of a round in which peers took part."
         )
-    if observation.own_update and not any(_beyond_rounding(observation, server_lr, *change) for change in changes):
+    if server_lr is None or not observation.own_update:
+        return
+    if not any(_beyond_rounding(observation, server_lr, *change) for change in changes):
         raise ObservationError(
             f"Without the attacker's own update, round {round_} differs by the rounding of its numbers alone: no peer "
             "trained, or their learning rate was far too small to leave a trace. Observe another round."
@@ -139,7 +141,7 @@ def goes_uphill(seen: ObservedRound, update: Tensors) -> bool:
     sums = class_sums(seen.observation, update)
     if sums is None:
         return False
-    if labels is not None:
+    if labels is not None and not seen.assumptions.label_smoothing:  # which gives every class a share
         absent = torch.ones(len(sums), dtype=torch.bool)
         absent[torch.tensor(labels)] = False
         return bool(sums[absent].sum() < -UPHILL * sums.abs().sum())

@@ -4,11 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.trial import Trial, no_second_derivative
 from fl_lightning.errors import AuditError
+from fl_lightning.models.freezing import batch_statistics
 
 
 class RequirementError(AuditError):
@@ -40,6 +40,22 @@ def check(requirements: Iterable[Requirement], rounds: RoundsSummary, user: str)
     for requirement in requirements:
         if violation := requirement.violation(rounds):
             raise RequirementError(f"{user} requires {requirement.name}, but {violation}")
+
+
+class FittingClassWeights(Requirement):
+    """Class weights, where any are assumed, for as many classes as the model has."""
+
+    name = "one class weight for each class"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        classes = rounds.model.hparams["num_classes"]
+        for assumptions in rounds.assumptions:
+            if assumptions.class_weights is not None and len(assumptions.class_weights) != classes:
+                return (
+                    f"`knowledge.class_weights` has {len(assumptions.class_weights)} numbers for {classes} classes. "
+                    "Give one for each, or null."
+                )
+        return None
 
 
 class SingleRound(Requirement):
@@ -99,6 +115,22 @@ class LinearHead(Requirement):
             return (
                 f"{type(rounds.model).__name__} {fault}, and the closed form reads linear layers with a ReLU between. "
                 "Attack this model by gradient matching (`--model GradientInversion`) instead."
+            )
+        return None
+
+
+class TrainedHead(Requirement):
+    """A head of which the peers trained every layer."""
+
+    name = "a head that the peers train"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        trained = {name for name, parameter in rounds.model.named_parameters() if parameter.requires_grad}
+        frozen = [name for name in rounds.model.head_parameters if name not in trained]
+        if trained and frozen:  # two equal models are refused for what they are
+            return (
+                f"the round leaves {', '.join(frozen[:3])} as it was: it is frozen, or its inputs are 0. Attack by "
+                "gradient matching (`--model GradientInversion`), which needs no update of the head."
             )
         return None
 
@@ -208,12 +240,12 @@ class NoRandomLayers(Requirement):
 
 
 class NoBatchNorm(Requirement):
-    """A model whose batches can be divided: batch statistics are those of all images of a batch."""
+    """A model whose batches can be divided: batch statistics are of all images of a batch, unless they are frozen."""
 
-    name = "a model without BatchNorm where a batch is divided into chunks or among processes"
+    name = "a model without trained BatchNorm where a batch is divided into chunks or among processes"
 
     def violation(self, rounds: RoundsSummary) -> str | None:
-        if any(isinstance(layer, _BatchNorm) for layer in rounds.model.modules()):
+        if batch_statistics(rounds.model):
             return (
                 f"{type(rounds.model).__name__} has it. Leave `model.chunk_size` out, and on several devices set "
                 "`model.merged: false`."

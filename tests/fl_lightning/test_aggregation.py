@@ -3,6 +3,7 @@ import torch
 
 from fl_lightning.aggregation import aggregate, server_step
 from fl_lightning.client import ClientUpdate
+from fl_lightning.server_optimizers import FedAvg
 
 
 def test_fedavg_is_the_hand_computed_weighted_mean() -> None:
@@ -16,8 +17,9 @@ def test_fedavg_is_the_hand_computed_weighted_mean() -> None:
     torch.testing.assert_close(mean.update["w"], torch.tensor([1.25, 2.5]))
     torch.testing.assert_close(mean.buffers["running_mean"], torch.tensor(2.0))
     assert mean.num_examples == 8
-    after = server_step({"w": torch.tensor([10.0, 10.0])}, mean.update, server_lr=0.5)
-    torch.testing.assert_close(after["w"], torch.tensor([9.375, 8.75]))
+    before = {"w": torch.tensor([10.0, 10.0]), "frozen": torch.ones(1)}
+    after = server_step(before, mean.update, 0.5, FedAvg(), {}, 0)
+    torch.testing.assert_close(after, {"w": torch.tensor([9.375, 8.75]), "frozen": torch.ones(1)})
     torch.testing.assert_close(clients[0].update["w"], torch.tensor([1.0, 2.0]))  # inputs are left alone
 
 

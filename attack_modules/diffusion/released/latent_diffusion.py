@@ -1,10 +1,12 @@
 """Class-conditional latent diffusion on ImageNet: a diffusion transformer, guidance and Stable Diffusion's VAE."""
 
+from __future__ import annotations
+
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from attack_modules.diffusion.classes import imagenet_classes
@@ -14,6 +16,9 @@ from attack_modules.diffusion.schedules import linear_beta_alphas
 from attack_modules.weights import load_strictly, read_weights
 from fl_lightning.download import CHECKPOINTS
 from fl_lightning.errors import SettingError, positive
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 MDT_XL2 = "https://huggingface.co/shgao/MDT-XL2/resolve/main/mdt_xl2_v2_ckpt.pt"
 SD_VAE = "https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.safetensors"
@@ -114,6 +119,8 @@ def sd_vae(
         groups: number of groups of every group normalisation.
         image_size: height and width of an image, in pixels.
     """
+    from diffusers import AutoencoderKL  # takes a second to load
+
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),

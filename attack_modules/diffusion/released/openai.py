@@ -1,10 +1,12 @@
 """OpenAI's guided diffusion (Dhariwal and Nichol 2021, arXiv 2105.05233): the released 256x256 ImageNet model."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 
 from attack_modules.diffusion.denoiser import Denoiser
@@ -12,6 +14,9 @@ from attack_modules.diffusion.schedules import linear_beta_sigmas
 from fl_lightning.download import CHECKPOINTS, ReleasedFile
 from fl_lightning.errors import SettingError
 from fl_lightning.storage import load_checkpoint
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 UNCONDITIONAL_256 = ReleasedFile(
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/256x256_diffusion_uncond.pt",
@@ -105,6 +110,8 @@ def unet(
         attention_from: index of the first level with self-attention.
         head_width: channels per attention head.
     """
+    from diffusers import UNet2DModel  # takes a second to load
+
     plain, attending = attention_from, len(widths) - attention_from
     return UNet2DModel(
         in_channels=3,

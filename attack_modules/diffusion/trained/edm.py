@@ -3,10 +3,16 @@
 The pixels of each 2x2 block become channels (as in FFDNet, arXiv 1710.04026), which reduces the cost to a quarter.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 
 def unet_of_squares(channels: list[int], layers: int, num_classes: int | None = None) -> UNet2DModel:
@@ -17,6 +23,8 @@ def unet_of_squares(channels: list[int], layers: int, num_classes: int | None = 
         layers: residual blocks per level.
         num_classes: number of class labels, including any null class; null for an unconditional network.
     """
+    from diffusers import UNet2DModel  # takes a second to load
+
     unet = UNet2DModel(
         in_channels=12,
         out_channels=12,

@@ -26,7 +26,7 @@ RUNS = {
                 "--federation.client.weight_decay", "0.1", "--model.restarts", "2"],
     "clients": [*INVERSION, "--model.merged", "false", "--model.objective", "Cosine"],
     "head": [*INVERSION, "--model.simulate", "head"],
-    "refined": [*LEAKAGE, "--config", str(ROOT / "configs/refined.yaml")],
+    "refined": [*LEAKAGE, "--config", str(ROOT / "configs/refined.yaml"), "--trainer.precision", "64-true"],
     "attribution": [*LEAKAGE, "--config", str(ROOT / "configs/attribution.yaml")],
     "leakage": [*LEAKAGE, "--postprocess", "DirectEnhancement", "--postprocess.chunk_size", "4",
                 "--postprocess.schedule", "Karras", "--postprocess.schedule.steps", "2"],

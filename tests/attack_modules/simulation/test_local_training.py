@@ -60,7 +60,7 @@ def test_simulated_peers_give_what_real_clients_gave(
     assert relative_error(dense(simulated), observation.peers_update()) < 2e-3
 
 
-def test_any_head_and_frozen_or_unused_parameters_are_simulated(
+def test_any_head_is_simulated_without_frozen_and_unused_parameters(
     observe: Observe, noise_images: type, relative_error: Callable
 ) -> None:
     training = LocalTraining(lr=0.1, local_epochs=3, momentum=0.5)
@@ -68,7 +68,7 @@ def test_any_head_and_frozen_or_unused_parameters_are_simulated(
     images, labels = truth_of(observation, observe, noise_images)
     simulated = dense(SimulatedPeers(observation, merged=False, device=CPU).mean_update(images, labels))
     seen = observation.peers_update()
-    assert seen.keys() - simulated.keys() == {"features.0.weight", "features.0.bias"}
+    assert seen.keys() - simulated.keys() == {"features.0.weight", "features.0.bias", "features.unused"}
     assert relative_error(simulated, {name: seen[name] for name in simulated}) < 2e-3
 
 
@@ -214,7 +214,9 @@ def test_an_offset_is_added_to_the_features(observe: Observe, relative_error: Ca
 
 def test_what_cannot_be_divided_is_refused(observe: Observe, batch_norm_classifier: ClassifierFactory) -> None:
     seen = observe(Federation(model=batch_norm_classifier, client=LocalTraining(local_epochs=1)))
-    with pytest.raises(RequirementError, match=r"a model without BatchNorm where.*Leave `model.chunk_size` out"):
+    with pytest.raises(
+        RequirementError, match=r"a model without trained BatchNorm where.*Leave `model.chunk_size` out"
+    ):
         SimulatedPeers(seen, True, CPU, chunk_size=2)
 
 
