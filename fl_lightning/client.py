@@ -61,6 +61,8 @@ class LocalTraining:
                 f"weight_decay >= 0, but got {self}."
             )
         _ = self.loss  # which refuses its own numbers
+        for place, defense in enumerate(self.defenses):
+            defense.refuse_beside(self.defenses[:place] + self.defenses[place + 1 :], self.class_weights)
 
     @property
     def loss(self) -> CrossEntropy:
@@ -160,12 +162,16 @@ class ClientTask:
         images: the client's private images.
         seed: of the order of mini-batches, of random layers and of defences.
         memory: what the client's defences kept of its former round.
+        client: its number in the federation.
+        round: of the federation, from 0.
     """
 
     model: ImageClassifier
     images: ImageSet
     seed: int
     memory: Tensors = field(default_factory=dict)
+    client: int = 0
+    round: int = 0
 
 
 def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "cpu") -> ClientUpdate:

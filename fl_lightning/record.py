@@ -11,7 +11,13 @@ from fl_lightning.errors import AuditError
 from fl_lightning.server_optimizers import FedAvg
 from fl_lightning.storage import locked, read_json, write_json
 
-NEW = {"initial_weights": None, "frozen": [], "server": FedAvg().describe(), "server_defenses": []}
+NEW = {
+    "initial_weights": None,
+    "frozen": [],
+    "server": FedAvg().describe(),
+    "server_defenses": [],
+    "seat": {"class": "CuriousClient"},
+}
 """Settings that older records do not speak of, and what they mean by that."""
 NEW_OF_CLIENTS = {"optimizer": "SGD", "label_smoothing": 0.0, "class_weights": None, "defenses": []}
 """The same of `client`."""
@@ -33,18 +39,18 @@ class Record:
         self.checkpoint = directory / "federation.ckpt"
         self.settings = directory / "settings.json"
 
-    def observation(self, round_: int) -> Path:
-        """Stem of a round's Observation."""
-        return self.directory / "observed" / f"round_{round_:04d}"
+    def observation(self, round_: int, client: int | None = None) -> Path:
+        """Stem of a round's Observation, or of that of one client's update in it."""
+        return self.directory / "observed" / _stem(round_, client)
 
-    def truth(self, round_: int) -> Path:
-        """Stem of a round's Truth."""
-        return self.directory / "truth" / f"round_{round_:04d}"
+    def truth(self, round_: int, client: int | None = None) -> Path:
+        """Stem of a round's Truth, or of that of one client in it."""
+        return self.directory / "truth" / _stem(round_, client)
 
     @property
     def observed_rounds(self) -> list[int]:
         """Rounds whose Observation is on disk, ascending."""
-        return sorted(int(path.stem.removeprefix("round_")) for path in self.directory.glob("observed/round_*.json"))
+        return sorted({int(path.stem.split("_")[1]) for path in self.directory.glob("observed/round_*.json")})
 
     @property
     def foreign(self) -> bool:
@@ -75,6 +81,10 @@ class Record:
             self.directory / "federation.lock",
             f"Another run simulates the federation of '{self.directory}': waiting for its end.",
         )
+
+
+def _stem(round_: int, client: int | None) -> str:
+    return f"round_{round_:04d}" + ("" if client is None else f"_client_{client:04d}")
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

@@ -12,7 +12,9 @@ from jsonargparse import SUPPRESS, ArgumentParser
 import attack_modules
 import fl_lightning.data
 import fl_lightning.defenses
+import fl_lightning.engines
 import fl_lightning.models
+import fl_lightning.seats
 import fl_lightning.server_optimizers
 from attack_modules.audit.study import Defence, Scenario
 from attack_modules.diffusion.trained.class_conditional import ClassConditionalDiffusion, SmallConditional
@@ -41,12 +43,6 @@ later ones win. `--print_config` shows the result, and every run saves it as `co
 |---|---|
 """
 
-DEFENSES = [
-    defense
-    for name in fl_lightning.defenses.__all__
-    if isinstance(defense := getattr(fl_lightning.defenses, name), type) and is_dataclass(defense)
-]
-
 
 def places(defense: type) -> list[str]:
     """The settings that list a defence."""
@@ -57,9 +53,19 @@ def places(defense: type) -> list[str]:
     return [path for path, kind in kinds.items() if issubclass(defense, kind)]
 
 
+DEFENSES = [
+    defense
+    for name in fl_lightning.defenses.__all__
+    if is_dataclass(defense := getattr(fl_lightning.defenses, name)) and places(defense)
+]
+
+
 SECTIONS = {
     "`federation`: the federation that is simulated": [
         ("federation", Federation),
+        ("federation.seat", fl_lightning.seats.CuriousClient),
+        ("federation.seat", fl_lightning.seats.ColludingClients),
+        ("federation.seat", fl_lightning.seats.CuriousServer),
         ("federation.server", fl_lightning.server_optimizers.FedAvg),
         ("federation.server", fl_lightning.server_optimizers.FedAvgM),
         ("federation.server", fl_lightning.server_optimizers.FedAdam),
@@ -90,6 +96,10 @@ SECTIONS = {
     ],
     "`federation.client.defenses`, `federation.server_defenses`": [
         (" and ".join(places(defense)), defense) for defense in DEFENSES
+    ],
+    "`federation.engine`: where clients train": [
+        ("federation.engine", fl_lightning.engines.InProcess),
+        ("federation.engine", fl_lightning.engines.Flower),
     ],
     "`model`: attacks": [
         ("model", attack_modules.FeatureInversion),

@@ -201,19 +201,21 @@ class Evaluation(Callback):
 
     def _truth(self, trainer: Trainer, attack: Attack) -> Truth | None:
         """The ground truth of all observed rounds, if it lies beside them."""
-        stems = [trainer.datamodule.record.truth(seen.observation.round) for seen in attack.observed_rounds]
+        record = trainer.datamodule.record
+        stems = [record.truth(seen.observation.round, seen.client) for seen in attack.observed_rounds]
         if not all(has_record(stem) for stem in stems):
             return None
         return Truth.union([Truth.load(stem) for stem in stems])
 
     def _introduction(self, trainer: Trainer, attack: Attack) -> str:
-        rounds = ", ".join(str(seen.observation.round) for seen in attack.observed_rounds)
+        rounds = ", ".join(str(number) for number in dict.fromkeys(s.observation.round for s in attack.observed_rounds))
         weight = attack.observed_rounds[-1].observation.own_weight
-        truth = self._truth(trainer, attack)
+        truth, seat = self._truth(trainer, attack), trainer.datamodule.seat
+        who = f" (aggregation weight {weight:.0%})" if weight else ""
         peers = f" Its {len(truth.clients.unique())} peers hold {len(truth.labels)} images." if truth else ""
         return (
-            f"Attacker: an honest-but-curious client (aggregation weight {weight:.0%}) that observed round {rounds}."
-            f"{peers}\n{trainer.datamodule.knowledge.introduction()}\n{attack.introduction()}"
+            f"Attacker: {seat.words}{who}; observed round {rounds}.{peers}\n"
+            f"{trainer.datamodule.knowledge.introduction()}\n{attack.introduction()}"
         )
 
     def _report(self, trainer: Trainer, attack: Attack, reconstruction: Reconstruction) -> None:
@@ -294,6 +296,7 @@ class Evaluation(Callback):
             "knowledge": assumptions.sources,
             "assumed": {name: describe(value) for name, value in vars(assumptions).items() if name not in private},
             **({} if truth is None else _defended(truth, rounds[-1].observation.round + 1)),
+            "seat": describe(trainer.datamodule.seat),
             "observed_rounds": [seen.observation.round for seen in rounds],
             "observation": str(trainer.datamodule.record.directory),
             "postprocess": ", ".join(type(made).__name__ for made in postprocessing.enhancers.values()) or "none",

@@ -51,6 +51,17 @@ class Defense:
 class ClientDefense(Defense):
     """What every client does in its local training, or to its update before it is sent; the observing client too."""
 
+    def refuse_beside(self, others: Sequence["ClientDefense"], class_weights: Sequence[float] | None) -> None:
+        """Refuse a local training in which the defence does not do what it promises.
+
+        Args:
+            others: the other defences of the client.
+            class_weights: of the loss; None for none.
+
+        Raises:
+            SettingError: they do not go together.
+        """
+
     def start(self, model: ImageClassifier, occasion: Occasion) -> None:
         """Change the client's copy of the global model before it is trained; names of parameters stay."""
 

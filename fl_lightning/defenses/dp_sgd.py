@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fl_lightning.defenses.defense import ClientDefense, Occasion
+from fl_lightning.defenses.mixup import Mixup
 from fl_lightning.defenses.privacy import Privacy, epsilon_of, refuse_delta, refuse_without_opacus
 from fl_lightning.errors import SettingError, in_short, positive
 from fl_lightning.models import ImageClassifier
@@ -41,6 +43,15 @@ class DPSGD(ClientDefense):
             raise SettingError(
                 f"DPSGD needs max_grad_norm > 0 and noise_multiplier > 0, but got {self.max_grad_norm} and "
                 f"{self.noise_multiplier}."
+            )
+
+    def refuse_beside(self, others: Sequence[ClientDefense], class_weights: Sequence[float] | None) -> None:
+        changing = [o for o in others if isinstance(o, Mixup) or type(o).on_gradient != ClientDefense.on_gradient]
+        if changing or class_weights:
+            what = ", ".join(type(other).__name__ for other in changing) or "`federation.client.class_weights`"
+            raise SettingError(
+                f"DPSGD guarantees nothing beside {what}, by which an image changes the gradients of others or what "
+                "becomes of them. Leave one of them out."
             )
 
     def privacy(self, rounds: int, local_epochs: int) -> Privacy:

@@ -15,7 +15,8 @@ from fl_lightning.state_files import Tensors
 class PartialSharing(ClientDefense):
     """Some parameters are never sent: each client trains its own (FedPer, FedBN), and the global model's stay as begun.
 
-    The accuracy of the global model alone is then no measure of the clients' models.
+    The accuracy of the global model alone is then no measure of the clients' models. List it before what changes the
+    update, or the client's own layers are changed as well.
 
     Args:
         private: patterns of the names of parameters that are not sent, such as `head.*` or `*bn*`.

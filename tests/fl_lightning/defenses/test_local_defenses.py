@@ -209,6 +209,20 @@ def test_dp_sgd_clips_single_images_and_adds_noise(task: ClientTask) -> None:
     assert noise.std().item() == pytest.approx(0.1 * 5.0 * 0.3 / 6 * 2**0.5, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("others", "settings", "words"),
+    [
+        ([Mixup(lam=0.4)], {}, "beside Mixup"),
+        ([FedProx(), Soteria()], {}, "beside FedProx, Soteria"),
+        ([], {"class_weights": [1.0, 2.0]}, "beside `federation.client.class_weights`"),
+    ],
+)
+def test_dp_sgd_is_refused_where_it_guarantees_nothing(others: list, settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LocalTraining(defenses=[*others, DPSGD()], **settings)
+    LocalTraining(defenses=[Augmentation(), DPSGD(), Dropout()])
+
+
 def test_dp_sgd_asks_for_group_norm(batch_norm_classifier: type[ImageClassifier], task: ClientTask) -> None:
     model = batch_norm_classifier(4, (3, 6, 6))
     with pytest.raises(ValueError, match=r"BatchNorm, which mixes the images of a batch.*GroupNorm"):
