@@ -64,7 +64,7 @@ def test_a_round_that_cannot_be_read_is_named(
     seen, _ = watched
     module = attack(FeatureInversion(rounds=ChangingParticipants()), *seen[:2], steps=1)
     bad = replace(module.leakage, diagnosis=replace(module.leakage.diagnosis, residual=0.97))
-    monkeypatch.setattr(rounds_module, "leak", lambda updates, weights, beliefs: bad)
+    monkeypatch.setattr(rounds_module, "leak_known", lambda updates, weights, beliefs: bad)
     with pytest.warns(
         UserWarning, match=r"Round 1 could not be read: 97% of its update is unexplained.*`federation.observed_rounds`"
     ):
