@@ -104,7 +104,7 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) 
         levels = _unreliable(levels, mixed)
         reasons.append(f"{counted(int(mixed.sum()), 'image')} came out with features of no single image")
         advice.append("Where images share classes, there may be more images than were counted: `knowledge.num_images`.")
-    if len(model.head) == 1:
+    if len(model.head) == 1 and not found.separated:
         shared = leakage.labels.bincount()[leakage.labels] > 1
         if shared.any():
             levels = _unreliable(levels, shared)
