@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -113,6 +113,11 @@ class Verdict:
         """Of the whole: the level that more than half of the images reach, missing ones included."""
         every = sorted([*self.levels, *[Level.NOT_READ] * self.missing], key=list(Level).index)
         return every[len(every) // 2]
+
+    def suspecting(self, clauses: list[str]) -> "Verdict":
+        """With further reasons, where images are less than certain."""
+        doubtful = self.missing or any(level is not Level.CERTAIN for level in self.levels)
+        return replace(self, reasons=[*self.reasons, *clauses]) if doubtful else self
 
     def sentence(self, originals: int | None = None) -> str:
         """The verdict, its reasons and what to try, in a few lines.

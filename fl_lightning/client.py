@@ -1,12 +1,12 @@
 """One client's local training."""
 
 import copy
-import gc
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from fl_lightning.data import ImageSet
+from fl_lightning.defenses import ClientDefense, defenses_of, describe_defenses, memory_of, occasions
+from fl_lightning.defenses.defense import Occasion
 from fl_lightning.errors import SettingError, non_negative, positive
 from fl_lightning.loss import CrossEntropy
 from fl_lightning.models import ImageClassifier
@@ -22,16 +24,18 @@ from fl_lightning.state_files import Tensors
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How a client trains: SGD on the cross entropy of its own images.
+    """How a client trains: SGD or Adam on the cross entropy of its own images.
 
     Args:
         lr: learning rate.
         local_epochs: passes over the client's images in a round.
         batch_size: images in an SGD step; null for full batches, all of the client's images.
         momentum: of SGD; the velocity starts at zero in every round.
-        weight_decay: of SGD.
+        weight_decay: of SGD, or of Adam.
+        optimizer: `SGD`, or `Adam` with torch's betas and epsilon, whose state starts anew in every round.
         label_smoothing: of the cross entropy, in [0, 1).
         class_weights: of the cross entropy, one positive number for each class; null for none.
+        defenses: what the client does so that less leaks, in this order; `defenses+:` in a file adds to the list.
     """
 
     lr: float = 0.003
@@ -39,22 +43,45 @@ class LocalTraining:
     batch_size: int | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
+    optimizer: Literal["SGD", "Adam"] = "SGD"
     label_smoothing: float = 0.0
     class_weights: list[float] | None = None
+    defenses: list[ClientDefense] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         counts = self.local_epochs >= 1 and (self.batch_size is None or self.batch_size >= 1)
+        if self.optimizer == "Adam" and self.momentum:
+            raise SettingError(
+                f"`federation.client.momentum` is {self.momentum}, but Adam has a momentum of its own. Set it to 0, or "
+                "choose `federation.client.optimizer: SGD`."
+            )
         if not (positive(self.lr) and counts and 0 <= self.momentum < 1 and non_negative(self.weight_decay)):
             raise SettingError(
                 "`federation.client` needs lr > 0, local_epochs >= 1, batch_size >= 1 or null, momentum in [0, 1) and "
                 f"weight_decay >= 0, but got {self}."
             )
         _ = self.loss  # which refuses its own numbers
+        for place, defense in enumerate(self.defenses):
+            defense.refuse_beside(self.defenses[:place] + self.defenses[place + 1 :], self.class_weights)
 
     @property
     def loss(self) -> CrossEntropy:
         """What is minimised."""
         return CrossEntropy(self.label_smoothing, None if self.class_weights is None else tuple(self.class_weights))
+
+    def describe(self) -> dict[str, Any]:
+        """The settings in JSON types, for `restored`."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        return settings | {"defenses": describe_defenses(self.defenses)}
+
+    @classmethod
+    def restored(cls, description: dict[str, Any]) -> "LocalTraining":
+        """The settings that were described.
+
+        Raises:
+            StorageError: a defence's class is not loaded, or has other settings.
+        """
+        return cls(**{**description, "defenses": defenses_of(description.get("defenses", []))})
 
 
 class ClientModule(LightningModule):
@@ -63,18 +90,28 @@ class ClientModule(LightningModule):
     Args:
         model: the client's own copy of the global model.
         training: the settings of its optimiser.
+        defenses: of the client, each with its occasion.
 
     Raises:
         SettingError: while training, a batch is too small for the model.
     """
 
-    def __init__(self, model: ImageClassifier, training: LocalTraining) -> None:
+    def __init__(
+        self,
+        model: ImageClassifier,
+        training: LocalTraining,
+        defenses: list[tuple[ClientDefense, Occasion]],
+    ) -> None:
         super().__init__()
         self.model = model
         self.training_settings = training
+        self.defenses = defenses
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, targets = batch
+        for defense, occasion in self.defenses:
+            images, targets = defense.on_batch(self.model, images, targets, occasion)
+        self.images = images
         try:
             logits = self.model(images)
         except ValueError as error:  # BatchNorm, whose statistics need more than one value
@@ -83,10 +120,16 @@ class ClientModule(LightningModule):
                 f"{tuple(images.shape[1:])} ({error}). Give the clients more images (`data.images_per_client`), larger "
                 "ones (`data.image_size`), or another model."
             ) from error
-        return self.training_settings.loss(logits, labels)
+        return self.training_settings.loss(logits, targets)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for defense, occasion in self.defenses:
+            defense.on_gradient(self.model, self.images, occasion)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = self.training_settings
+        if settings.optimizer == "Adam":
+            return torch.optim.Adam(self.parameters(), settings.lr, weight_decay=settings.weight_decay)
         return torch.optim.SGD(
             self.parameters(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
@@ -100,11 +143,13 @@ class ClientUpdate:
         update: parameters before minus after local training, so it points like a gradient; without frozen ones.
         buffers: the model's buffers after local training (BatchNorm's running statistics).
         num_examples: number of images that the client trained on, its weight in the aggregate.
+        memory: what its defences keep for its next round; it stays with the client.
     """
 
     update: Tensors
     buffers: Tensors
     num_examples: int
+    memory: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,12 +160,18 @@ class ClientTask:
         model: the global model `w_t` that the server sent; it is not modified. Of its parameters, those that require
             gradients are trained, and its frozen BatchNorm layers are in eval mode.
         images: the client's private images.
-        seed: of the order of mini-batches and of random layers.
+        seed: of the order of mini-batches, of random layers and of defences.
+        memory: what the client's defences kept of its former round.
+        client: its number in the federation.
+        round: of the federation, from 0.
     """
 
     model: ImageClassifier
     images: ImageSet
     seed: int
+    memory: Tensors = field(default_factory=dict)
+    client: int = 0
+    round: int = 0
 
 
 def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "cpu") -> ClientUpdate:
@@ -131,23 +182,25 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         training: the settings of the optimiser.
         accelerator: where Lightning trains (`cpu`, `gpu`, `auto`).
     """
-    client = ClientModule(copy.deepcopy(task.model), training)
+    model = copy.deepcopy(task.model)
+    defenses = occasions(training.defenses, trained_parameters(task.model), task.seed, task.memory)
+    client = ClientModule(model, training, defenses)
     with isolate_rng(), quiet():
         torch.manual_seed(task.seed)
+        for defense, occasion in defenses:
+            defense.start(model, occasion)
         trainer = silent_trainer(
             max_epochs=training.local_epochs, accelerator=accelerator, use_distributed_sampler=False
         )
         generator = torch.Generator().manual_seed(task.seed)
         trainer.fit(client, task.images.dataloader(training.batch_size, shuffle=True, generator=generator))
-    model = client.model.cpu()
-    after = parameters(model)
-    del trainer
-    gc.collect()  # a Trainer refers to itself, and would keep every client's model until the next collection
-    return ClientUpdate(
-        update={name: before - after[name] for name, before in trained_parameters(task.model).items()},
-        buffers=buffers(model),
-        num_examples=len(task.images),
-    )
+    after = parameters(model.cpu())
+    client.model = client.images = None  # a Trainer refers to itself, and would keep both until the next collection
+    trainer.strategy.optimizers = []
+    update = {name: tensor - after[name] for name, tensor in trained_parameters(task.model).items()}
+    for defense, occasion in defenses:
+        update = defense.on_update(update, occasion)
+    return ClientUpdate(update, buffers(model), len(task.images), memory_of(defenses))
 
 
 def parameters(model: torch.nn.Module) -> Tensors:

@@ -1,8 +1,8 @@
 """The federation: rounds of client sampling, local training and aggregation (FedAvg)."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +16,22 @@ from torch.nn import functional as F
 from fl_lightning.aggregation import aggregate, server_step
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, buffers, parameters
 from fl_lightning.data import FederatedData
+from fl_lightning.defenses import ServerDefense, describe_defenses, memory_of, occasions
 from fl_lightning.engines import Engine, InProcess
 from fl_lightning.errors import SettingError, positive
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trainable
 from fl_lightning.models.freezing import freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
-from fl_lightning.record import Record
+from fl_lightning.record import Record, describe
+from fl_lightning.seats import CuriousClient, Seat, View
 from fl_lightning.seeds import seed_of
 from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 from fl_lightning.state_files import content_of, fitted, read_state
 from fl_lightning.storage import has_record, load_checkpoint, save_checkpoint
 from fl_lightning.truth import Truth
+
+SERVER = "server"
+"""Where the memory of the server's defences is kept, among those of the clients, which go by numbers."""
 
 
 class Federation:
@@ -41,6 +46,8 @@ class Federation:
         rounds: number of communication rounds.
         clients_per_round: clients sampled in each round, of those with images and the observer; null for all of them.
             An observer without images that is sampled receives the models, and sends nothing.
+        server_defenses: what the server does to the updates that arrive, or to their mean; `client.defenses` are the
+            clients'.
         server_lr: learning rate of the server's step `w_{t+1} = w_t - server_lr * u`, `u` the mean update.
         server: optimiser of the server, which makes another step of `u`; null for FedAvg. The adaptive ones need a
             server_lr of 0.1 or less.
@@ -48,6 +55,7 @@ class Federation:
         broadcast: who receives the models before and after a round, and so can observe it. `participants`: the clients
             sampled in it, as in FedAvg's paper and where a server talks to the sampled devices alone. `all`: every
             client, as with Flower, whose server by default has all clients evaluate every round's model.
+        seat: who looks; null for the last client.
         observed_rounds: rounds, from 0, that are written to the record; null for the last that can be observed.
         initial_weights: a file of the weights to begin from, as `observe` reads them; null for new ones of the seed.
         trainable: what clients train: `all` parameters, those of the `head`, or a list of names of layers or patterns
@@ -64,10 +72,12 @@ class Federation:
         client: LocalTraining = LocalTraining(),  # noqa: B008 - frozen
         rounds: int = 1,
         clients_per_round: int | None = None,
+        server_defenses: list[ServerDefense] | None = None,
         server_lr: float = 1.0,
         server: ServerOptimizer | None = None,
         share_buffers: bool = True,
         broadcast: Literal["participants", "all"] = "participants",
+        seat: Seat | None = None,
         observed_rounds: list[int] | None = None,
         initial_weights: Path | None = None,
         trainable: Trainable = "all",
@@ -91,10 +101,12 @@ class Federation:
         self.client = client
         self.rounds = rounds
         self.clients_per_round = clients_per_round
+        self.server_defenses = server_defenses or []
         self.server_lr = server_lr
         self.server = server or FedAvg()
         self.share_buffers = share_buffers
         self.broadcast = broadcast
+        self.seat = seat or CuriousClient()
         self.observed_rounds = None if observed_rounds is None else sorted(set(observed_rounds))
         self.engine = engine or InProcess()
         self.accelerator = accelerator
@@ -137,17 +149,24 @@ class Federation:
                 f"`federation.client.class_weights` has {len(weights)} numbers, but there are {data.num_classes} "
                 "classes. Give one for each."
             )
+        if len(self.seat.members(data.num_clients)) >= data.num_clients:
+            raise SettingError(
+                f"All {data.num_clients} clients collude, so there is no peer to attack. Lower "
+                "`federation.seat.count`, or raise `data.num_clients`."
+            )
         model = on_meta(lambda: self.model(data.num_classes, data.image_shape))
         return {
             "model": describe_model(model),
             "initial_weights": None if self.initial_weights is None else content_of(self.initial_weights),
             "frozen": sorted(frozen_names(model, self.trainable)),
-            "client": asdict(self.client),
+            "client": self.client.describe(),
             "rounds": self.rounds,
             "clients_per_round": self.clients_per_round,
             "server_lr": self.server_lr,
             "server": self.server.describe(),
+            "server_defenses": describe_defenses(self.server_defenses),
             "share_buffers": self.share_buffers,
+            "seat": describe(self.seat),
             "observed_rounds": self.rounds_to_observe(data),
             "seed": self.seed,
             "data": data.describe() | {"content": data.content},
@@ -180,11 +199,11 @@ class Federation:
         record, recorded = Record(directory), self.rounds_to_record(data)
         if record.settings.exists():
             record.claim(settings)
-            if self._is_complete(record, settings["observed_rounds"], recorded):
+            if self._is_complete(data, record, settings["observed_rounds"], recorded):
                 return  # without a lock, for which the folder would have to be writable
         with record.locked():
             record.claim(settings)
-            if self._is_complete(record, settings["observed_rounds"], recorded):
+            if self._is_complete(data, record, settings["observed_rounds"], recorded):
                 return
             try:
                 self._run(data, record, settings["observed_rounds"])
@@ -192,43 +211,54 @@ class Federation:
                 print("Interrupted. Finished rounds are kept, and the same command goes on after them.", flush=True)
                 raise KeyboardInterrupt from None
 
-    def _is_complete(self, record: Record, observed: list[int], recorded: list[int]) -> bool:
+    def _is_complete(self, data: FederatedData, record: Record, observed: list[int], recorded: list[int]) -> bool:
         if not record.checkpoint.exists() or load_checkpoint(record.checkpoint)["rounds_done"] < self.rounds:
             return False
-        stems = [*map(record.observation, recorded), *map(record.truth, observed)]
+        stems = [
+            *(record.observation(*view) for view in self.views(recorded, data)),
+            *(record.truth(*view) for view in self.views(observed, data)),
+        ]
         return all(map(has_record, stems))
 
     def _run(self, data: FederatedData, record: Record, observed: list[int]) -> None:
-        for round_ in observed:
-            if not has_record(record.truth(round_)):
-                self.truth(round_, data).save(record.truth(round_))
+        for view in self.views(observed, data):
+            if not has_record(record.truth(*view)):
+                self.truth(view[0], data, view[1]).save(record.truth(*view))
         model = self.initial_model(data)
         kept_buffers: dict[str, Tensors] = {}  # by client, where they are not shared
         memory: dict[str, Tensors] = {}  # of the server's optimiser, by parameter
+        kept_memory: dict[str, Tensors] = {}  # of defences, by client
         recorded = self.rounds_to_record(data)
         start = 0
         if record.checkpoint.exists():
             state = load_checkpoint(record.checkpoint)
-            lost = [r for r in recorded if r < state["rounds_done"] and not has_record(record.observation(r))]
+            done = self.views([r for r in recorded if r < state["rounds_done"]], data)
+            lost = sorted({view[0] for view in done if not has_record(record.observation(*view))})
             if lost:
                 print(
                     f"'{record.directory}' lacks observed round {_listed(lost)}: all rounds are run again.", flush=True
                 )
             else:
                 model.load_state_dict(state["model"])
-                start, kept_buffers, memory = (
-                    state["rounds_done"],
-                    state["kept_buffers"],
-                    state.get("server_memory", {}),
-                )
+                start, kept_buffers = state["rounds_done"], state["kept_buffers"]
+                memory, kept_memory = state.get("server_memory", {}), state.get("kept_memory", {})
         _ = data.test_set  # one that cannot be read is refused before the rounds, not after the first
         logger = TensorBoardLogger(record.directory, name="", version="tensorboard")
-        with Progress() as progress:
+        # several clients, a server, and defences on arrival know more than what crosses one client's wire
+        one_wire = len(self.seat.members(data.num_clients)) == 1 and not self.server_defenses
+        running = self.engine.running(data.num_clients, data.attacker, record.directory)
+        with running, Progress() as progress:
             task = progress.add_task("Federation, rounds", total=self.rounds, completed=start)
             for round_ in range(start, self.rounds):
-                model, observation = self._round(round_, model, data, kept_buffers, memory)
+                receivers = self._receivers(round_, data)
+                self.engine.announce(model, round_, [c for c in receivers if c not in self._training(round_, data)])
+                model, observations = self._round(round_, model, data, kept_buffers, memory, kept_memory)
+                self.engine.announce(model, round_ + 1, receivers)
                 if round_ in recorded:
-                    observation.save(record.observation(round_))
+                    for client, observation in observations.items():
+                        if one_wire:
+                            observation = self.engine.received(observation)
+                        observation.save(record.observation(round_, client))
                 save_checkpoint(
                     record.checkpoint,
                     {
@@ -236,6 +266,7 @@ class Federation:
                         "model": model.state_dict(),
                         "kept_buffers": kept_buffers,
                         "server_memory": memory,
+                        "kept_memory": kept_memory,
                     },
                 )
                 scores = self._evaluate(model, data)
@@ -254,43 +285,60 @@ class Federation:
         data: FederatedData,
         kept_buffers: dict[str, Tensors],
         memory: dict[str, Tensors],
-    ) -> tuple[ImageClassifier, Observation]:
-        """The next global model, and what the observer sees of the round if it receives its models."""
+        kept_memory: dict[str, Tensors],
+    ) -> tuple[ImageClassifier, dict[View, Observation]]:
+        """The next global model, and what the seat sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        training = [client for client in self._sample(round_, data) if len(data.clients[client])]
-        own = None
+        training = self._training(round_, data)
+        seed = seed_of(self.seed, round_)
+        at_server = occasions(self.server_defenses, parameters(model), seed, kept_memory.get(SERVER, {}))
+        members = self.seat.members(data.num_clients)
+        known: dict[int, ClientUpdate] = {}
 
         def tasks() -> Iterator[ClientTask]:
             for client in training:
                 model.load_state_dict(kept_buffers.get(str(client), {}), strict=False)
-                yield ClientTask(model, data.clients[client], seed_of(self.seed, round_, client))
+                memory = kept_memory.get(str(client), {})
+                seed = seed_of(self.seed, round_, client)
+                yield ClientTask(model, data.clients[client], seed, memory, client, round_)
 
         def updates() -> Iterator[ClientUpdate]:
-            nonlocal own
             for client, result in zip(training, self.engine.train(tasks(), self.client, self.accelerator), strict=True):
                 if not self.share_buffers:
                     kept_buffers[str(client)] = result.buffers
-                if client == data.attacker:
-                    own = result
+                if result.memory:
+                    kept_memory[str(client)] = result.memory
+                sent = result
+                for defense, occasion in at_server:
+                    arrived = defense.on_arrival(result.update, result.num_examples, occasion)
+                    result = replace(result, update=arrived)
+                if self.seat.keeps(client, data.num_clients):  # its part of the mean, or what a curious server receives
+                    known[client] = result if client in members else sent
                 yield result
 
         if not training:  # only an observer without images was sampled
-            return model, Observation(round_, before, before, {}, 0.0, describe_model(model))
+            after = {name: tensor.clone() for name, tensor in before.items()}
+            return model, {None: Observation(round_, before, after, {}, 0.0, describe_model(model))}
         mean = aggregate(updates())
-        parameters_after = server_step(parameters(model), mean.update, self.server_lr, self.server, memory, round_)
+        update = mean.update
+        for defense, occasion in at_server:
+            update = defense.on_mean(update, occasion)
+        if self.server_defenses:
+            kept_memory[SERVER] = memory_of(at_server)
+        parameters_after = server_step(parameters(model), update, self.server_lr, self.server, memory, round_)
         model.load_state_dict({**before, **parameters_after, **(mean.buffers if self.share_buffers else {})})
-        return model, Observation(
-            round=round_,
-            before=before,
-            after={name: tensor.clone() for name, tensor in model.state_dict().items()},
-            own_update=own.update if own else {},
-            own_weight=own.num_examples / mean.num_examples if own else 0.0,
-            model=describe_model(model),
-        )
+        after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        whole = Observation(round_, before, after, {}, 0.0, describe_model(model))
+        return model, self.seat.observe(whole, known, mean.num_examples)
+
+    def views(self, rounds: list[int], data: FederatedData) -> list[tuple[int, View]]:
+        """The Observations of rounds: the number of the round, and of the client if they are of single clients."""
+        return [(round_, client) for round_ in rounds for client in self.seat.views(self._peers(round_, data))]
 
     def _sample(self, round_: int, data: FederatedData) -> list[int]:
         """The clients of a round, in ascending order: of those with images, and the observer."""
-        able = [client for client, images in enumerate(data.clients) if len(images) or client == data.attacker]
+        members = self.seat.members(data.num_clients)
+        able = [client for client, images in enumerate(data.clients) if len(images) or client in members]
         if self.clients_per_round is None:
             return able
         if self.clients_per_round > len(able):
@@ -302,13 +350,22 @@ class Federation:
         chosen = torch.randperm(len(able), generator=generator)[: self.clients_per_round]
         return sorted(able[i] for i in chosen.tolist())
 
+    def _training(self, round_: int, data: FederatedData) -> list[int]:
+        """The sampled clients that have images."""
+        return [client for client in self._sample(round_, data) if len(data.clients[client])]
+
+    def _receivers(self, round_: int, data: FederatedData) -> Sequence[int]:
+        """The clients that receive the models before and after a round."""
+        return range(data.num_clients) if self.broadcast == "all" else self._sample(round_, data)
+
     def _peers(self, round_: int, data: FederatedData) -> list[int]:
-        """The other clients that train in a round."""
-        return [client for client in self._sample(round_, data) if client != data.attacker]
+        """The clients that train in a round, without those that look."""
+        members = self.seat.members(data.num_clients)
+        return [c for c in self._sample(round_, data) if c not in members and len(data.clients[c])]
 
     def _reaches_observer(self, round_: int, data: FederatedData) -> bool:
-        """Whether the observer receives a round's models."""
-        return self.broadcast == "all" or data.attacker in self._sample(round_, data)
+        """Whether the seat receives a round's models."""
+        return self.seat.receives(self._receivers(round_, data), data.num_clients)
 
     def rounds_to_observe(self, data: FederatedData) -> list[int]:
         """The rounds that are written to the record, ascending (after `data.setup()`).
@@ -334,16 +391,18 @@ class Federation:
     def rounds_to_record(self, data: FederatedData) -> list[int]:
         """The observed rounds, and earlier ones that tell what the server's optimiser kept, if they are received."""
         observed = self.rounds_to_observe(data)
+        if None not in self.seat.views([0]):  # it has the clients' own updates
+            return observed
         needed = {earlier for round_ in observed for earlier in self.server.needed(round_)}
         return sorted({*observed, *(round_ for round_ in needed if self._reaches_observer(round_, data))})
 
-    def truth(self, round_: int, data: FederatedData) -> Truth:
-        """The ground truth of a round, which is known before the round is run.
+    def truth(self, round_: int, data: FederatedData, client: View = None) -> Truth:
+        """The ground truth of a round, or of one client's update in it, which is known before the round is run.
 
         Raises:
             SettingError: no peer of the observing client takes part in the round.
         """
-        peers = self._peers(round_, data)
+        peers = self._peers(round_, data) if client is None else [client]
         sets = [data.clients[peer] for peer in peers]
         if not sets:
             raise SettingError(
@@ -355,8 +414,9 @@ class Federation:
             labels=torch.cat([images.labels for images in sets]),
             clients=torch.cat([torch.full((len(images),), peer) for peer, images in zip(peers, sets, strict=True)]),
             training=self.client,
-            server_lr=self.server_lr,
-            server=self.server,
+            server_lr=self.server_lr if client is None else 1.0,
+            server=self.server if client is None else FedAvg(),
+            server_defenses=self.server_defenses if client is None else [],
             class_names=data.class_names,
             imagenet_labels=data.imagenet_labels,
             sources=[source for images in sets for source in images.sources],

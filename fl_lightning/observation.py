@@ -17,7 +17,7 @@ from fl_lightning.errors import SettingError
 from fl_lightning.models import Arguments, ImageClassifier, ImageShape, WrappedClassifier
 from fl_lightning.models.freezing import freeze
 from fl_lightning.models.wrapped import Prototype
-from fl_lightning.state_files import State, fitted
+from fl_lightning.state_files import State, completed, fitted
 from fl_lightning.storage import StorageError, load_record, save_record
 
 VERSION = 2
@@ -66,7 +66,8 @@ class Observation:
         Args:
             before: the global model before the round.
             after: the global model after it.
-            model: a module of their architecture; its own weights do not matter, and it is not changed.
+            model: a module of their architecture, which is not changed; its own weights matter only for layers that the
+                states lack, where they hold the head alone.
             image_shape: (C, H, W) of an image; an `ImageClassifier` tells it.
             own: the observing client's model after its own training in the round; None if it did not train.
             own_weight: its share of all examples of the round, in [0, 1).
@@ -88,10 +89,14 @@ class Observation:
             )
         states = {"before": before, "after": after, **({} if own is None else {"own": own})}
         expected = model.state_dict()
-        fit = {
-            name: fitted(state.state_dict() if isinstance(state, nn.Module) else state, expected, f"`{name}`")
-            for name, state in states.items()
-        }
+        found = {name: state.state_dict() if isinstance(state, nn.Module) else state for name, state in states.items()}
+        if any(len(state) < len(expected) for state in found.values()):
+            known = isinstance(model, ImageClassifier)
+            shape = () if known else _needed(image_shape, model)
+            wrapped = model if known else WrappedClassifier.around(model, shape, None, head, mean, std)
+            names = wrapped.head_parameters
+            found = {name: completed(state, expected, names, f"`{name}`") for name, state in found.items()}
+        fit = {name: fitted(state, expected, f"`{name}`") for name, state in found.items()}
         if not isinstance(model, ImageClassifier):
             module = copy.deepcopy(model)
             module.load_state_dict(fit["before"])  # new weights might hide the head, e.g. zeros

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from fl_lightning.errors import AuditError
+from fl_lightning.server_optimizers import FedAvg
 from fl_lightning.storage import locked, read_json, write_json
+
+NEW = {
+    "initial_weights": None,
+    "frozen": [],
+    "server": FedAvg().describe(),
+    "server_defenses": [],
+    "seat": {"class": "CuriousClient"},
+}
+"""Settings that older records do not speak of, and what they mean by that."""
+NEW_OF_CLIENTS = {"optimizer": "SGD", "label_smoothing": 0.0, "class_weights": None, "defenses": []}
+"""The same of `client`."""
 
 
 class RecordError(AuditError):
@@ -27,18 +39,18 @@ class Record:
         self.checkpoint = directory / "federation.ckpt"
         self.settings = directory / "settings.json"
 
-    def observation(self, round_: int) -> Path:
-        """Stem of a round's Observation."""
-        return self.directory / "observed" / f"round_{round_:04d}"
+    def observation(self, round_: int, client: int | None = None) -> Path:
+        """Stem of a round's Observation, or of that of one client's update in it."""
+        return self.directory / "observed" / _stem(round_, client)
 
-    def truth(self, round_: int) -> Path:
-        """Stem of a round's Truth."""
-        return self.directory / "truth" / f"round_{round_:04d}"
+    def truth(self, round_: int, client: int | None = None) -> Path:
+        """Stem of a round's Truth, or of that of one client in it."""
+        return self.directory / "truth" / _stem(round_, client)
 
     @property
     def observed_rounds(self) -> list[int]:
         """Rounds whose Observation is on disk, ascending."""
-        return sorted(int(path.stem.removeprefix("round_")) for path in self.directory.glob("observed/round_*.json"))
+        return sorted({int(path.stem.split("_")[1]) for path in self.directory.glob("observed/round_*.json")})
 
     @property
     def foreign(self) -> bool:
@@ -53,7 +65,7 @@ class Record:
         """
         if not self.settings.exists():
             write_json(self.settings, settings)
-        elif differing := differences(read_json(self.settings), settings):
+        elif differing := differences(_in_full(read_json(self.settings)), _in_full(settings)):
             raise RecordError(
                 f"'{self.directory}' holds a federation with other settings: {summary(differing)}. "
                 "Name another folder with `--observation`, or delete this one."
@@ -71,9 +83,26 @@ class Record:
         )
 
 
+def _stem(round_: int, client: int | None) -> str:
+    return f"round_{round_:04d}" + ("" if client is None else f"_client_{client:04d}")
+
+
 def fingerprint(settings: dict[str, Any]) -> str:
-    """A short name for settings: equal settings have equal names."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    """A short name for a federation's settings: equal settings have equal names, those of older records included."""
+    brief = _without(NEW, settings)
+    if "client" in brief:
+        brief["client"] = _without(NEW_OF_CLIENTS, brief["client"])
+    return hashlib.sha256(json.dumps(brief, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _without(new: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without new ones that are not given."""
+    return {name: value for name, value in settings.items() if name not in new or value != new[name]}
+
+
+def _in_full(settings: dict[str, Any]) -> dict[str, Any]:
+    """A federation's settings, of whatever age, with the new ones."""
+    return {**NEW, **settings, "client": {**NEW_OF_CLIENTS, **settings.get("client", {})}}
 
 
 def describe(component: Any) -> Any:

@@ -47,9 +47,10 @@ def read_state(path: Path) -> State:
         )
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _with_their_names(load_file(path))
         if path.suffix == ".npz":
-            return _of_arrays(path)
+            with np.load(path, allow_pickle=False) as arrays:
+                return _with_their_names({name: torch.from_numpy(arrays[name]) for name in arrays.files})
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, zipfile.BadZipFile) as error:
         raise StateError(f"'{path}' cannot be read ({_first_line(error)}). Copy or write it again.") from error
@@ -82,11 +83,10 @@ def _digest(path: Path, changed: int) -> str:
     return sha256_of(path)[:12]
 
 
-def _of_arrays(path: Path) -> State:
-    with np.load(path, allow_pickle=False) as arrays:
-        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    nameless = list(tensors) == [f"arr_{i}" for i in range(len(tensors))]  # `np.savez(FILE, *arrays)`
-    return list(tensors.values()) if nameless else tensors
+def _with_their_names(tensors: Tensors) -> State:
+    """The tensors, as a list where they have none: as of `np.savez(FILE, *arrays)`."""
+    numbered = [f"arr_{i}" for i in range(len(tensors))]
+    return [tensors[name] for name in numbered] if tensors.keys() == set(numbered) else tensors
 
 
 def _is_state(content: Any) -> bool:
@@ -154,6 +154,29 @@ def fitted(state: Mapping[str, Tensor] | list[Tensor], expected: Mapping[str, Te
             "where the round changed the model little. Observe models in 32 bits if you can."
         )
     return {name: state[name].detach().cpu().to(tensor.dtype, copy=True) for name, tensor in expected.items()}
+
+
+def completed(state: State, whole: Mapping[str, Tensor], head: list[str], source: str) -> State:
+    """A state that holds the head alone, as where the other layers stay with the clients, with a model's other tensors.
+
+    Args:
+        state: any; others are returned as they are.
+        whole: the model's state dict.
+        head: names of the head's parameters.
+        source: whose state it is, in the warning.
+    """
+    if isinstance(state, list):
+        state = dict(zip(head, state, strict=True)) if len(state) == len(head) < len(whole) else state
+    if isinstance(state, list) or set(head) == set(whole):
+        return state
+    part = _without_prefix(state, {name: whole[name] for name in head}, source)
+    if set(part) != set(head):
+        return state
+    rank_zero_warn(
+        f"{source} holds the head alone, so the given model's other layers stand in: labels, numbers of images and "
+        "features are read all the same, but images are right only if the peers' other layers are these."
+    )
+    return {**whole, **part}
 
 
 def _without_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:

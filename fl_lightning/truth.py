@@ -1,7 +1,7 @@
 """The ground truth of a round: the peers' images, and how they trained. Attacks never see it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fl_lightning.client import LocalTraining
+from fl_lightning.defenses import ServerDefense, defenses_of, describe_defenses
 from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 from fl_lightning.storage import load_record, save_record
 
@@ -23,12 +24,13 @@ class Truth:
         pixels: (M, C, H, W) uint8, the peers' images, ordered by peer.
         labels: (M,) long.
         clients: (M,) long, the peer that holds each image.
-        training: the peers' local training.
+        training: the peers' local training, with their defences.
         server_lr: the server's learning rate.
         server: its optimiser.
         class_names: names of the classes.
         imagenet_labels: whether labels are the standard ImageNet class index.
         sources: where each image came from, a path or a name; empty in records of earlier versions.
+        server_defenses: of the server.
     """
 
     pixels: Tensor
@@ -40,6 +42,7 @@ class Truth:
     imagenet_labels: bool
     sources: list[str] = field(default_factory=list)
     server: ServerOptimizer = field(default_factory=FedAvg)
+    server_defenses: list[ServerDefense] = field(default_factory=list)
 
     @property
     def images(self) -> Tensor:
@@ -73,12 +76,13 @@ class Truth:
         tensors = {"pixels": self.pixels, "labels": self.labels, "clients": self.clients}
         facts: dict[str, Any] = {
             "version": VERSION,
-            "training": asdict(self.training),
+            "training": self.training.describe(),
             "server_lr": self.server_lr,
             "server": self.server.describe(),
             "class_names": self.class_names,
             "imagenet_labels": self.imagenet_labels,
             "sources": self.sources,
+            "server_defenses": describe_defenses(self.server_defenses),
         }
         save_record(stem, tensors, facts)
 
@@ -92,10 +96,11 @@ class Truth:
         tensors, facts = load_record(stem, VERSION)
         return cls(
             **tensors,
-            training=LocalTraining(**facts["training"]),
+            training=LocalTraining.restored(facts["training"]),
             server_lr=facts["server_lr"],
             class_names=facts["class_names"],
             imagenet_labels=facts["imagenet_labels"],
             sources=facts.get("sources", []),
             server=ServerOptimizer.restored(facts["server"]) if "server" in facts else FedAvg(),
+            server_defenses=defenses_of(facts.get("server_defenses", [])),
         )

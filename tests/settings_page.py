@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from jsonargparse import SUPPRESS, ArgumentParser
 
 import attack_modules
 import fl_lightning.data
+import fl_lightning.defenses
+import fl_lightning.engines
 import fl_lightning.models
+import fl_lightning.seats
 import fl_lightning.server_optimizers
 from attack_modules.diffusion.trained.class_conditional import ClassConditionalDiffusion, SmallConditional
 from attack_modules.diffusion.trained.photo_crops import PhotoCrops
@@ -38,9 +42,29 @@ later ones win. `--print_config` shows the result, and every run saves it as `co
 |---|---|
 """
 
+
+def places(defense: type) -> list[str]:
+    """The settings that list a defence."""
+    kinds = {
+        "federation.client.defenses": fl_lightning.defenses.ClientDefense,
+        "federation.server_defenses": fl_lightning.defenses.ServerDefense,
+    }
+    return [path for path, kind in kinds.items() if issubclass(defense, kind)]
+
+
+DEFENSES = [
+    defense
+    for name in fl_lightning.defenses.__all__
+    if is_dataclass(defense := getattr(fl_lightning.defenses, name)) and places(defense)
+]
+
+
 SECTIONS = {
     "`federation`: the federation that is simulated": [
         ("federation", Federation),
+        ("federation.seat", fl_lightning.seats.CuriousClient),
+        ("federation.seat", fl_lightning.seats.ColludingClients),
+        ("federation.seat", fl_lightning.seats.CuriousServer),
         ("federation.server", fl_lightning.server_optimizers.FedAvg),
         ("federation.server", fl_lightning.server_optimizers.FedAvgM),
         ("federation.server", fl_lightning.server_optimizers.FedAdam),
@@ -68,6 +92,13 @@ SECTIONS = {
         ("federation.model", fl_lightning.models.ResNet18),
         ("federation.model", fl_lightning.models.TorchvisionClassifier),
         ("federation.model", fl_lightning.models.WrappedClassifier),
+    ],
+    "`federation.client.defenses`, `federation.server_defenses`": [
+        (" and ".join(places(defense)), defense) for defense in DEFENSES
+    ],
+    "`federation.engine`: where clients train": [
+        ("federation.engine", fl_lightning.engines.InProcess),
+        ("federation.engine", fl_lightning.engines.Flower),
     ],
     "`model`: attacks": [
         ("model", attack_modules.FeatureInversion),
@@ -150,7 +181,7 @@ def settings_of(path: str, cls: type) -> list[str]:
         kind = str(getattr(action, "typehint", None) or getattr(action, "_typehint", None) or action.type)
         meaning = " ".join(action.help.split()).replace("|", "\\|")
         default = shown_default(action.default, "None" in kind or "Optional" in kind)
-        rows.append(f"| `{path}.{action.dest}` | {default} | {meaning} |")
+        rows.append(f"| `{path.split(' and ')[0]}.{action.dest}` | {default} | {meaning} |")
     return rows
 
 
@@ -160,7 +191,12 @@ def describe(path: str, cls: type) -> list[str]:
     if issubclass(cls, FederatedData) and cls is not FederatedData:
         common = settings_of(path, FederatedData)
         rows = [row for row in rows if row not in common]
-    heading = [f"### `{cls.__name__}` (`{path}`)", "", first_paragraph(cls.__doc__), ""]
+    heading = [
+        f"### `{cls.__name__}` ({', '.join(f'`{place}`' for place in path.split(' and '))})",
+        "",
+        first_paragraph(cls.__doc__),
+        "",
+    ]
     table = ["| setting | default | meaning |", "|---|---|---|", *rows, ""] if rows else []
     return [*heading, *table]
 

@@ -110,6 +110,20 @@ def test_panels_and_scores_reach_tensorboard() -> None:
     assert {"loss", "psnr_mean", "final/psnr_mean"} <= set(events.Tags()["scalars"])
 
 
+def test_layered_defences_stand_in_the_results() -> None:
+    layers = [part for name in ("top_k", "sign", "dp_fed_avg") for part in
+              ("--config", str(ROOT / f"configs/defenses/{name}.yaml"))]  # fmt: skip
+    main([*TINY, *layers, "--federation.client.defenses.scale", "0.001", "--knowledge.defenses", "unknown"])
+    results = json.loads(Path("runs/inversion/version_0/results.json").read_text())
+    top_k = {"class": "TopK", "keep": 0.1, "per_layer": True, "error_feedback": False}
+    assert results["defenses"] == [top_k, {"class": "Sign", "scale": 0.001}]
+    assert [found["class"] for found in results["server_defenses"]] == ["DPFedAvg"]
+    assert (results["knowledge"]["defenses"], results["assumed"]["defenses"]) == ("unknown", [])
+    (privacy,) = results["privacy"]
+    assert (privacy["unit"], privacy["delta"], privacy["trusts_server"]) == ("client", 1e-5, True)
+    assert 4 < privacy["epsilon"] < 5.5  # of one Gaussian mechanism with noise multiplier 1
+
+
 def test_configurations_of_version_0_1_run(tmp_path: Path) -> None:
     """Names of classes and settings have changed since."""
     config = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())

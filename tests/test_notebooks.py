@@ -27,6 +27,8 @@ def test_notebooks_run(path: Path, tmp_path: Path) -> None:
     copy.mkdir()
     for folder in ("attack_modules", "fl_lightning", "checkpoints"):
         (tmp_path / folder).symlink_to(NOTEBOOKS.parent / folder)
+    for table in NOTEBOOKS.glob("*.csv"):
+        (copy / table.name).symlink_to(table)
     shutil.copy(path, copy)
     notebook = nbformat.read(copy / path.name, as_version=4)
     ExecutePreprocessor(timeout=900).preprocess(notebook, {"metadata": {"path": str(copy)}})

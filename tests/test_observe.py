@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torchvision.io import read_image
 
 from cli import main
-from fl_lightning.errors import AuditError
+from fl_lightning.errors import AuditError, SettingError
+from fl_lightning.foreign import Recorder
 from fl_lightning.observation import Observation
 
 NET = """
@@ -122,6 +123,31 @@ def test_all_kinds_of_files_give_the_same_images(states: dict[str, State], tmp_p
         assert all(torch.equal(tensor, records[0].own_update[name]) for name, tensor in record.own_update.items())
     assert [len(images) for images in pictures] == [2, 2, 2]
     assert all(torch.equal(a, b) for images in pictures[1:] for a, b in zip(images, pictures[0], strict=True))
+
+
+def test_a_recorders_folder_gives_the_same_record(
+    states: dict[str, State], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = Recorder(tmp_path / "recorded")
+    recorder.global_model(states["before"], 2)
+    recorder.own_model([*states["own"].values()], 2, num_examples=1)
+    recorder.global_model(states["after"], 3)
+    recorder.global_model(states["after"], 4)  # nothing was aggregated
+    given = {"recorded": tmp_path / "recorded"}
+    with pytest.raises(SettingError, match=r"trained on 1 examples.*`--total_examples`.*now None"):
+        observe(given)
+    with pytest.raises(SettingError, match="Give either `--before` and `--after`"):
+        observe({"before": to_pt(states["before"], tmp_path / "before")})
+    with pytest.raises(SettingError, match="leave out `--before`"):
+        observe(given | {"before": tmp_path / "before.pt"})
+    observe(given, total_examples="3")
+    assert "Round 3 is left out: The models before and after round 3 are the same" in capsys.readouterr().out
+    observe({name: to_pt(state, tmp_path / name) for name, state in states.items()}, "single", round="2")
+    first, second = (Observation.load(tmp_path / record / "observed/round_0002") for record in ("record", "single"))
+    assert (first.own_weight, first.model) == (pytest.approx(second.own_weight), second.model)
+    for name in states["before"]:
+        assert torch.equal(first.own_update[name], second.own_update[name])
+        assert torch.equal(first.after[name], second.after[name])
 
 
 def with_nan(states: dict[str, State]) -> None:

@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 from attack_modules.analytic.counting import read_counts
+from attack_modules.analytic.defended_head import DefendedReading
+from attack_modules.analytic.noisy_gates import NoisyGates
+from attack_modules.analytic.pruned_update import PrunedUpdate
 from attack_modules.analytic.results import TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import Tensors
 from fl_lightning.models import ImageClassifier
+
+READINGS: tuple[type[DefendedReading], ...] = (PrunedUpdate, NoisyGates)
+"""Readings of defended updates; the first that the known defences ask for is taken."""
 
 
 def head_parameters(state: Mapping[str, Tensor], model: ImageClassifier) -> Tensors:
@@ -23,7 +29,9 @@ def training_knowledge(seen: ObservedRound, model: ImageClassifier) -> TrainingK
     """What is assumed of a round's training, with what the model's head typically computes if labels are unknown."""
     known = seen.assumptions
     labels = None if known.labels is None else torch.tensor(known.labels)
-    typical = TypicalHead.of(model, seen.observation.image_shape) if labels is None else None
+    defenses = [*known.defenses, *known.server_defenses]
+    reading = next((made for kind in READINGS if (made := kind.against(defenses))), None)
+    typical = TypicalHead.of(model, seen.observation.image_shape) if labels is None or reading else None
     ordered = labels is not None and known.sources.get("labels") == "known"
     return TrainingKnowledge(
         known.mean_rate,
@@ -34,6 +42,7 @@ def training_knowledge(seen: ObservedRound, model: ImageClassifier) -> TrainingK
         typical,
         known.loss,
         known.client_sizes if ordered else None,
+        reading,
     )
 
 

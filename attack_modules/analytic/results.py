@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.threat_model.assumptions import half_way
 from fl_lightning.loss import CrossEntropy
@@ -23,6 +24,7 @@ class TrainingKnowledge:
             without images. None where the model is not at hand.
         loss: what the peers minimise.
         sizes: images of each peer where `labels` are in their order, or None. Class weights are relative to a peer's.
+        reading: how a defended update is read; None where no defence is known that asks for another reading.
     """
 
     lr: float
@@ -33,6 +35,7 @@ class TrainingKnowledge:
     typical: TypicalHead | None = None
     loss: CrossEntropy = field(default_factory=CrossEntropy)
     sizes: list[int] | None = None
+    reading: DefendedReading | None = None
 
     @property
     def half_way(self) -> float:
@@ -103,6 +106,8 @@ class Leakage:
             `feature_uncertainty`.
         ones: (N,) the input of a bias, which is 1, as it was read; None without a bias. The features are off by the
             same factor.
+        noisy: whether a known defence leaves noise on the features, of the size of `uncertainty`.
+        defended: the first layer of an update under a known defence, which can be read again; None without.
     """
 
     labels: Tensor
@@ -111,6 +116,8 @@ class Leakage:
     diagnosis: Diagnosis
     uncertainty: Tensor
     ones: Tensor | None = None
+    noisy: bool = False
+    defended: DefendedLayer | None = None
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,22 @@ class TypicalHead:
     Attributes:
         probabilities: (C,) mean predicted probabilities, float64.
         inputs: mean sum of the last layer's inputs.
+        features: (D,) mean features; None where they are not known.
     """
 
     probabilities: Tensor
     inputs: float
+    features: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: ImageClassifier, image_shape: ImageShape) -> "TypicalHead":
         """Of a global model before the round."""
         probes = pink_noise(PROBES, image_shape)
-        inputs = nn.Sequential(*list(model.head)[:-1])(model.embed(probes))
+        features = model.embed(probes)
+        inputs = nn.Sequential(*list(model.head)[:-1])(features)
         probabilities = model.head[-1](inputs).softmax(1).mean(0)
-        return cls(probabilities.double(), inputs.sum(1).mean().item())
+        return cls(probabilities.double(), inputs.sum(1).mean().item(), features.mean(0))
 
 
 def pink_noise(count: int, image_shape: ImageShape, seed: int = 0) -> Tensor:

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -201,19 +202,21 @@ class Evaluation(Callback):
 
     def _truth(self, trainer: Trainer, attack: Attack) -> Truth | None:
         """The ground truth of all observed rounds, if it lies beside them."""
-        stems = [trainer.datamodule.record.truth(seen.observation.round) for seen in attack.observed_rounds]
+        record = trainer.datamodule.record
+        stems = [record.truth(seen.observation.round, seen.client) for seen in attack.observed_rounds]
         if not all(has_record(stem) for stem in stems):
             return None
         return Truth.union([Truth.load(stem) for stem in stems])
 
     def _introduction(self, trainer: Trainer, attack: Attack) -> str:
-        rounds = ", ".join(str(seen.observation.round) for seen in attack.observed_rounds)
+        rounds = ", ".join(str(number) for number in dict.fromkeys(s.observation.round for s in attack.observed_rounds))
         weight = attack.observed_rounds[-1].observation.own_weight
-        truth = self._truth(trainer, attack)
+        truth, seat = self._truth(trainer, attack), trainer.datamodule.seat
+        who = f" (aggregation weight {weight:.0%})" if weight else ""
         peers = f" Its {len(truth.clients.unique())} peers hold {len(truth.labels)} images." if truth else ""
         return (
-            f"Attacker: an honest-but-curious client (aggregation weight {weight:.0%}) that observed round {rounds}."
-            f"{peers}\n{trainer.datamodule.knowledge.introduction()}\n{attack.introduction()}"
+            f"Attacker: {seat.words}{who}; observed round {rounds}.{peers}\n"
+            f"{trainer.datamodule.knowledge.introduction()}\n{attack.introduction()}"
         )
 
     def _report(self, trainer: Trainer, attack: Attack, reconstruction: Reconstruction) -> None:
@@ -284,6 +287,7 @@ class Evaluation(Callback):
         rounds, postprocessing = attack.observed_rounds, self.postprocessing
         assumptions = rounds[-1].assumptions
         private = ("labels", "client_sizes", "sources")
+        truth = self._truth(trainer, attack)
         steps = max(trainer.global_step, self._steps)  # `test` counts none of its own
         return {
             "attack": attack.title,
@@ -296,6 +300,8 @@ class Evaluation(Callback):
             "peak_memory_mb": memory,
             "knowledge": assumptions.sources,
             "assumed": {name: describe(value) for name, value in vars(assumptions).items() if name not in private},
+            **({} if truth is None else _defended(truth, rounds[-1].observation.round + 1)),
+            "seat": describe(trainer.datamodule.seat),
             "observed_rounds": [seen.observation.round for seen in rounds],
             "observation": str(trainer.datamodule.record.directory),
             "postprocess": ", ".join(type(made).__name__ for made in postprocessing.enhancers.values()) or "none",
@@ -304,6 +310,14 @@ class Evaluation(Callback):
             "device": torch.cuda.get_device_name(attack.device) if attack.device.type == "cuda" else _cpu(),
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         }
+
+
+def _defended(truth: Truth, rounds: int) -> dict[str, Any]:
+    """The defences, and what differential privacy they guarantee after so many rounds, for `results.json`."""
+    client, server, epochs = truth.training.defenses, truth.server_defenses, truth.training.local_epochs
+    guarantees = [found for defense in [*client, *server] if (found := defense.privacy(rounds, epochs))]
+    named = {"defenses": describe(client), "server_defenses": describe(server)}
+    return named | {"privacy": [asdict(found) for found in guarantees]}
 
 
 def _recogniser(truth: Truth) -> Recognises | None:

@@ -29,12 +29,13 @@ class FeatureDecoder(nn.Module):
     Args:
         model: whose features are meant.
         image_shape: (C, H, W) of the images.
+        noise: of the features that will be decoded, relative to their size.
 
     Raises:
         ValueError: the features are no map that fits the pixels, see `fits`.
     """
 
-    def __init__(self, model: ImageClassifier, image_shape: ImageShape) -> None:
+    def __init__(self, model: ImageClassifier, image_shape: ImageShape, noise: float = 0.0) -> None:
         super().__init__()
         self.map_shape = channels, height, width = feature_map_shape(model, image_shape)
         if not _divides(self.map_shape, image_shape):
@@ -52,7 +53,7 @@ class FeatureDecoder(nn.Module):
                 blocks = F.unfold(chunk, self.block, stride=self.block).transpose(1, 2).flatten(0, 1)
                 gram += around.T @ around
                 moments += around.T @ blocks
-            ridge = RIDGE * gram.diagonal()[:-1].mean() * torch.eye(inputs).to(gram)
+            ridge = max(RIDGE, noise**2) * gram.diagonal()[:-1].mean() * torch.eye(inputs).to(gram)
             self.register_buffer("weight", torch.linalg.solve(gram + ridge, moments))
 
     @staticmethod

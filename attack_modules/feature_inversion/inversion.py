@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from attack_modules.analytic.defended_head import Expected
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
+from attack_modules.analytic.suspicion import suspected_defenses
 from attack_modules.attack import Attack, Reconstruction, Verdict
-from attack_modules.feature_inversion.controls import expected_psnr
+from attack_modules.feature_inversion.controls import ERRORS, expected_psnr
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
@@ -38,6 +40,12 @@ PRIOR_FLOOR = 1 / 255
 """Added to the prior P before its logarithm: a total variation of one grey level. Without it, flat images would win."""
 FINAL_RATE = 0.03
 """Share of the learning rate that is left at the last step. The rate falls like a Gaussian of the step."""
+PRIOR_OF_NOISE = 1.0
+"""Weight of P beside E at the last step, over the relative noise of the features. Measured: 0.7 and 1.5 are as good."""
+EARLY = 4.0
+"""Factor of that weight at the first step."""
+MOST_NOISE = 3.0
+"""Relative noise beyond which features tell nothing."""
 RESIMULATIONS = 2
 """Default number of simulations of the peers' training without a refinement."""
 
@@ -166,7 +174,10 @@ class FeatureInversion(Attack):
         half_way = model_half_way([observed.observation for observed in seen], updates, self.steps)
         self.embedder = (for_speed(half_way, device),)  # a tuple, so that it is no submodule
         shape = seen[0].observation.image_shape
-        self.decoder = (FeatureDecoder(self.model, shape) if FeatureDecoder.fits(self.model, shape) else None,)
+        noise = self.leakage.uncertainty.clamp_max(MOST_NOISE).to(device) if self.leakage.noisy else None
+        self.register_buffer("noise", noise)  # of the features, relative to their size; None if they are exact
+        noise = 0.0 if noise is None else noise.median().item()
+        self.decoder = (FeatureDecoder(self.model, shape, noise) if FeatureDecoder.fits(self.model, shape) else None,)
         self.scale = found_scale(self.leakage, self.model, self.decoder[0], self.steps)
         if self.scale != 1:
             self.leakage = replace(self.leakage, features=self.scale * self.leakage.features)
@@ -175,6 +186,11 @@ class FeatureInversion(Attack):
         self.images = nn.Parameter(self._start(self.features))
         self.register_buffer("best", self.images.detach().clone())
         self.register_buffer("best_loss", torch.full((len(self.labels),), torch.inf))
+        if self.refinement and self.noise is not None:
+            rank_zero_warn(
+                "`model.refinement` has no effect: it would match the simulated training to the noise that the peers' "
+                "known defence leaves on the update."
+            )
         if self.refinement:
             self.refinement.start(self.leakage.features, self.labels)
         if self.guidance:
@@ -219,6 +235,8 @@ class FeatureInversion(Attack):
         self.images.grad = torch.zeros_like(self.images)
         if self._simulates_now:
             self._simulate_drift()
+        if self._resolves_now:
+            self._resolve()
         if self.guidance and self.guidance.denoises_at(self.global_step):
             self.guidance.denoise(self.images, self.ranks, self.chunk_size)
         scored = torch.empty(len(self.images), 2, device=self.device)
@@ -240,33 +258,54 @@ class FeatureInversion(Attack):
         """Set `images.grad` of the images `chunk` (n,); return (n, 2) their E, and the loss that ranks iterates."""
         with torch.enable_grad():
             images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
-            limit = annealed(self.prior_limit, self.global_step, self.trainer.max_steps)
-            loss, scored = self._losses(images, self.features[chunk], limit)
+            noise = None if self.noise is None else self.noise[chunk]
+            loss, scored = self._losses(images, self.features[chunk], self.global_step, self.trainer.max_steps, noise)
             if self.guidance:
                 loss = loss + self.guidance.penalty(images, chunk)
             self.back_propagate(loss.sum(), images)  # a sum: the images are independent
         self.images.grad[chunk] = images.grad
         return scored
 
-    def _losses(self, images: Tensor, features: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-        """(n,) losses to descend on for images (n, C, H, W) with features (n, D), and (n, 2) as of `_descend`."""
+    def _losses(
+        self, images: Tensor, features: Tensor, step: int, steps: int, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(n,) losses to descend on for images (n, C, H, W), and (n, 2) as of `_descend`.
+
+        Args:
+            images: of which the features are sought.
+            features: (n, D) that they should have.
+            step: of the optimisation, in which the weight of P falls.
+            steps: of all.
+            noise: (n,) relative size of the noise in `features`, in proportion to which P weighs; None without.
+        """
         error = self.feature_error(images, features)
+        limit = annealed(self.prior_limit, step, steps)
+        if noise is not None:
+            final = (PRIOR_OF_NOISE * noise).clamp_min(self.prior_limit[1])
+            limit = (final * EARLY ** (1 - step / max(steps - 1, 1))).clamp_min(limit)
         prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
         scale = error.detach() + ERROR_FLOOR
         tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to divide by
         weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=limit)
         loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
-        return loss, torch.stack([error, scale.log() + self.balance * (prior + PRIOR_FLOOR).log()], 1).detach()
+        rank = scale.log() + self.balance * (prior + PRIOR_FLOOR).log() if noise is None else error + final * prior
+        return loss, torch.stack([error, rank], 1).detach()
 
-    def invert(self, features: Tensor, steps: int) -> Tensor:
-        """(K, C, H, W) images from features (K, D), as in so many training steps without simulations and guidance."""
+    def invert(self, features: Tensor, steps: int, noise: Tensor | None = None) -> Tensor:
+        """(K, C, H, W) images from features (K, D), as in so many training steps without simulations and guidance.
+
+        Args:
+            features: of K images.
+            steps: of the optimisation.
+            noise: (K,) relative size of the noise in the features, see `_losses`.
+        """
         images = self._start(features).requires_grad_()
         best, best_loss = images.detach().clone(), images.new_full((len(images),), torch.inf)
         optimizer, scheduler = self._adam(images, steps)
         for step in range(steps):
             optimizer.zero_grad()
             loss, scored = self._losses(
-                images.contiguous(memory_format=torch.channels_last), features, annealed(self.prior_limit, step, steps)
+                images.contiguous(memory_format=torch.channels_last), features, step, steps, noise
             )
             loss.sum().backward(inputs=[images])
             with torch.no_grad():
@@ -292,7 +331,25 @@ class FeatureInversion(Attack):
     def _drifts(self) -> bool:
         """Whether the features change during what was observed, and the training that changes them is as assumed."""
         several = len(self.observed_rounds) * self.steps > 1
-        return several and self.scale == 1 and not self._frozen
+        return several and self.scale == 1 and self.noise is None and not self._frozen
+
+    @property
+    def _resolves_now(self) -> bool:
+        """Whether a defended update is read once more at this step, with the images that were found so far."""
+        if not self.leakage.defended or not (times := self.leakage.defended.reading.resolves):
+            return False
+        every = math.ceil(max(self.trainer.max_steps, 1) / (times + 1))
+        return self.global_step > 0 and self.global_step % every == 0
+
+    @torch.no_grad()
+    def _resolve(self) -> None:
+        """Read a defended update once more, with the features of the best images so far as what is expected."""
+        features = torch.cat([self.model.embed(chunk) for chunk in self.best.split(self.chunk_size)]).cpu()
+        off = self.noise.cpu()  # images are no better than the features that they were made from
+        found = self.leakage.defended.solve(Expected(features / self.scale, off, of_images=True))
+        self.features.copy_(self.scale * found.features[:, : features.shape[1]])
+        self.noise.copy_(found.uncertainty.clamp_max(MOST_NOISE))
+        self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
 
     @torch.no_grad()
     def _simulate_drift(self) -> None:
@@ -396,17 +453,20 @@ class FeatureInversion(Attack):
         }
 
     def verdict(self, misfit: Tensor) -> Verdict:
-        evidence = Evidence(self.leakage, self.features.cpu(), misfit.cpu(), self._drifts, self.scale)
+        leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())
+        evidence = Evidence(leakage, self.features.cpu(), misfit.cpu(), self._drifts, self.scale)
         steps, shape = max(self.global_step, 1), self.observed_rounds[0].observation.image_shape
+        noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device)
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
             *psnr, best = expected_psnr(
                 [*evidence.errors.tolist(), 0.0],
                 self.features.clone(),
                 self.model,
-                lambda wrong: self.invert(wrong, steps),
+                lambda wrong: self.invert(wrong, steps, noise),
                 shape,
             )
-        return judge(evidence, psnr, best, self.model)
+        suspected = suspected_defenses(self.update_of(self.observed_rounds[0]))
+        return judge(evidence, psnr, best, self.model).suspecting(suspected)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -428,6 +488,18 @@ class FeatureInversion(Attack):
             f"{found.drift:.2%}, outside {found.outside:.2%}.\n"
             f"Feature inversion: {self.images[0].numel():,} pixels an image from {self.features.shape[1]:,} features, "
             f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}."
+            + self._defense_introduction()
             + "".join(f"\n{part}" for part in parts if part)
             + (REFINE if found.drift > DRIFTING and refinable else "")
+        )
+
+    def _defense_introduction(self) -> str:
+        """How a known defence is read, in one line; empty without."""
+        if self.leakage.defended is None:
+            return ""
+        reading = self.leakage.defended.reading
+        again = f", and once more at {reading.resolves} steps with the images found so far" if reading.resolves else ""
+        return (
+            f"\nKnown defence: the head's first layer is read by {type(reading).__name__}{again}. It leaves the "
+            f"features off by {self.leakage.uncertainty.median():.1%}, in proportion to which the prior weighs."
         )

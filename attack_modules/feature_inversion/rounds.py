@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from attack_modules.analytic.leak import leak, leak_rounds
+from attack_modules.analytic.leak_defended import leak_known
 from attack_modules.analytic.peer_attribution import Attribution, attribute, joined_features, joined_labels
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.attack import AttackError
@@ -71,7 +71,7 @@ class SameImages(RoundsReader):
                     "are read together only if the same peers train in each; name one in `federation.observed_rounds`, "
                     "or set `model.rounds: ChangingParticipants` (configs/attribution.yaml)."
                 )
-        leakage = leak_rounds(updates, weights, training[0])
+        leakage = leak_known(updates, weights, training[0])
         return leakage, torch.ones(len(updates), len(leakage.labels), dtype=torch.bool)
 
 
@@ -96,7 +96,7 @@ class ChangingParticipants(RoundsReader):
         training: Sequence[TrainingKnowledge],
         numbers: Sequence[int],
     ) -> tuple[Leakage, Tensor]:
-        rounds = [leak(*seen) for seen in zip(updates, weights, training, strict=True)]
+        rounds = [leak_known([u], [w], known) for u, w, known in zip(updates, weights, training, strict=True)]
         for number, found in zip(numbers, rounds, strict=True):
             if found.diagnosis.residual > UNREADABLE:
                 rank_zero_warn(
@@ -117,6 +117,7 @@ class ChangingParticipants(RoundsReader):
                 torch.cat([found.uncertainty for found in rounds]),
                 "amax",
             ),
+            noisy=any(found.noisy for found in rounds),
         )
         return joined, presence
 

@@ -29,6 +29,9 @@ MUCH = 0.5
 LEAST_RESIDUAL = 0.02
 """Share of the update up to which what is unexplained does not matter. Beyond, features that drift leave at most 0.4 of
 their correction unexplained as measured, images that are augmented 8 times as much as it."""
+MISMATCH = 10.0
+"""Unexplained share of a single step's update times the singular value gap, from which it is no noise, which would
+close the gap. Measured: 0.6 at one step, 1.0 at 8 bits, 57 to 204 where images are mixed."""
 MANY = 0.25
 """Share of images without features of their own from which no image is likely."""
 NOISY = 0.02
@@ -71,7 +74,7 @@ class Evidence:
         """
         found = self.leakage.diagnosis
         drift = torch.where(self.moved > 0, LEFT_OF_CORRECTION * self.moved, DRIFT_TO_ERROR * found.drift)
-        uncertainty = self.leakage.uncertainty * (COMPRESSION if found.compressed else 1)
+        uncertainty = self.leakage.uncertainty * (COMPRESSION if found.compressed and not self.leakage.noisy else 1)
         return torch.stack([uncertainty, drift * self.drifts, self.misfit]).amax(0)
 
     @property
@@ -81,6 +84,14 @@ class Evidence:
         if not self.drifts or found.noise or found.compressed or len(labels.unique()) < len(labels):
             return False
         return found.residual > LEAST_RESIDUAL and found.residual > self.moved.median().item()
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether a single step's update has the rank of its images, but not the form that it is taken to have."""
+        found, labels = self.leakage.diagnosis, self.leakage.labels
+        if self.drifts or self.scale != 1 or found.noise or found.compressed or len(labels.unique()) < len(labels):
+            return False
+        return found.residual > LEAST_RESIDUAL and found.residual * found.gap > MISMATCH
 
 
 def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) -> Verdict:
@@ -169,6 +180,13 @@ def _limits(evidence: Evidence, model: nn.Module) -> tuple[Level, list[str], lis
             f"{found.residual:.0%} of the head's update are unexplained",
             "Check what is assumed of the peers' training: loss, rate, optimiser, batches, epochs, number of images; "
             "and whether images are augmented.",
+        )
+    elif evidence.mismatched:
+        limit(
+            Level.UNRELIABLE,
+            f"{found.residual:.0%} of the head's update are unexplained, although its rank is that of the images, as "
+            "if images were mixed (mixup) or the loss were another",
+            "Check what is assumed of the peers' loss and images.",
         )
     if (evidence.errors > 1).double().mean() > MANY:
         limit(

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.analytic.observed_head import labels_in
+from attack_modules.analytic.suspicion import suspected_defenses
 from attack_modules.attack import Attack, Reconstruction, Verdict
 from attack_modules.gradient_matching.latent_detail import Detail, public_photographs
 from attack_modules.gradient_matching.objectives import Objective, SquaredL2
@@ -263,7 +264,8 @@ class GradientInversion(Attack):
         }
 
     def verdict(self, misfit: Tensor) -> Verdict:
-        return judge(misfit.item(), len(self.labels))
+        suspected = suspected_defenses(self.update_of(self.observed_rounds[0]))
+        return judge(misfit.item(), len(self.labels)).suspecting(suspected)
 
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])

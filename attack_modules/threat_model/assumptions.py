@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from fl_lightning.client import Tensors
 from fl_lightning.data.partition import even_sizes
+from fl_lightning.defenses import ClientDefense, ServerDefense
 from fl_lightning.loss import CrossEntropy
 from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 
@@ -37,8 +39,11 @@ class Assumptions:
         labels: one label an image, ordered by peer if labels are told, sorted if only their counts are; None if they
             must be inferred.
         client_sizes: images of each peer; told together with `num_clients`, split evenly if that is guessed.
-        sources: `known`, `guessed` or `inferred` for each item of `Knowledge`; written into every result. What is
-            missing there is guessed, or inferred where it is None.
+        optimizer: of the peers.
+        defenses: of the peers, in the order in which they apply them; empty where there are none or they are unknown.
+        server_defenses: of the server, likewise.
+        sources: `known`, `guessed`, `inferred` or `unknown` for each item of `Knowledge`; written into every result.
+            What is missing there is guessed, or inferred where it is None.
     """
 
     client_lr: float
@@ -54,11 +59,14 @@ class Assumptions:
     num_images: int | None = None
     labels: list[int] | None = None
     client_sizes: list[int] | None = None
+    optimizer: Literal["SGD", "Adam"] = "SGD"
+    defenses: tuple[ClientDefense, ...] = ()
+    server_defenses: tuple[ServerDefense, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for item in fields(self):  # where nobody says otherwise, what is here is a guess
-            if item.name not in ("client_sizes", "sources"):
+            if item.name not in ("client_sizes", "server_defenses", "sources"):
                 guessed = getattr(self, item.name) is not None or item.name in ("batch_size", "class_weights")
                 self.sources.setdefault(item.name, "guessed" if guessed else "inferred")
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from attack_modules.threat_model.assumptions import Assumptions, split_evenly
+from fl_lightning.defenses import ClientDefense
 from fl_lightning.errors import AuditError, non_negative, positive
 from fl_lightning.loss import CrossEntropy
 from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
@@ -11,10 +12,11 @@ from fl_lightning.truth import Truth
 
 Told = Literal["known"]
 Inferred = Literal["inferred"]
+Unknown = Literal["unknown"]
 
 BELOW_ONE = ("momentum", "label_smoothing")
-OPTIONAL = (*BELOW_ONE, "weight_decay", "class_weights", "server")
-"""Settings that FedAvg with plain SGD does without: 0, null, or FedAvg where nobody tells them."""
+OPTIONAL = (*BELOW_ONE, "weight_decay", "class_weights", "server", "optimizer", "defenses")
+"""Settings that FedAvg with plain SGD does without: 0, null, none, or FedAvg where nobody tells them."""
 
 
 class KnowledgeError(AuditError, ValueError):
@@ -40,6 +42,9 @@ class Knowledge:
         weight_decay: of the peers' SGD.
         label_smoothing: of the peers' cross entropy, likewise.
         class_weights: of the peers' cross entropy, one number for each class; null guesses none.
+        optimizer: of the peers.
+        defenses: whether it is told the defences of the peers and of the server with their settings; or a guess of the
+            peers'.
     """
 
     labels: Told | Inferred = "known"
@@ -55,6 +60,8 @@ class Knowledge:
     weight_decay: Told | float = "known"
     label_smoothing: Told | float = "known"
     class_weights: Told | list[float] | None = "known"
+    optimizer: Told | Literal["SGD", "Adam"] = "known"
+    defenses: Told | Unknown | list[ClientDefense] = "known"
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -78,7 +85,7 @@ class Knowledge:
     @property
     def sources(self) -> dict[str, str]:
         """`known`, `guessed` or `inferred` for each item: the flags that go with every result."""
-        flags = {k: v if v in ("known", "inferred") else "guessed" for k, v in asdict(self).items()}
+        flags = {k: v if v in ("known", "inferred", "unknown") else "guessed" for k, v in asdict(self).items()}
         if self.labels == "known":
             flags["label_counts"] = "known"
         if "known" in (flags["label_counts"], flags["num_clients"]):  # known sizes of clients tell their sum
@@ -102,7 +109,7 @@ class Knowledge:
         """
         sources = self.sources
         if truth is None:
-            sources |= {name: "guessed" for name in OPTIONAL}
+            sources |= {name: "guessed" for name in OPTIONAL if sources[name] == "known"}
         told = [name for name, source in sources.items() if source == "known"]
         if truth is None and told:
             raise KnowledgeError(
@@ -129,9 +136,16 @@ class Knowledge:
             weight_decay=value("weight_decay", training.weight_decay if training else 0.0),
             label_smoothing=value("label_smoothing", training.label_smoothing if training else 0.0),
             class_weights=value("class_weights", training and training.class_weights),
+            optimizer=value("optimizer", training.optimizer if training else "SGD"),
+            defenses=tuple(self._defenses(training.defenses if training else [])),
+            server_defenses=tuple(truth.server_defenses if truth and self.defenses == "known" else ()),
             num_clients=num_clients,
             num_images=num_images,
             labels=labels if self.labels == "known" else sorted(labels) if self.label_counts == "known" else None,
             client_sizes=sizes if self.num_clients == "known" else split_evenly(num_images, num_clients),
             sources=sources,
         )
+
+    def _defenses(self, true: list[ClientDefense]) -> list[ClientDefense]:
+        """The clients' defences that the attacker acts on."""
+        return true if self.defenses == "known" else [] if self.defenses == "unknown" else self.defenses

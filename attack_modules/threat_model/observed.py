@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from fl_lightning.models import ImageClassifier, ImageShape
 from fl_lightning.models.freezing import freeze
 from fl_lightning.observation import Observation, build_on_meta
 from fl_lightning.record import Record, RecordError, fingerprint
-from fl_lightning.server_optimizers import ServerOptimizer
+from fl_lightning.seats import CuriousClient, Seat, View
+from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 from fl_lightning.storage import has_record
 from fl_lightning.truth import Truth
 
@@ -54,11 +55,13 @@ class ObservedRound:
         observation: what crossed the wire.
         assumptions: what the attacker takes the peers' training and data to be.
         earlier: what crossed the wire before, oldest first, where it tells what the server's optimiser kept.
+        client: number of the client whose update alone it is, as a server sees it; None for the mean of all.
     """
 
     observation: Observation
     assumptions: Assumptions
     earlier: Sequence[Observation] = ()
+    client: View = None
 
     def aggregated_update(self) -> Tensors:
         """The weighted mean of all clients' updates, the attacker's own included, by parameter name.
@@ -171,15 +174,17 @@ class ObservedRounds(GivenRounds):
         self.foreign = directory is not None and Record(directory).foreign
         self._source: tuple[Federation, FederatedData] | None = None
         self._dataset: str | None = None
-        self._wanted: list[int] | None = None  # None for all that are there
+        self._wanted: list[tuple[int, View]] | None = None  # None for all that are there
         if not self.foreign:
             data.setup()
             self._source = federation, data
             settings = federation.settings(data)
-            self._wanted = settings["observed_rounds"]
+            self._wanted = federation.views(settings["observed_rounds"], data)
             self._dataset = None if settings["data"]["csv"] else settings["data"]["class"]
             directory = directory or RECORDS / fingerprint(settings)
         self.record = Record(directory)
+        #: who looked; a client, where the rounds are of another system
+        self.seat: Seat = CuriousClient() if self.foreign else federation.seat
 
     def summary(self) -> RoundsSummary:
         """What is known of the rounds, also before they are simulated and loaded."""
@@ -188,10 +193,10 @@ class ObservedRounds(GivenRounds):
                 self.setup()
             return RoundsSummary.of(self.rounds, self._dataset)
         federation, data = self._source
-        truths = [federation.truth(round_, data) for round_ in federation.rounds_to_observe(data)]
-        assumptions = [self.knowledge.assumptions(truth) for truth in truths]
-        recorded, seen = federation.rounds_to_record(data), federation.rounds_to_observe(data)
-        for round_, assumed in zip(seen, assumptions, strict=True):
+        views, recorded = self._wanted, federation.rounds_to_record(data)
+        truths = [federation.truth(round_, data, client) for round_, client in views]
+        assumptions = [self._assumptions(truth, client) for truth, (_, client) in zip(truths, views, strict=True)]
+        for (round_, _), assumed in zip(views, assumptions, strict=True):
             refuse_unknown_rounds(assumed.server, round_, recorded)
         settings = federation.settings(data)
         return RoundsSummary.of_model(settings["model"], assumptions, self._dataset, settings["frozen"])
@@ -221,20 +226,25 @@ class ObservedRounds(GivenRounds):
         record = self.record
         if self.rounds:
             return
-        wanted = record.observed_rounds if self._wanted is None else self._wanted
-        if missing := sorted(set(wanted) - set(record.observed_rounds)):
+        wanted = [(number, None) for number in record.observed_rounds] if self._wanted is None else self._wanted
+        if missing := sorted({view[0] for view in wanted if not has_record(record.observation(*view))}):
             raise RecordError(
                 f"'{record.directory}' lacks observed round {', '.join(map(str, missing))}. Run `python cli.py "
                 "federate` with the same settings, which simulates what is missing, or call `prepare_data` first."
             )
-        self.rounds = [self._observed(round_) for round_ in wanted]
+        self.rounds = [self._observed(round_, client) for round_, client in wanted]
 
-    def _observed(self, round_: int) -> ObservedRound:
-        assumptions, there = self.knowledge.assumptions(self._truth(round_)), self.record.observed_rounds
-        needed = [number for number in assumptions.server.needed(round_) if number in there]
-        seen, *earlier = (Observation.load(self.record.observation(number)) for number in (round_, *needed))
-        return ObservedRound(seen, assumptions, earlier)
+    def _assumptions(self, truth: Truth | None, client: View) -> Assumptions:
+        """What the attacker assumes; of a client's own update it knows that no server's step lies on it."""
+        assumed = self.knowledge.assumptions(truth)
+        return assumed if client is None else replace(assumed, server=FedAvg(), server_lr=1.0)
 
-    def _truth(self, round_: int) -> Truth | None:
-        stem = self.record.truth(round_)
+    def _observed(self, round_: int, client: View) -> ObservedRound:
+        assumptions, there = self._assumptions(self._truth(round_, client), client), self.record.observed_rounds
+        needed = [(number, None) for number in assumptions.server.needed(round_) if number in there]
+        seen, *earlier = (Observation.load(self.record.observation(*view)) for view in ((round_, client), *needed))
+        return ObservedRound(seen, assumptions, earlier, client)
+
+    def _truth(self, round_: int, client: View) -> Truth | None:
+        stem = self.record.truth(round_, client)
         return None if self.foreign and not has_record(stem) else Truth.load(stem)

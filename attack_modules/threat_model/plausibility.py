@@ -27,6 +27,10 @@ UPHILL = 0.1
 MANY_CLASSES = 10
 """From so many classes on, all clients' updates have the same sign for most of them. Measured: cosine of the aggregate
 and one client's update 0.18 or more with 10 classes, down to -0.9 with 2."""
+MOSTLY_EMPTY = 50
+"""From so many classes on, most are without images in nearly every round, and their logits' sums are above 0."""
+FEW = 0.25
+"""Share of classes below which it cannot be so many that are above 0."""
 AGAINST = -0.15
 """Cosine of the aggregate and the attacker's own update below which one of both has the wrong sign."""
 
@@ -135,17 +139,21 @@ def goes_uphill(seen: ObservedRound, update: Tensors) -> bool:
     """Whether an update descends from the after to the before.
 
     The gradient of a logit is the sum of its class's probabilities, above 0, where no peer holds the class. Where it is
-    unknown which classes these are, the attacker's own update is a part of the aggregate.
+    unknown which classes these are, the attacker's own update is a part of the aggregate, and of many classes most are
+    without images.
     """
     labels = seen.assumptions.labels
     sums = class_sums(seen.observation, update)
     if sums is None:
         return False
-    if labels is not None and not seen.assumptions.label_smoothing:  # which gives every class a share
+    if seen.assumptions.label_smoothing:  # which gives every class a share
+        return against_own(seen.observation)
+    if labels is not None:
         absent = torch.ones(len(sums), dtype=torch.bool)
         absent[torch.tensor(labels)] = False
         return bool(sums[absent].sum() < -UPHILL * sums.abs().sum())
-    return against_own(seen.observation)
+    swapped = len(sums) >= MOSTLY_EMPTY and (sums > 0).double().mean() < FEW
+    return bool(swapped) or against_own(seen.observation)
 
 
 def against_own(observation: Observation) -> bool:

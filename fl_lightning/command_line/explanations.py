@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -9,9 +10,11 @@ from itertools import pairwise
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from torch import nn
 
 from fl_lightning.command_line.given import Given, UsageError
 from fl_lightning.command_line.types_in_words import any_of, classes, in_words, literals
+from fl_lightning.models import WrappedClassifier
 
 # What jsonargparse 4.53 says. A message of another form is shown as it is, in short.
 KEY = re.compile(r'Parser key "([^"]+)"')
@@ -139,7 +142,7 @@ class _Refusal:
         key, value, expected = ".".join(self.keys), _plain(found[1].strip("'\"")), self._type()
         allowed = in_words(expected)
         fit = f"must be {allowed}" if allowed else "cannot be that"
-        nearest = _nearest(value, [*classes(expected), *literals(expected)])
+        nearest = _wrapping(key, value, expected) or _nearest(value, [*classes(expected), *literals(expected)])
         return f"`{key}` is {value!r}{self.given.place(key)}, but {fit}.{nearest}"
 
     def _no_value(self, found: re.Match) -> str:
@@ -181,6 +184,16 @@ def parser_of(class_path: str) -> ArgumentParser:
     if isinstance(made, type):
         parser.add_class_arguments(made, fail_untyped=False)
     return parser
+
+
+def _wrapping(key: str, value: str, expected: Any) -> str:
+    """How a user's own module becomes a global model, where it was given as one; or nothing."""
+    wrapper = WrappedClassifier.__name__
+    module, _, name = value.rpartition(".")
+    made = getattr(sys.modules.get(module), name, None)
+    if wrapper not in classes(expected) or not (isinstance(made, type) and issubclass(made, nn.Module)):
+        return ""
+    return f" Any module that ends in linear layers is one in a wrapper: `--{key} {wrapper} --{key}.module {value}`."
 
 
 def _nearest(name: str, accepted: Iterable[str], prefix: str = "") -> str:

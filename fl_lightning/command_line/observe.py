@@ -11,7 +11,10 @@ from torch import nn
 
 from fl_lightning.command_line.given import UsageError
 
-PURPOSE = "Make a record that `fit --observation` attacks from two consecutive global models of any federation."
+PURPOSE = (
+    "Make a record that `fit --observation` attacks from two consecutive global models of any federation, or from all "
+    "that a recorder kept."
+)
 
 
 class _Parser(ArgumentParser):

@@ -1,17 +1,10 @@
-"""Engine interface, and an engine that trains clients sequentially in the current process."""
+"""An engine that trains clients sequentially in the current process."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, local_update
-
-
-class Engine(ABC):
-    """Executes the local training of a round's clients."""
-
-    @abstractmethod
-    def train(self, tasks: Iterable[ClientTask], training: LocalTraining, accelerator: str) -> Iterator[ClientUpdate]:
-        """Yield the result of `local_update` for each task, in the order of the tasks."""
+from fl_lightning.engines.engine import Engine
+from fl_lightning.models import ImageClassifier
 
 
 class InProcess(Engine):
@@ -20,3 +13,6 @@ class InProcess(Engine):
     def train(self, tasks: Iterable[ClientTask], training: LocalTraining, accelerator: str) -> Iterator[ClientUpdate]:
         for task in tasks:
             yield local_update(task, training, accelerator)
+
+    def announce(self, model: ImageClassifier, round_: int, clients: Sequence[int]) -> None:
+        """Nothing: clients of this process are only asked to train."""

@@ -1,10 +1,13 @@
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fl_lightning.client import ClientTask, LocalTraining, local_update, parameters
+from fl_lightning import client
+from fl_lightning.client import ClientModule, ClientTask, LocalTraining, local_update, parameters
 from fl_lightning.data import ImageSet
 from fl_lightning.models import LeNet5
 
@@ -53,6 +56,24 @@ def test_update_is_a_pure_function(task: ClientTask) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
     other = local_update(ClientTask(task.model, task.images, seed=4), training).update
     assert any(not torch.equal(first[name], other[name]) for name in first)  # another order of mini-batches
+
+
+def test_a_trained_model_does_not_wait_for_a_garbage_collection(
+    task: ClientTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    class Watched(ClientModule):
+        def on_train_end(self) -> None:
+            trained.append(weakref.ref(self.model))
+
+    monkeypatch.setattr(client, "ClientModule", Watched)
+    gc.disable()
+    try:
+        local_update(task, LocalTraining(momentum=0.9))
+    finally:
+        gc.enable()
+    assert [model() for model in trained] == [None]
 
 
 def test_impossible_settings_are_refused() -> None:

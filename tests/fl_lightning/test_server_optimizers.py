@@ -14,6 +14,7 @@ from fl_lightning.data import FederatedData
 from fl_lightning.engines import InProcess
 from fl_lightning.errors import SettingError
 from fl_lightning.federation import Federation
+from fl_lightning.models import ClassifierFactory
 from fl_lightning.observation import Observation
 from fl_lightning.record import Record
 from fl_lightning.server_optimizers import FedAdam, FedAvg, FedAvgM, FedYogi, FlowerFedAdam, ServerOptimizer
@@ -67,9 +68,13 @@ def test_flowers_fed_adam(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("optimizer", [FedAvgM(), FedAdam()], ids=str)
 def test_a_told_optimizer_is_undone_in_any_observed_round(
-    noise_images: type[FederatedData], tmp_path: Path, relative_error: Callable, optimizer: ServerOptimizer
+    noise_images: type[FederatedData],
+    linear_classifier: ClassifierFactory,
+    tmp_path: Path,
+    relative_error: Callable,
+    optimizer: ServerOptimizer,
 ) -> None:
-    federation = Federation(client=LocalTraining(0.02, 1), rounds=2, server=optimizer, server_lr=0.1)
+    federation = Federation(linear_classifier, LocalTraining(0.02, 1), rounds=2, server=optimizer, server_lr=0.1)
     data = noise_images(num_clients=2, images_per_client=1, image_size=16)
     rounds = ObservedRounds(Knowledge(), federation, data, tmp_path)
     rounds.summary()
@@ -78,7 +83,7 @@ def test_a_told_optimizer_is_undone_in_any_observed_round(
     (seen,) = rounds.rounds
     assert (seen.observation.round, [o.round for o in seen.earlier]) == (1, [0])
     model = seen.observation.build_model()
-    again = Federation(client=federation.client)
+    again = Federation(linear_classifier, federation.client)
     again.initial_model = lambda _: model  # the same round under plain averaging
     plain = ObservedRounds(Knowledge(), again, data, tmp_path / "plain")
     plain.prepare_data()
@@ -88,7 +93,9 @@ def test_a_told_optimizer_is_undone_in_any_observed_round(
     assert relative_error(untold.peers_update(), plain.rounds[0].peers_update()) > 0.3
 
 
-def test_momentum_goes_on_after_an_interruption(noise_images: type[FederatedData], tmp_path: Path) -> None:
+def test_momentum_goes_on_after_an_interruption(
+    noise_images: type[FederatedData], linear_classifier: ClassifierFactory, tmp_path: Path
+) -> None:
     class Interrupted(InProcess):
         def train(self, *arguments: object) -> Iterator:
             if Record(tmp_path / "halves").checkpoint.exists():
@@ -97,7 +104,7 @@ def test_momentum_goes_on_after_an_interruption(noise_images: type[FederatedData
 
     def run(name: str, engine: InProcess | None = None) -> dict[str, torch.Tensor]:
         data = noise_images(num_clients=2, images_per_client=1, image_size=16)
-        federation = Federation(client=LocalTraining(0.02, 1), rounds=2, server=FedAvgM(), engine=engine)
+        federation = Federation(linear_classifier, LocalTraining(0.02, 1), rounds=2, server=FedAvgM(), engine=engine)
         federation.run(data, tmp_path / name)
         return Observation.load(Record(tmp_path / name).observation(1)).after
 

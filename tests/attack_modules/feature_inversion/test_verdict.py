@@ -46,6 +46,10 @@ def test_an_update_that_drift_does_not_explain_makes_all_images_unreliable() -> 
         assert set(judge(evidence, [30.0] * 3, 35.0, MODEL).levels) == {level}
 
 
+def test_rounding_that_closes_the_gap_is_no_mismatch() -> None:
+    assert set(verdict(leakage(replace(SURE, residual=0.04, gap=24.0))).levels) == {Level.CERTAIN}
+
+
 def test_images_without_features_of_their_own_disturb_the_others() -> None:
     evidence = Evidence(leakage(), leakage().features, torch.tensor([0.01, 3.0, 0.01]), drifts=False)
     found = judge(evidence, [30.0, 5.0, 30.0], 35.0, MODEL)
@@ -69,6 +73,7 @@ def test_level_follows_the_expected_psnr(psnr: float, level: Level) -> None:
         ({"shown": 5}, Level.UNRELIABLE, "3 images were told, but the update shows 5"),
         ({"views": True}, Level.UNRELIABLE, "augmented"),
         ({"residual": 0.7}, Level.UNRELIABLE, "70% of the head's update are unexplained"),
+        ({"residual": 0.05}, Level.UNRELIABLE, "mixup"),
         ({"disentangled": 2}, Level.LIKELY, "1 of 3 images were not disentangled"),
     ],
 )

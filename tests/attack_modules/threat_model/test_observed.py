@@ -109,7 +109,8 @@ def test_foreign_rounds_need_guesses_and_no_data(noise_images: type, tmp_path: P
     foreign = tmp_path / "foreign/observed"
     foreign.mkdir(parents=True)
     Observation.load(own.record.observation(0)).save(foreign / "round_0000")
-    guesses = Knowledge("inferred", "inferred", "inferred", "inferred", 0.003, 1.0, 3, None)
+    untold = dict.fromkeys(("labels", "label_counts", "num_images", "num_clients"), "inferred")
+    guesses = Knowledge(**untold, client_lr=0.003, server_lr=1.0, local_epochs=3, batch_size=None)
     rounds = ObservedRounds(guesses, Federation(), data, tmp_path / "foreign")
     assert rounds.foreign
     rounds.prepare_data()

@@ -1,0 +1,106 @@
+"""The contract of the readings of defended updates, one for each kind of defence: what they are given and return."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fl_lightning.defenses import Defense
+
+
+@dataclass(frozen=True)
+class HeadRound:
+    """What one round shows of a head of two linear layers, before its first layer is solved; H units, N images.
+
+    Attributes:
+        update: (H, D) summed gradient of the first layer; a bias is the last column.
+        weight: (H, D) of the first layer half way through the local steps.
+        activations: (N, H) of the hidden units, as the last layer's update shows them.
+        errors: (N, H) back-propagated errors with every gate open.
+    """
+
+    update: Tensor
+    weight: Tensor
+    activations: Tensor
+    errors: Tensor
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is expected of the features before the first layer is solved.
+
+    Attributes:
+        features: (N, D).
+        error: (N,) of these, relative to their size.
+        of_images: whether they are of the images as they were reconstructed so far, or typical ones.
+    """
+
+    features: Tensor
+    error: Tensor
+    of_images: bool = False
+
+
+@dataclass(frozen=True)
+class DefendedFeatures:
+    """The first layer of a defended update, solved.
+
+    Attributes:
+        features: (N, D), with the 1 of a bias as the last column.
+        gated: (N, K) back-propagated errors, gates included, the units of all rounds side by side.
+        uncertainty: (N,) expected error of the features relative to their true size; infinite where nothing is left.
+        peers: (N,) long; 0 for all where nothing tells.
+        residual: relative Frobenius norm of the update that the features leave unexplained.
+        noise: standard deviation of independent noise in an entry of the update; None if it is not of this kind.
+    """
+
+    features: Tensor
+    gated: Tensor
+    uncertainty: Tensor
+    peers: Tensor
+    residual: float
+    noise: float | None = None
+
+
+class DefendedReading(ABC):
+    """How the first layer's update is read under one kind of defence."""
+
+    @classmethod
+    @abstractmethod
+    def against(cls, defenses: Sequence[Defense]) -> Self | None:
+        """The reading for these defences of the peers and the server; None if they do not ask for it."""
+
+    @property
+    def resolves(self) -> int:
+        """How often, while images are reconstructed, their features make this reading better than it was."""
+        return 0
+
+    @abstractmethod
+    def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:
+        """Features of the images.
+
+        Args:
+            rounds: of the same images, oldest first.
+            expected: of the features.
+        """
+
+
+@dataclass(frozen=True)
+class DefendedLayer:
+    """A first layer that is solved under a defence, and can be solved again.
+
+    Attributes:
+        reading: of the defence.
+        rounds: that it reads.
+    """
+
+    reading: DefendedReading
+    rounds: Sequence[HeadRound]
+
+    def solve(self, expected: Expected) -> DefendedFeatures:
+        """Features of the images, see `DefendedReading.solve`; a bias's 1 is added to the expected ones here."""
+        width = self.rounds[0].update.shape[1]
+        ones = expected.features.new_ones(len(expected.features), width - expected.features.shape[1])
+        return self.reading.solve(self.rounds, replace(expected, features=torch.cat([expected.features, ones], 1)))

@@ -1,0 +1,126 @@
+"""The closed form where the attacker knows the peers' defence: counts, labels, and a reading made for the defence."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from attack_modules.analytic.counting import read_counts
+from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading, Expected, HeadRound
+from attack_modules.analytic.leak import leak_rounds
+from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
+from attack_modules.analytic.row_space import RowSpace, augmented
+from attack_modules.attack import AttackError
+from fl_lightning.loss import logit_errors
+
+TYPICAL = 0.5
+"""Share of typical features that is expected of images."""
+
+
+class UnreadableDefense(AttackError):
+    """The update is not one in which this defence can be read."""
+
+
+def leak_known(
+    updates: Sequence[Mapping[str, Tensor]], weights: Sequence[Mapping[str, Tensor]], training: TrainingKnowledge
+) -> Leakage:
+    """`leak_rounds`, or `leak_defended` where a defence is known that asks for it and can be read."""
+    if training.reading:
+        try:
+            return leak_defended(updates, weights, training, training.reading)
+        except UnreadableDefense as error:
+            rank_zero_warn(f"{error} The attack goes on as if it knew of no defence.")
+    return leak_rounds(updates, weights, training)
+
+
+def leak_defended(
+    updates: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[Mapping[str, Tensor]],
+    training: TrainingKnowledge,
+    reading: DefendedReading,
+) -> Leakage:
+    """Read labels and features out of the head's part of defended updates; arguments as of `leak.leak_rounds`.
+
+    The last layer is read from the rows of the held classes alone: they are far larger than all others, so that pruning
+    keeps and rounding resolves them. Images are counted and classes found in the mean of all rounds.
+
+    Raises:
+        UnreadableDefense: the head is not two linear layers, or images share classes.
+    """
+    layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
+    if len(layers[0]) != 2:
+        raise UnreadableDefense(
+            f"The peers' defence is read from heads of two linear layers, but this one has {len(layers[0])} "
+            f"({', '.join(updates[0])})."
+        )
+    first, last = (torch.stack([layer[i] for layer in layers]).mean(0) for i in (0, 1))
+    hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
+    space = RowSpace.of(first, before[0][0])
+    count, labels = read_counts(space, [last.double()], hidden, training)
+    if len(labels.unique()) < len(labels):
+        raise UnreadableDefense(
+            f"{len(labels)} images share {len(labels.unique())} classes, but the peers' defence is read only where "
+            "every image has a class of its own."
+        )
+    scale = len(labels) / (training.lr * training.steps)
+    targets = training.loss.targets(labels, len(last), last.double(), training.sizes)
+    rounds = [
+        head_round(update, weight, labels, targets, hidden, scale, training.half_way)
+        for update, weight in zip(layers, before, strict=True)
+    ]
+    width = next(tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2)
+    known = training.typical and training.typical.features
+    typical = torch.zeros(width) if known is None else TYPICAL * known
+    layer = DefendedLayer(reading, rounds)
+    found = layer.solve(Expected(typical.expand(len(labels), -1), torch.ones(len(labels))))
+    singular, n = space.singular, len(labels)
+    return Leakage(
+        labels=labels,
+        features=found.features[:, :width].float(),
+        peers=found.peers,
+        diagnosis=Diagnosis(
+            **{**vars(count), "noise": found.noise and found.noise / scale},
+            disentangled=n,
+            gap=(singular[n - 1] / singular[n]).item() if n < len(singular) else 1.0,
+            residual=found.residual,
+            conditioning=torch.linalg.cond(found.gated).item(),
+            drift=0.0,
+            outside=0.0,
+        ),
+        uncertainty=found.uncertainty.float(),
+        ones=found.features[:, width].float() if found.features.shape[1] > width else None,
+        noisy=True,
+        defended=layer,
+    )
+
+
+def head_round(
+    update: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    labels: Tensor,
+    targets: Tensor,
+    hidden: int,
+    scale: float,
+    half_way: float,
+) -> HeadRound:
+    """One round, with activations and errors from the rows of the held classes.
+
+    Args:
+        update: of both layers, (H, D) and (C, H), a bias as one more column.
+        weight: the same before the round.
+        labels: (N,) long, distinct.
+        targets: (N, C) of the loss, see `fl_lightning.loss`.
+        hidden: H.
+        scale: N / (lr * steps).
+        half_way: share of the update after which the model is half way through the local steps.
+    """
+    gradient, middle = update[1].double() * scale, weight[1].double() - update[1].double() * half_way
+    probabilities = torch.full_like(targets, 1 / len(gradient))
+    for _ in range(30):
+        inputs = torch.linalg.solve(logit_errors(probabilities, targets)[:, labels].T, gradient[labels])
+        previous, probabilities = probabilities, (inputs @ middle.T).softmax(1)
+        if (probabilities - previous).abs().max() < torch.finfo(gradient.dtype).eps:
+            break
+    errors = (logit_errors(probabilities, targets) @ middle)[:, :hidden]
+    return HeadRound(update[0] * scale, weight[0] - update[0] * half_way, inputs[:, :hidden], errors)

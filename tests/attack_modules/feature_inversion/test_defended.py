@@ -1,0 +1,82 @@
+"""Defences that the attacker knows: which reading is taken, and what that makes of the images."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from attack_modules import FeatureInversion
+from attack_modules.analytic.leak import leak_rounds
+from attack_modules.analytic.leak_defended import leak_known
+from attack_modules.analytic.noisy_gates import NoisyGates
+from attack_modules.analytic.pruned_update import PrunedUpdate
+from attack_modules.analytic.results import TrainingKnowledge
+from attack_modules.attack import Attack, Level
+from attack_modules.evaluation.assignment import match
+from attack_modules.threat_model.knowledge import Knowledge
+from attack_modules.threat_model.observed import ObservedRounds
+from fl_lightning.client import LocalTraining
+from fl_lightning.data import ImageFolder
+from fl_lightning.defenses import GaussianNoise, TopK
+from fl_lightning.defenses.defense import ClientDefense
+from fl_lightning.federation import Federation
+from fl_lightning.observation import Observation
+
+Observe = Callable[..., Observation]
+Run = Callable[..., Attack]
+IMAGENET = Path(__file__).parents[4] / "shared" / "data" / "imagenet-sample"
+WIDE = {"num_clients": 3, "images_per_client": 2, "num_classes": 50}
+
+
+def trained(*defenses: ClientDefense) -> Federation:
+    return Federation(client=LocalTraining(local_epochs=1, defenses=list(defenses)))
+
+
+@pytest.mark.parametrize(("defense", "reading"), [(GaussianNoise(rho=0.3), NoisyGates), (TopK(0.3), PrunedUpdate)])
+def test_known_defence_chooses_the_reading(
+    observe: Observe, attack: Run, defense: ClientDefense, reading: type
+) -> None:
+    known = attack(FeatureInversion(), observe(trained(defense), Knowledge(), **WIDE), steps=6)
+    assert isinstance(known.leakage.defended.reading, reading)
+    assert known.leakage.labels.tolist() == [0, 1, 2, 3]
+    assert ((known.noise > 0.01) & (known.noise < 1)).all()
+    assert torch.equal(known.features, known.leakage.features) != (reading is PrunedUpdate)
+    plain = attack(FeatureInversion(), observe(trained(defense), Knowledge(defenses="unknown"), **WIDE), steps=2)
+    assert plain.leakage.defended is None
+    assert plain.noise is None
+
+
+def test_defences_that_cannot_be_read_are_left_out_with_a_warning() -> None:
+    random = torch.Generator().manual_seed(0)
+    weights = [{"weight": 0.1 * torch.randn(30, 50, generator=random)}]
+    features = torch.rand(3, 50, generator=random)
+    errors = (features @ weights[0]["weight"].T).softmax(1) - torch.nn.functional.one_hot(torch.arange(3), 30)
+    update = [{"weight": 0.1 / 3 * errors.T @ features}]
+    training = TrainingKnowledge(0.1, 1, 3, torch.arange(3), reading=NoisyGates())
+    with pytest.warns(UserWarning, match="heads of two linear layers"):
+        found = leak_known(update, weights, training)
+    assert torch.equal(found.features, leak_rounds(update, weights, training).features)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IMAGENET.is_dir(), reason="needs ../shared/data/imagenet-sample")
+@pytest.mark.parametrize(("defense", "gain"), [(GaussianNoise(rho=1.0), 1.5), (TopK(0.1), 1.0)])
+def test_who_knows_the_defence_sees_more(tmp_path: Path, attack: Run, defense: ClientDefense, gain: float) -> None:
+    """8 photographs of 4 peers at 32 pixels; nothing is certain that is not so."""
+    data = ImageFolder(root=IMAGENET, num_clients=5, images_per_client=2, image_size=32)
+    blind = {"labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred"}
+    psnr = {}
+    for told in ("unknown", "known"):
+        rounds = ObservedRounds(Knowledge(**blind, defenses=told), trained(defense), data, tmp_path)
+        rounds.prepare_data()
+        rounds.setup()
+        found = attack(FeatureInversion(), *rounds.rounds, steps=100)
+        result = found.reconstruction()
+        originals = torch.cat([peer.images for peer in data.clients[:4]])
+        order = match(result.images, originals)
+        each = -10 * (result.images[order] - originals).square().mean((1, 2, 3)).log10()
+        levels = found.verdict(found.misfit(result.images, result.labels)).levels
+        assert all(each[i] > 20 for i, image in enumerate(order) if levels[image] is Level.CERTAIN)
+        psnr[told] = each.mean().item()
+    assert psnr["known"] > psnr["unknown"] + gain
