@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test,predict,federate} --config configs/X.yaml`, and `observe`."""
+"""The command line: `python cli.py {fit,validate,test,predict,federate,audit} --config X.yaml`, and `observe`."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ if __name__ == "__main__":  # until all is imported, Ctrl-C ends the program wit
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from argparse import ArgumentError
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ import attack_modules
 import fl_lightning.data
 import fl_lightning.models  # noqa: F401
 from attack_modules.attack import Attack, Reconstruction
+from attack_modules.audit.audit import audit
+from attack_modules.audit.workers import Program
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.enhance.postprocessing import Postprocessing
 from attack_modules.enhance.shortcuts import NAMED, all_that_can_be
@@ -34,6 +37,8 @@ from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRounds
 from attack_modules.threat_model.recorded import record_round
 from fl_lightning.allocation import keep_freed_memory
+from fl_lightning.command_line.audit import PURPOSE as AUDIT_PURPOSE
+from fl_lightning.command_line.audit import run_audit
 from fl_lightning.command_line.checks import (
     refuse_foreign_checkpoint,
     refuse_missing_accelerator,
@@ -52,7 +57,10 @@ from fl_lightning.errors import SettingError
 from fl_lightning.federation import Federation
 from fl_lightning.record import Record
 
-DESCRIPTION = "Audit of federated learning. Beside the commands below, `observe --help`: " + PURPOSE
+DESCRIPTION = (
+    f"Audit of federated learning. Beside the commands below, `observe --help`: {PURPOSE} And `audit --help`: "
+    f"{AUDIT_PURPOSE}"
+)
 LOAD_YAML = get_loader("yaml")
 SEEDED = ("data.init_args", "model.init_args", "federation")
 """Settings whose `seed` is that of `seed_everything` unless they have their own."""
@@ -257,6 +265,27 @@ class AuditCLI(LightningCLI):
                 print(f"{len(found.images)} reconstructed images, without scores: {directory}", flush=True)
 
 
+class SettingsOnly(AuditCLI):
+    """Reads a command line and checks its settings, without running it."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    instantiate_classes = after_instantiate_classes = before_instantiate_classes
+
+    def _set_seed(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def settings_of(args: list[str]) -> dict[str, Any]:
+    """The settings that a command line sets, nested as in YAML; errors as those of `main`."""
+    read = _cli(SettingsOnly, args)
+    return read.config[read.config.subcommand].as_dict()
+
+
 def main(args: list[str] | None = None) -> AuditCLI | None:
     """Run a command and raise whatever goes wrong; tests and programs call this with a list of arguments."""
     given = sys.argv[1:] if args is None else args
@@ -265,7 +294,14 @@ def main(args: list[str] | None = None) -> AuditCLI | None:
         return None
     attack_modules.load_all()
     set_loader("yaml", lambda text: with_todays_names(LOAD_YAML(text)), (yaml.YAMLError,))
-    return AuditCLI(
+    if given[:1] == ["audit"]:
+        print(run_audit(audit, given[1:], run=partial(Program, Path(__file__)), check=settings_of), flush=True)
+        return None
+    return _cli(AuditCLI, args)
+
+
+def _cli(kind: type[AuditCLI], args: list[str] | None) -> AuditCLI:
+    return kind(
         trainer_class=AuditTrainer,
         trainer_defaults={"callbacks": [Progress(), Evaluation()]},
         save_config_kwargs={"overwrite": True},

@@ -16,6 +16,7 @@ import fl_lightning.engines
 import fl_lightning.models
 import fl_lightning.seats
 import fl_lightning.server_optimizers
+from attack_modules.audit.study import Defence, Scenario
 from attack_modules.diffusion.trained.class_conditional import ClassConditionalDiffusion, SmallConditional
 from attack_modules.diffusion.trained.photo_crops import PhotoCrops
 from attack_modules.diffusion.trained.photo_prior import DiffusionPrior
@@ -125,6 +126,10 @@ SECTIONS = {
         ("postprocess", attack_modules.GAN),
         ("postprocess", attack_modules.Restoration),
         ("data", attack_modules.ReconstructedImage),
+    ],
+    "Studies of `python cli.py audit` (`audit --help` lists the rest)": [
+        ("scenarios", Scenario),
+        ("defences", Defence),
     ],
     "Training of priors and of the judge": [
         ("data", PhotoCrops),

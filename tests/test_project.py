@@ -50,6 +50,7 @@ ROOMS = [
     ["attack_modules.feature_inversion", "attack_modules.gradient_matching"],
     ["attack_modules.enhance"],
     ["attack_modules.evaluation"],
+    ["attack_modules.audit"],
     ["attack_modules"],
     ["cli"],
 ]
@@ -125,7 +126,7 @@ def test_a_wheel_holds_the_code_the_weights_the_configurations_and_the_program(t
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     code = [path.relative_to(ROOT).as_posix() for room in ("fl_lightning", "attack_modules") for path in
-            (ROOT / room).rglob("*") if path.suffix in (".py", ".txt")]  # fmt: skip
+            (ROOT / room).rglob("*") if path.suffix in (".py", ".txt", ".j2")]  # fmt: skip
     assert {"cli.py", *code} <= set(names)
     for folder in ("configs", "checkpoints"):
         shipped = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.*")]

@@ -26,6 +26,7 @@ from attack_modules.evaluation.features import feature_scores, features_of
 from attack_modules.evaluation.interruption import Interruption
 from attack_modules.evaluation.metrics import attribution, score
 from attack_modules.evaluation.perceptual import Lpips
+from attack_modules.evaluation.persons import by_person
 from attack_modules.evaluation.recognisers import Recogniser, Recognises
 from attack_modules.evaluation.report import Outcome, comparison, panel, table
 from attack_modules.evaluation.run_directory import (
@@ -246,6 +247,9 @@ class Evaluation(Callback):
             model = attack.observed_rounds[-1].observation.build_model()
             results["features"] = feature_scores(reconstruction.features.cpu(), features_of(truth.images, model))
             print(", ".join(f"features {name} {value:.4g}" for name, value in results["features"].items()))
+        if truth and (persons := by_person(truth, scorecard)):
+            results["persons"] = persons
+            print(f"{sum(bool(found['seen']) for found in persons.values())} of {len(persons)} persons can be seen.")
         _log(trainer, "final", raw)
         self._write(directory, truth, outcomes, results, reconstruction)  # now: an enhancement may fail
         self._reported = True

@@ -51,7 +51,7 @@ class _Refusal:
 
     def __init__(self, error: ArgumentError, parsers: Mapping[str, ArgumentParser], given: Given) -> None:
         self.given = given
-        self.commands = [*parsers, "observe"]  # which has a parser of its own
+        self.commands = [*parsers, "observe", "audit"]  # the last two have parsers of their own
         self.command = next((argument for argument in given.arguments if argument in parsers), "")
         self.settings = settings_of(parsers[self.command]) if self.command else {}
         self.help = f"`python cli.py {self.command or 'fit'} --help` lists all settings."

@@ -12,6 +12,7 @@ QUIET = (
     "The '.*_dataloader' does not have many workers",
     "GPU available but not used",
     "The dirpath has changed",
+    "LightningCLI's args parameter is intended",  # an audit reads the settings of its runs
     "You passed `Trainer.accelerator='cpu', precision=",  # which is refused, in a sentence
     "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # another number of steps
     "You're resuming from a checkpoint that ended before the epoch ended",  # the data of an attack only count its steps

@@ -1,0 +1,386 @@
+"""What the cells of a study say together: intervals over seeds, a verdict in words, and what to do."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from scipy.stats import binom, t
+
+from attack_modules.audit.readings import COPY, Reading
+from attack_modules.audit.study import Defence, Scenario, Study
+
+CONFIDENCE = 0.95
+BY_CHANCE = 0.01
+"""Probability below which so many leaked images are not taken for chance."""
+FEWEST_SEEDS = 3
+NO_PROOF = (
+    "That no image was reconstructed says how hard this tool tried; it is no proof that nothing leaks, and other "
+    "attacks may do better."
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds.
+
+    Attributes:
+        mean: of the values.
+        low: lower end of the 95 % confidence interval of the mean (Student's t) from three values on, else the least.
+        high: likewise.
+        count: number of values.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float | None], least: float = -math.inf, most: float = math.inf) -> "Interval | None":
+        """Of the values that are known, limited to [least, most]; None if there are none."""
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        mean, count = statistics.fmean(known), len(known)
+        if count < FEWEST_SEEDS:
+            return cls(mean, min(known), max(known), count)
+        half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(known) / math.sqrt(count)
+        return cls(mean, max(least, mean - half), min(most, mean + half), count)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells of one scenario with one defence: one for each seed."""
+
+    scenario: Scenario
+    defence: Defence
+    readings: Sequence[Reading]
+
+    @cached_property
+    def done(self) -> list[Reading]:
+        """Cells with a result."""
+        return [reading for reading in self.readings if reading.status == "done"]
+
+    @cached_property
+    def compared(self) -> list[Reading]:
+        """Cells whose images could be compared with originals."""
+        return [reading for reading in self.done if reading.compared]
+
+    @property
+    def images(self) -> int:
+        """Originals of all cells."""
+        return sum(len(reading.rows) for reading in self.compared)
+
+    @property
+    def leaked(self) -> int:
+        """Leaked images of all cells."""
+        return sum(reading.leaked for reading in self.compared)
+
+    def share(self, of: Callable[[Reading], int | None]) -> Interval | None:
+        """Share of a cell's images, over seeds."""
+        cells = [(of(reading), len(reading.rows)) for reading in self.done]
+        return Interval.of([n / size for n, size in cells if n is not None and size], 0.0, 1.0)
+
+    @property
+    def leaked_share(self) -> Interval | None:
+        """Share of the images that leaked, over seeds; None without originals."""
+        return self.share(lambda reading: reading.leaked)
+
+    @property
+    def copied(self) -> float:
+        """Share of the images of which there is a copy; NaN without originals."""
+        share = self.share(lambda reading: reading.copies)
+        return share.mean if share else math.nan
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether more images leaked than chance explains (binomial, 1 %)."""
+        if not self.images:
+            return False
+        chance = max(reading.chance for reading in self.compared)
+        return bool(binom.sf(self.leaked - 1, self.images, chance) < BY_CHANCE)
+
+    @property
+    def accuracy(self) -> Interval | None:
+        """Of the global model, over seeds."""
+        return Interval.of([reading.accuracy and reading.accuracy[1] for reading in self.done], 0.0, 1.0)
+
+    def mean_score(self, name: str) -> Interval | None:
+        """A score of `results.json`, over seeds."""
+        return Interval.of([reading.score(name) for reading in self.done])
+
+    @property
+    def title(self) -> str:
+        """The group in words."""
+        return f"{self.scenario.name}, defence: {self.defence.name}"
+
+    @property
+    def severity(self) -> tuple[float, float, float]:
+        """By which the worst group is found."""
+        copies, psnr = self.share(lambda reading: reading.copies), self.mean_score("psnr_mean")
+        return (
+            self.leaked_share.mean if self.leaked_share else -1.0,
+            copies.mean if copies else -1.0,
+            psnr.mean if psnr else -math.inf,
+        )
+
+
+@dataclass(frozen=True)
+class Action:
+    """A recommendation with what speaks for it."""
+
+    what: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Conclusions:
+    """All cells of a study, in groups."""
+
+    study: Study
+    groups: Sequence[Group]
+
+    @classmethod
+    def of(cls, study: Study, readings: Sequence[Reading]) -> "Conclusions":
+        """Put a study's readings in groups, in the order of the study."""
+        by_place: dict[tuple[str, str], list[Reading]] = {}
+        for reading in readings:
+            by_place.setdefault((reading.cell.scenario.name, reading.cell.defence.name), []).append(reading)
+        return cls(study, [Group(r[0].cell.scenario, r[0].cell.defence, r) for r in by_place.values()])
+
+    @cached_property
+    def readings(self) -> list[Reading]:
+        """Of all groups."""
+        return [reading for group in self.groups for reading in group.readings]
+
+    @cached_property
+    def worst(self) -> Group | None:
+        """The group that leaks most; None where nothing could be compared with originals."""
+        compared = [group for group in self.groups if group.compared]
+        return max(compared, key=lambda group: group.severity, default=None)
+
+    def undefended(self, scenario: Scenario) -> Group | None:
+        """The group of a scenario that the defended ones are compared with: that of the study's first defence."""
+        first = self.study.defences[0].name
+        return next((g for g in self.groups if g.scenario.name == scenario.name and g.defence.name == first), None)
+
+    def verdict(self) -> list[str]:
+        """The answer in a few sentences, for a reader who reads nothing else."""
+        done = [reading for reading in self.readings if reading.status == "done"]
+        if not done:
+            return ["No run of this study has a result, so nothing is concluded. The reasons stand below."]
+        sentences = []
+        worst = self.worst
+        if worst is None:
+            claimed, images = sum(r.claimed for r in done), sum(len(r.rows) for r in done)
+            sentences.append(
+                f"No originals were at hand, so nothing could be compared. The attack itself calls {claimed} of "
+                f"{images} reconstructed images certain or likely."
+            )
+            if not claimed:
+                sentences.append(NO_PROOF)
+        elif worst.above_chance:
+            copies = sum(reading.copies for reading in worst.compared)
+            sentences.append(
+                f"Images leak. In the worst setting that was tried ({worst.title}), {worst.scenario.seat}, "
+                f"reconstructed {worst.leaked} of {worst.images} images of the others so that each can be told from "
+                f"all strangers compared with; {copies} of them are copies (PSNR of {COPY:.0f} dB or more)."
+            )
+            claimed = sum(reading.claimed for reading in worst.compared)
+            sentences.append(
+                f"Without any original, the attacker itself would call {claimed} of them certain or likely."
+            )
+        else:
+            sentences.append(
+                f"No attack of this study reconstructed more images than chance explains ({worst.leaked} of "
+                f"{worst.images} in the worst setting, {worst.title}). {NO_PROOF}"
+            )
+        sentences += self._of_defences()
+        unfinished = len(self.readings) - len(done)
+        if unfinished:
+            sentences.append(
+                f"{unfinished} of {len(self.readings)} runs have no result (failed, unreadable or not run); nothing is "
+                "concluded from them."
+            )
+        return sentences
+
+    def _of_defences(self) -> list[str]:
+        """What each defence does over all scenarios, in a sentence each."""
+        found = []
+        for defence in self.study.defences[1:]:
+            with_it = [g for g in self.groups if g.defence.name == defence.name and g.compared]
+            if not with_it:
+                continue
+            still = [g for g in with_it if g.above_chance]
+            leaked, images = sum(g.leaked for g in with_it), sum(g.images for g in with_it)
+            if still:
+                found.append(
+                    f"With the defence '{defence.name}', {leaked} of {images} images still leaked, in {len(still)} of "
+                    f"{len(with_it)} scenarios more than chance explains."
+                )
+            else:
+                found.append(
+                    f"With the defence '{defence.name}', {leaked} of {images} images leaked, no more than chance "
+                    f"explains: the attacks of this study failed there, which is no proof of protection."
+                )
+        return found
+
+    def failures(self) -> list[tuple[str, str]]:
+        """What was tried and failed: groups without leaked images beyond chance, each with the attack's own words."""
+        found = []
+        for group in self.groups:
+            if group.compared and not group.above_chance:
+                attacks = sorted({str(reading.results.get("attack")) for reading in group.done})
+                reasons = {
+                    reason for r in group.done for reason in (r.results.get("verdict") or {}).get("reasons") or ()
+                }
+                because = f" The attack says: {'; '.join(sorted(reasons)[:4])}." if reasons else ""
+                found.append(
+                    (
+                        group.title,
+                        f"{', '.join(attacks)}: {group.leaked} of {group.images} images leaked, no more than chance "
+                        f"explains.{because} {NO_PROOF}",
+                    )
+                )
+        for reading in self.readings:
+            if reading.status in ("failed", "unreadable"):
+                found.append((reading.cell.title, f"{reading.status.capitalize()}: {reading.sentence}"))
+        return found
+
+    def comparisons(self) -> list[tuple[Group, Group, dict[str, tuple[str, str]]]]:
+        """Pairs of undefended scenarios that differ only in what the attacker is told, with the items that differ.
+
+        The first of a pair is told more.
+        """
+        found = []
+        groups = [group for s in self.study.expanded() if (group := self.undefended(s)) and group.done]
+        for index, one in enumerate(groups):
+            for other in groups[index + 1 :]:
+                if _but_told(one.scenario) != _but_told(other.scenario):
+                    continue
+                a, b = one.done[0].told, other.done[0].told
+                differing = {item: (a[item], b[item]) for item in a if item in b and a[item] != b[item]}
+                if differing:
+                    more = sum(first == "known" for first, _ in differing.values())
+                    less = sum(second == "known" for _, second in differing.values())
+                    if more < less:
+                        one_, other_ = other, one
+                        differing = {item: (second, first) for item, (first, second) in differing.items()}
+                    else:
+                        one_, other_ = one, other
+                    found.append((one_, other_, differing))
+        return found
+
+    def actions(self) -> list[Action]:
+        """What to do, each with its evidence; a small set of rules, in the order of their weight."""
+        rules = (self._stop, self._defend, self._scenarios, self._labels, self._repeat, self._seeds)
+        return [action for rule in rules for action in rule()]
+
+    def _stop(self) -> list[Action]:
+        worst = self.worst
+        if worst is None or not worst.above_chance:
+            return []
+        return [
+            Action(
+                "Treat every participant as able to see the others' images in this setting, and tell those whose "
+                "images they are, until a defence has been tried in it.",
+                f"{worst.title}: {worst.leaked} of {worst.images} images leaked.",
+            )
+        ]
+
+    def _defend(self) -> list[Action]:
+        found = []
+        for group in self.groups:
+            plain = self.undefended(group.scenario)
+            if plain is None or group is plain or not (group.compared and plain.compared and plain.above_chance):
+                continue
+            before, after = plain.leaked_share, group.leaked_share
+            cost = ""
+            if plain.accuracy and group.accuracy:
+                cost = f" Accuracy of the model: {plain.accuracy.mean:.0%} without, {group.accuracy.mean:.0%} with it."
+            if not group.above_chance:
+                what = (
+                    f"Consider the defence '{group.defence.name}' in the scenario '{group.scenario.name}', and audit "
+                    "it against an attacker who knows of it."
+                )
+            elif after.mean < before.mean / 2:
+                what = (
+                    f"The defence '{group.defence.name}' alone is not enough in the scenario "
+                    f"'{group.scenario.name}': combine it with another."
+                )
+            else:
+                what = f"Do not rely on '{group.defence.name}' in the scenario '{group.scenario.name}'."
+            found.append(
+                Action(
+                    what,
+                    f"Leaked {before.mean:.0%} without and {after.mean:.0%} with it; copies {plain.copied:.0%}, {group.copied:.0%}.{cost}",
+                )
+            )
+        return found
+
+    def _scenarios(self) -> list[Action]:
+        worst = self.worst
+        if worst is None or not worst.above_chance:
+            return []
+        found = []
+        for scenario in self.study.expanded():
+            group = self.undefended(scenario)
+            told_less = group is not None and _but_told(scenario) == _but_told(worst.scenario)
+            if group is None or group is worst or told_less or not group.compared:
+                continue
+            if group.leaked_share.mean < worst.leaked_share.mean / 2:
+                found.append(
+                    Action(
+                        f"Where the choice is yours, prefer the circumstances of '{scenario.name}'.",
+                        f"{group.leaked} of {group.images} images leaked there, against {worst.leaked} of "
+                        f"{worst.images} in '{worst.scenario.name}'.",
+                    )
+                )
+        return found
+
+    def _labels(self) -> list[Action]:
+        inferred = [r for r in self.readings if r.told.get("label_counts") == "inferred" and r.score("labels_found")]
+        if not inferred:
+            return []
+        mean = statistics.fmean(r.score("labels_found") for r in inferred)
+        if mean < 0.5:
+            return []
+        return [
+            Action(
+                "Take the labels as known to every participant, and do not train on classes whose mere presence is a "
+                "secret.",
+                f"Without being told, the attacker read {mean:.0%} of the labels right, over {len(inferred)} runs.",
+            )
+        ]
+
+    def _repeat(self) -> list[Action]:
+        missing = [reading for reading in self.readings if reading.status != "done"]
+        if not missing:
+            return []
+        failed = [reading for reading in missing if reading.status != "not run"]
+        return [
+            Action(
+                "Finish the study: run the same command again, with `--retry` for what failed, after mending its "
+                "cause.",
+                f"{len(failed)} runs failed or cannot be read, {len(missing) - len(failed)} were not run.",
+            )
+        ]
+
+    def _seeds(self) -> list[Action]:
+        fewest = min((len(group.done) for group in self.groups if group.done), default=FEWEST_SEEDS)
+        if fewest >= FEWEST_SEEDS:
+            return []
+        return [
+            Action(
+                f"Run at least {FEWEST_SEEDS} seeds before a number here is relied on.",
+                f"Some settings have {fewest} run(s), so their spread is not known.",
+            )
+        ]
+
+
+def _but_told(scenario: Scenario) -> tuple[Mapping[str, object], object]:
+    """What makes a scenario, without what the attacker is told."""
+    settings = {key: value for key, value in scenario.settings.items() if not key.startswith("knowledge.")}
+    return settings, (scenario.base, scenario.configs)

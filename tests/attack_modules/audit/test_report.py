@@ -1,0 +1,206 @@
+"""The report of made-up runs: right numbers, readable by machines and people, and never more than was shown."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+
+from attack_modules.audit.audit import audit, seconds_of
+from attack_modules.audit.conclusions import Conclusions, Interval
+from attack_modules.audit.readings import Reading, letter
+from attack_modules.audit.study import Cell, Study
+from attack_modules.audit.workers import Run
+from attack_modules.evaluation.finished_run import StrangersOf
+from fl_lightning.errors import AuditError, SettingError
+
+VOID = {"meta", "img", "br", "line", "circle"}
+
+
+class Page(HTMLParser):
+    """What matters of a page: balanced tags, texts of pictures, addresses, headings."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.addresses: list[str] = []
+        self.headings: list[int] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(given)
+        if tag[0] == "h" and tag[1:].isdigit():
+            self.headings.append(int(tag[1:]))
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "action") and value]
+        assert tag not in ("script", "link", "iframe", "object")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag in VOID or self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def run(study: Study, made: object, out: Path, **more: object) -> str:
+    arguments = {"title": study.title, "scenarios": study.scenarios, "base": study.base, "settings": study.settings}
+    return audit(
+        made, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, "python cli.py audit", {}, **arguments,
+        defences=study.defences, seeds=study.seeds, out=out, **{"workers": 2, **more},
+    )  # fmt: skip
+
+
+def test_the_report_says_what_leaked_and_what_failed(study: Study, fake: Callable, tmp_path: Path) -> None:
+    said = run(study, fake, tmp_path / "out")
+    assert "12 of 12 runs have a result" in said
+    text = (tmp_path / "out/report.html").read_text()
+    page = Page(text)
+    assert not page.open
+    assert len(text) < 10 << 20
+    assert len(page.images) > 20
+    assert all(image["alt"] and image["src"].startswith("data:image/") for image in page.images)
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert page.headings[0] == 1
+    assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
+    assert "A <small> & made-up study" in page.text
+    assert "class <0>" in page.text
+    content = json.loads((tmp_path / "out/report.json").read_text())
+    groups = {(g["scenario"], g["defence"]): g for g in content["groups"]}
+    plain, noisy = groups["told", "none"], groups["told", "noise"]
+    assert (plain["leaked"], plain["images"], plain["above_chance"]) == (18, 18, True)
+    assert plain["leaked_share"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 3}
+    assert plain["letter"] == "E"
+    assert groups["not told", "none"]["letter"] == "C"
+    assert not noisy["above_chance"]
+    assert "18 of 18 images" in content["verdict"][0]
+    assert "no proof of protection" in " ".join(content["verdict"])
+    assert [failure[0] for failure in content["failures"]] == [
+        "told, defence: noise", "not told, defence: noise",
+    ]  # fmt: skip
+    assert "it is noise" in content["failures"][0][1]
+    (pair,) = content["comparisons"]
+    assert pair["told"] == {"labels": ["known", "inferred"], "label_counts": ["known", "inferred"]}
+    assert any("audit it against an attacker who knows of it" in action["what"] for action in content["actions"])
+    assert [client["leaked"] for client in content["clients"]] == [9, 9]
+    for word in (" safe", "secure against", "protects"):
+        assert word not in page.text.lower()
+    rows = list(csv.DictReader((tmp_path / "out/cells.csv").read_text().splitlines()))
+    assert len(rows) == 12
+    assert [row["leaked"] for row in rows if row["defence"] == "none"] == ["6"] * 6
+    assert rows[0]["command"].startswith("python cli.py fit --config")
+
+
+def test_a_redacted_report_shows_no_original_and_no_name(study: Study, fake: Callable, tmp_path: Path) -> None:
+    run(study, fake, tmp_path / "out", redact=True)
+    for name in ("report.html", "report.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "private_" not in text
+        assert "class <" not in text
+        assert "class &lt;" not in text
+    assert "Original:" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_what_has_no_result_is_said_and_nothing_is_concluded_from_it(
+    study: Study, fake: Callable, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def some(place: Path) -> Run:
+        def one(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
+            return (1, "`model.lr` is <b>, but") if cell.seed == 1 else fake(place)(cell, folder, threads, stop)
+
+        return one
+
+    run(study, some, out)
+    cells = study.cells()
+    picture = cells[0].folder(out) / "run/images/001.png"
+    picture.write_bytes(picture.read_bytes()[:100])
+    (cells[1].folder(out) / "run/results.json").write_text("{")
+    (cells[-1].folder(out) / "cell.json").unlink()
+    readings = [Reading.of(cell, out, StrangersOf(), False, False) for cell in cells]
+    assert [reading.status for reading in readings].count("unreadable") == 2
+    said = run(study, some, out, budget="0.001s")
+    content = json.loads((out / "report.json").read_text())
+    assert "001.png" in json.dumps(content["failures"])
+    assert "`model.lr` is <b>, but" in json.dumps(content["failures"])
+    assert "6 of 12 runs have no result" in said or "7 of 12 runs have no result" in said
+    assert any("`--retry`" in action["what"] for action in content["actions"])
+    assert any("at least 3 seeds" in action["what"] for action in content["actions"])
+    assert not Page((out / "report.html").read_text()).open
+    assert "10 of 12 runs have a result" in run(study, fake, out, retry=True)  # the two damaged ones stay
+
+
+def test_a_study_without_any_result_concludes_nothing(study: Study, tmp_path: Path) -> None:
+    said = run(study, lambda out: lambda cell, folder, threads, stop: (1, "No."), tmp_path)
+    assert "nothing is concluded" in said
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Failed: No." in page.text
+
+
+def test_rounds_without_originals_are_judged_by_the_attack_alone(study: Study, fake: Callable, tmp_path: Path) -> None:
+    run(study, fake, tmp_path)
+    for record in (tmp_path / "federations").iterdir():
+        shutil.rmtree(record / "truth")
+    said = run(study, fake, tmp_path)
+    assert "No originals were at hand" in said
+    assert "36 of 72 reconstructed images certain or likely" in said
+    assert "No originals to compare with." in Page((tmp_path / "report.html").read_text()).text
+
+
+def test_a_missing_template_engine_leaves_the_tables(
+    study: Study, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+    with pytest.raises(SettingError, match=r"curious-client\[audit\]"):
+        run(study, fake, tmp_path)
+    assert (tmp_path / "cells.csv").exists()
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"]
+
+
+def test_nothing_is_run_of_a_study_that_cannot_be_read(study: Study, fake: Callable, tmp_path: Path) -> None:
+    for more, words in (
+        ({"workers": 0}, "`workers` is 0"),
+        ({"budget": "soon"}, "`budget` is 'soon'"),
+        ({"observation": tmp_path / "no"}, "Correct `--observation`"),
+        ({"strangers": tmp_path}, "no images in class folders"),
+    ):
+        with pytest.raises(AuditError, match=words):
+            run(study, fake, tmp_path / "out", **more)
+    assert run(study, fake, tmp_path / "out", dry_run=True).startswith("Nothing was run")
+    assert not (tmp_path / "out").exists()
+
+
+def test_intervals_times_and_letters() -> None:
+    assert Interval.of([0.2, None, 0.4]) == Interval(pytest.approx(0.3), 0.2, 0.4, 2)
+    three = Interval.of([1.0, 2.0, 3.0])  # t quantile 4.3027 of 2 degrees of freedom, over the root of 3
+    assert three.high - three.mean == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert Interval.of([0.9, 1.0, 1.0], 0.0, 1.0).high == 1.0
+    assert Interval.of([None]) is None
+    assert [seconds_of(text) for text in ("90s", "30m", "1.5h")] == [90, 1800, 5400]
+    told = {"labels": "inferred", "label_counts": "inferred", "client_lr": "known"}
+    assert letter({"model": {"init_args": {"detail": True}}}, told) == "D"
+    assert letter({"postprocess": "direct"}, told) == "D"
+    assert letter({"model": {"init_args": {"guidance": None}}}, told) == "C"
+    assert letter({}, {"labels": "inferred", "client_lr": "guessed"}) == "B"
+
+
+def test_a_group_is_above_chance_where_a_binomial_test_says_so(study: Study, fake: Callable, tmp_path: Path) -> None:
+    run(study, fake, tmp_path)
+    readings = [Reading.of(cell, tmp_path, StrangersOf(), False, False) for cell in study.cells()]
+    found = Conclusions.of(study, readings)
+    assert found.worst.defence.name == "none"
+    assert {group.above_chance for group in found.groups if group.defence.name == "noise"} == {False}
+    assert 6 / (6 + 128) <= readings[0].chance < 0.5  # the strangers are photographs, which pink noise is not
+    assert torch.tensor([row.psnr for row in readings[0].rows]).min() > 30
+    assert readings[0].copies == readings[0].recognisable == 6

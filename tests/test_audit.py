@@ -1,0 +1,127 @@
+"""The command `audit`, from its configuration to its report."""
+
+import json
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+import cli
+from attack_modules.audit.study import Cell
+from cli import main
+from fl_lightning.errors import AuditError
+
+ROOT = Path(__file__).parent.parent
+STUDY = """
+title: A small study
+base: [BASE]
+seeds: [0]
+settings:
+  data.image_size: 16
+  data.images_per_client: 2
+  trainer.max_steps: 1
+  federation.client.local_epochs: 1
+  trainer.accelerator: cpu
+scenarios:
+  - {name: new model, about: The first round.}
+defences:
+  - {name: none}
+  - {name: mini-batches, settings: {federation.client.batch_size: 1}}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The study above; its runs are made in this process, which saves the imports of new ones."""
+
+    class InThisProcess:
+        def __init__(self, program: Path, out: Path) -> None:
+            self.out = out
+
+        def __call__(self, cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
+            try:
+                main(["fit", *cell.placed(self.out)])
+            except AuditError as error:
+                return 1, str(error)
+            return 0, ""
+
+    monkeypatch.setattr(cli, "Program", InThisProcess)
+    monkeypatch.setattr("attack_modules.evaluation.strangers.CROPS", 8)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(STUDY.replace("BASE", str(ROOT / "configs/demo.yaml")))
+    return tmp_path / "study.yaml"
+
+
+def test_a_study_runs_and_reports(study: Path, capsys: pytest.CaptureFixture) -> None:
+    audit = ["audit", "--config", str(study), "--out", "found"]
+    main([*audit, "--data.num_clients", "3", "--dry_run"])
+    assert "2 runs, 0 of which have ended" in capsys.readouterr().out
+    assert not Path("found").exists()
+    main([*audit, "--data.num_clients", "3"])
+    assert "2 of 2 runs have a result. The report:" in capsys.readouterr().out.replace("\n", " ")
+    content = json.loads(Path("found/report.json").read_text())
+    assert [cell["originals"] for cell in content["cells"]] == [4, 4]  # of two peers
+    assert all(cell["accuracy"] is not None and cell["psnr_mean"] > 10 for cell in content["cells"])
+    assert content["groups"][0]["letter"] == "C"
+    assert not Path("runs").exists()
+    main([*audit, "--data.num_clients", "3"])  # nothing is left to do
+    assert "2 of which have ended" in capsys.readouterr().out
+    record = next(Path("found/federations").iterdir())
+    main([*audit[:-1], "foreign", "--observation", str(record), "--dry_run"])
+    said = capsys.readouterr().out
+    assert "Left out, as the observed rounds have happened: mini-batches." in said
+    assert "1 runs" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model.lr", "fast"], "Scenario 'new model', defence 'none': `model.lr` is 'fast'"),
+        (["--federation.clinet.lr=1"], "no setting `--federation.clinet.lr`. Did you mean"),
+        (["--data.csv", "nowhere.csv"], "There are no images 'nowhere.csv'"),
+        (["--workers", "two"], "workers"),
+        (["--worker", "2"], "--worker"),
+        (["--scenarios", "[{name: a, setings: {}}]"], "setings"),
+        (["--model.lr"], "`--model.lr` has no value"),
+        (["--observation", "nowhere"], "There is no folder 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_a_sentence(study: Path, more: list[str], words: str) -> None:
+    with pytest.raises(AuditError) as error:
+        main(["audit", "--config", str(study), "--out", "found", *more])
+    assert words in str(error.value)
+    assert len(str(error.value)) <= 400
+    assert not Path("found").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo", "paper", "defences", "own"])
+def test_the_standard_studies_can_be_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(ROOT)
+    images = [] if name == "demo" else ["--data.root", str(tmp_path)]
+    main(["audit", "--config", f"configs/audit_{name}.yaml", "--out", str(tmp_path / "out"), *images, "--dry_run"])
+    assert "Nothing was run" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_report_opens_in_a_browser(study: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    main(["audit", "--config", str(study), "--out", "found"])
+    with playwright.sync_playwright() as started:
+        try:
+            browser = started.chromium.launch()
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        for width in (1280, 400):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            said: list[str] = []
+            page.on("console", lambda message, said=said: said.append(message.text))
+            page.on("request", lambda request, said=said: said.append(request.url))
+            address = Path("found/report.html").resolve().as_uri()
+            page.goto(address)
+            assert [word for word in said if word != address and not word.startswith("data:")] == []
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert len(browser.new_page().pdf()) > 0
+        browser.close()
