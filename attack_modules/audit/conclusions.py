@@ -315,7 +315,8 @@ class Conclusions:
             found.append(
                 Action(
                     what,
-                    f"Leaked {before.mean:.0%} without and {after.mean:.0%} with it; copies {plain.copied:.0%}, {group.copied:.0%}.{cost}",
+                    f"Leaked {before.mean:.0%} without and {after.mean:.0%} with it; copies {plain.copied:.0%} and "
+                    f"{group.copied:.0%}.{cost}",
                 )
             )
         return found

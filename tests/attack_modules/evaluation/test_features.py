@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attack_modules.evaluation.features import Confirmation, feature_scores
+from attack_modules.evaluation.features import feature_scores
 
 
 def test_share_within_one_percent_counts_originals() -> None:
@@ -13,16 +13,3 @@ def test_share_within_one_percent_counts_originals() -> None:
     assert scores["share_within_1_percent"] == 0.5
     assert scores["error_median"] == pytest.approx(0.005, rel=1e-3)
     assert scores["error_max"] > 1
-
-
-def test_members_are_confirmed_where_strangers_are_further_away() -> None:
-    generator = torch.Generator().manual_seed(0)
-    members, strangers = torch.randn(10, 64, generator=generator), torch.randn(90, 64, generator=generator)
-    member = torch.arange(100) < 10
-    exact = Confirmation.of(members, torch.cat([members * 1.001, strangers]))
-    assert torch.equal(exact.nearest[:10], torch.arange(10))
-    assert exact.true_positive_rate(member, 0.001) == 1
-    useless = Confirmation.of(torch.randn(10, 64, generator=generator), torch.cat([members, strangers]))
-    assert useless.true_positive_rate(member, 0.001) < 0.3
-    half = Confirmation.of(members[:5], torch.cat([members, strangers]))
-    assert 0.5 <= half.true_positive_rate(member, 0.001) < 0.8
