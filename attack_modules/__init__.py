@@ -16,6 +16,7 @@ _HOMES = {
     "DiffusionGuidance": "feature_inversion.guidance",
     "DirectEnhancement": "enhance.direct.enhancer",
     "FeatureInversion": "feature_inversion.inversion",
+    "FrozenBackbone": "feature_inversion.frozen_backbone",
     "GAN": "enhance.rog.enhancer",
     "GradientInversion": "gradient_matching.gradient_inversion",
     "GuidedInversion": "feature_inversion.aliases",

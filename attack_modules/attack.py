@@ -57,6 +57,8 @@ class Reconstruction(NamedTuple):
     """(N,) long: images with the same number are attributed to the same peer; None if the attack cannot tell."""
     indices: Tensor | None = None
     """(N,) long, the index that seeds an image's random numbers; None for 0 to N - 1."""
+    features: Tensor | None = None
+    """(N, D) that leaked of a frozen backbone, under which they are those of the images; None where they change."""
 
     def part(self, indices: Tensor) -> "Reconstruction":
         """A subset (n,) of the images, which keep their labels, peers and random numbers."""
@@ -66,6 +68,7 @@ class Reconstruction(NamedTuple):
             labels=self.labels[indices],
             latent=None if self.latent is None else self.latent[indices],
             peers=None if self.peers is None else self.peers[indices],
+            features=None if self.features is None else self.features[indices],
             consistency_error=error and (lambda images, i: error(images, indices.to(i.device)[i])),
             indices=indices if self.indices is None else self.indices[indices],
         )

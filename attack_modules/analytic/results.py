@@ -81,6 +81,7 @@ class Diagnosis(ImageCount):
             for one layer. Large where lr, steps or the kind of local training are not as assumed.
         outside: largest `Separation.outside` of the images that were found by their gates: near 0 is certain, 1 is
             chance. 0 where the last layer disentangles the images.
+        separated: whether images that share a class were told apart under a head of one layer, which one round mixes.
     """
 
     disentangled: int
@@ -89,6 +90,7 @@ class Diagnosis(ImageCount):
     conditioning: float
     drift: float
     outside: float
+    separated: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from attack_modules.attack import Attack, Reconstruction
 from attack_modules.diffusion.classes import CIFAR10
 from attack_modules.enhance.postprocessing import Postprocessing
 from attack_modules.evaluation.cifar10_classifier import Cifar10Recogniser
+from attack_modules.evaluation.features import feature_scores, features_of
 from attack_modules.evaluation.interruption import Interruption
 from attack_modules.evaluation.metrics import attribution, score
 from attack_modules.evaluation.perceptual import Lpips
@@ -242,6 +243,10 @@ class Evaluation(Callback):
         if truth and reconstruction.peers is not None and (scorecard.assignment >= 0).sum() > 1:
             results["attribution"] = attribution(reconstruction.peers, truth.clients, scorecard.assignment)
             print(", ".join(f"{name} {value:.4g}" for name, value in results["attribution"].items()))
+        if truth and reconstruction.features is not None:
+            model = attack.observed_rounds[-1].observation.build_model()
+            results["features"] = feature_scores(reconstruction.features.cpu(), features_of(truth.images, model))
+            print(", ".join(f"features {name} {value:.4g}" for name, value in results["features"].items()))
         if truth and (persons := by_person(truth, scorecard)):
             results["persons"] = persons
             print(f"{sum(bool(found['seen']) for found in persons.values())} of {len(persons)} persons can be seen.")

@@ -204,7 +204,8 @@ class FeatureInversion(Attack):
                 "the activation patterns of the others were not found. The missing images are mixed into the features "
                 "of some found ones, mostly of their class."
             )
-        if len(self.leakage.labels.unique()) < len(self.leakage.labels) and len(model.head) == 1:
+        mixed = len(model.head) == 1 and not found.separated
+        if mixed and len(self.leakage.labels.unique()) < len(self.leakage.labels):
             rank_zero_warn(
                 "Several images share a class. A head of one layer shows only the sum of their features, so each of "
                 "them comes out as their mean; images that are alone in their class are not affected."
@@ -322,9 +323,15 @@ class FeatureInversion(Attack):
         return self._drifts and self.global_step > 0 and self.global_step % every == 0
 
     @property
+    def _frozen(self) -> bool:
+        """Whether features are the same in every round, as under a frozen backbone."""
+        return self.leakage.diagnosis.separated
+
+    @property
     def _drifts(self) -> bool:
         """Whether the features change during what was observed, and the training that changes them is as assumed."""
-        return len(self.observed_rounds) * self.steps > 1 and self.scale == 1 and self.noise is None
+        several = len(self.observed_rounds) * self.steps > 1
+        return several and self.scale == 1 and self.noise is None and not self._frozen
 
     @property
     def _resolves_now(self) -> bool:
@@ -430,6 +437,7 @@ class FeatureInversion(Attack):
             num_classes=self.observed_rounds[0].observation.num_classes,
             consistency_error=lambda images, indices: self.feature_error(images, self.features[indices]),
             peers=self.leakage.peers,
+            features=self.leakage.features if self._frozen else None,
         )
 
     def diagnosis(self) -> dict[str, Any]:

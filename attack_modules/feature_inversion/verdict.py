@@ -115,7 +115,7 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) 
         levels = _unreliable(levels, mixed)
         reasons.append(f"{counted(int(mixed.sum()), 'image')} came out with features of no single image")
         advice.append("Where images share classes, there may be more images than were counted: `knowledge.num_images`.")
-    if len(model.head) == 1:
+    if len(model.head) == 1 and not found.separated:
         shared = leakage.labels.bincount()[leakage.labels] > 1
         if shared.any():
             levels = _unreliable(levels, shared)
@@ -123,7 +123,8 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) 
             advice.append("Attack images of one class by gradient matching (configs/paper.yaml), or name more rounds.")
     if best < LEAST_PSNR[Level.CERTAIN]:
         reasons.append(f"the model's features keep too little of an image: known ones come back at {best:.0f} dB")
-        advice.append("Attack by gradient matching, which uses all layers: configs/paper.yaml.")
+        if not found.separated:  # under a frozen backbone, other layers show nothing
+            advice.append("Attack by gradient matching, which uses all layers: configs/paper.yaml.")
     elif any(level is not Level.CERTAIN for level in levels):
         reasons.append(f"the features are off by {errors.median():.1%}, as far as the attacker can tell")
     return Verdict(levels, found.num_images - found.disentangled, reasons, advice, psnr)

@@ -1,0 +1,506 @@
+"""Features from the rounds of a linear head over a frozen backbone, also where images share classes.
+
+Features do not change from round to round. With one full-batch step a round, the gradients of R rounds, summed over
+the N images and stacked, are `G = A F`: `F (N x D)` the features (with a 1 for the bias), and `A (R C x N)` the errors
+`softmax(W_t f_n) - t_n` of every image in every round. So the rank of G is N, its row space is that of the features,
+and in an orthonormal basis of it `A(X) X = G` are R C N equations for the N x N coordinates X of all features.
+
+They are solved by Levenberg and Marquardt's method. A rotation of the images of one class among each other changes the
+residual in third order only, so the way to the solution is a narrow curved valley: without the second-order correction
+of each step (geodesic acceleration; Transtrum and Sethna, arXiv 1201.5885) the iteration comes to a halt in it. The
+unknowns of a step are `O (N x N)`, `X + O X`, in which the normal matrix is nearly the sum of two Kronecker products,
+which is inverted exactly and preconditions the conjugate gradients; up to `DIRECT` images it is factorised instead. A
+step of the conjugate gradients takes about `8 R C N^2` flops, a factorisation `N^6 / 3`; memory is for some
+`4 R C N + 10 N^2` numbers, with a factorisation `3 N^4 + R C N^2`. The start is drawn around the means of the classes,
+which are fitted first, with their counts.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn import functional as F
+
+from attack_modules.analytic.counting import apportion
+from attack_modules.attack import AttackError
+
+FIRST_ROUNDS = (0.1, 0.3, 1.0)
+"""Shares of the rounds that the means of the classes are fitted to, one after the other: fitted to all at once, they
+end at other counts where training soon is at its end."""
+DIRECT = 34
+"""Most images for which the normal matrix is factorised, which takes 11 MB."""
+VISIBLE = 5.0
+"""Least ratio of singular values N and N + 1 at which the rank counts as visible."""
+MOST_BENT = 0.3
+"""Largest size of the second-order correction beside the step. Of four starts, one found 16 images at 0.75, and all
+at 0.3."""
+EXPLAINED = 10.0
+"""Residual, in units of the observed noise, up to which a solution is certified. Measured: 1.7 to 7 where the features
+are right, 100 and more where they are not."""
+CERTAIN = 0.05
+"""Largest expected relative error of the features of a certified image."""
+TRIES = 30
+"""Raises of the damping before an iteration is given up."""
+LEAST_DAMPING = 1e-16
+"""Float64 resolves no less beside the normal matrix."""
+PROBES = 4
+"""Draws of the noise from which the expected errors are estimated."""
+
+
+@dataclass(frozen=True)
+class StackedRounds:
+    """The rounds of a head, in an orthonormal basis of the row space of all their gradients.
+
+    Attributes:
+        weights: (R, C, N) the head before each round.
+        left: (R C, N) orthonormal: the stacked gradients are `left * singular @ basis`.
+        singular: (N,) singular values of the stacked gradients.
+        basis: (N, D) orthonormal.
+        noise: standard deviation of the independent noise in an entry of the gradients, as beyond the rank.
+        gap: singular value N over singular value N + 1.
+        biased: whether the last of the D features is the 1 of a bias.
+    """
+
+    weights: Tensor
+    left: Tensor
+    singular: Tensor
+    basis: Tensor
+    noise: float
+    gap: float
+    biased: bool
+
+    @classmethod
+    def of(cls, weights: Tensor, gradients: Tensor, biased: bool, num_images: int | None = None) -> "StackedRounds":
+        """Find the rank.
+
+        Args:
+            weights: (R, C, D) the head before each round; a bias is its last column.
+            gradients: (R, C, D) of the mean loss over the peers' images, in each round.
+            biased: whether there is a bias.
+            num_images: N, if it is told.
+
+        Raises:
+            AttackError: the rank is not below the number of equations, or not visible.
+        """
+        rounds, classes, width = weights.shape
+        stacked = gradients.double().reshape(rounds * classes, width)
+        left, singular, basis = torch.linalg.svd(stacked, full_matrices=False)
+        most = min(rounds * (classes - 1), width) - 1
+        ratios = singular[:-1] / singular[1:].clamp_min(torch.finfo(torch.float64).tiny)
+        found = int(ratios[:most].argmax()) + 1 if num_images is None else num_images
+        if found > most:
+            raise AttackError(
+                f"{found} images cannot be told apart in {rounds} rounds of {classes} classes and {width} features: "
+                f"at most {most} can. Observe more rounds (`federation.observed_rounds`)."
+            )
+        gap = ratios[found - 1].item()
+        if gap < VISIBLE:
+            raise AttackError(
+                f"The stacked updates of {rounds} rounds show no rank: singular value {found} is only {gap:.2g} times "
+                "the next. Rounding or noise hides the images: the rounds change the predictions too little. Observe "
+                "more rounds, or rounds of a higher learning rate."
+            )
+        freedom = (rounds * classes - found) * (width - found)
+        return cls(
+            weights=weights.double() @ basis[:found].T,
+            left=left[:, :found],
+            singular=singular[:found] * found,  # of the sum over the images
+            basis=basis[:found],
+            noise=found * (singular[found:].square().sum() / freedom).sqrt().item(),
+            gap=gap,
+            biased=biased,
+        )
+
+    @property
+    def num_images(self) -> int:
+        return len(self.singular)
+
+    @cached_property
+    def gradients(self) -> Tensor:
+        """(R C, N) the summed gradients in the basis."""
+        return self.left * self.singular
+
+    @property
+    def one(self) -> Tensor | None:
+        """(N,) the direction of the bias: its inner product with the coordinates of an image is 1."""
+        return self.basis[:, -1] if self.biased else None
+
+
+@dataclass(frozen=True)
+class ClassMeans:
+    """The mean features of each class, as if its images were alike.
+
+    Attributes:
+        counts: (C,) long.
+        means: (C, N) in the basis; without meaning for classes without images.
+    """
+
+    counts: Tensor
+    means: Tensor
+
+    @classmethod
+    def of(cls, rounds: StackedRounds, smoothing: float = 0.0, iterations: int = 150) -> "ClassMeans":
+        """The images of a class as so many copies of one, whose features and number explain all rounds best.
+
+        The input of a bias is always 1, which settles the numbers.
+
+        Args:
+            rounds: of a head with a bias.
+            smoothing: of the labels.
+            iterations: of L-BFGS, for each part of the rounds.
+        """
+        number, classes, size = rounds.weights.shape
+        gradients = rounds.gradients.view(number, classes, size)
+        targets = torch.eye(classes).to(gradients) * (1 - smoothing) + smoothing / classes
+        share = (1 / classes - gradients[0] @ rounds.one / size).clamp_min(0.1 / size)  # of the first predictions
+        shares = (share / share.sum()).log().requires_grad_()
+        means = (rounds.one / rounds.one.square().sum()).repeat(classes, 1).requires_grad_()
+        for part in FIRST_ROUNDS:
+            seen, weights = gradients[: math.ceil(part * number)], rounds.weights[: math.ceil(part * number)]
+            optimizer = torch.optim.LBFGS(
+                [means, shares], max_iter=iterations, history_size=30, line_search_fn="strong_wolfe"
+            )
+
+            def loss(seen: Tensor = seen, weights: Tensor = weights, optimizer: Any = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                errors = (means @ weights.transpose(1, 2)).softmax(2) - targets  # (rounds, class of the images, C)
+                fitted = (errors * (shares.softmax(0) * size)[:, None]).transpose(1, 2) @ means
+                fit = (fitted - seen).square().sum() / seen.square().sum()
+                value = fit + 0.1 * (means @ rounds.one - 1).square().mean()
+                value.backward()
+                return value
+
+            with torch.enable_grad():
+                optimizer.step(loss)
+        quota = shares.detach().softmax(0) * size
+        return cls(apportion(quota, torch.zeros(classes, dtype=torch.long), size), means.detach())
+
+    def start(self, labels: Tensor, generator: torch.Generator, spread: float) -> Tensor:
+        """(N, N) random coordinates around the means of the classes of labels (N,).
+
+        Images of one class differ by about as much as its mean does from the others', times the root of its size.
+        """
+        held = self.counts > 0
+        centred = self.means[held] - self.means[held].mean(0)
+        typical = (centred.square().sum(1) * self.counts[held]).mean().sqrt()
+        noise = torch.randn(len(labels), len(labels), generator=generator, dtype=torch.float64)
+        return self.means[labels] + spread * typical / len(labels) ** 0.5 * noise
+
+
+@dataclass(frozen=True)
+class JointSolution:
+    """The images of all rounds.
+
+    Attributes:
+        labels: (N,) long, ascending.
+        features: (N, D) float64, without the 1 of a bias.
+        residual: root mean square of what is left unexplained, over the observed noise; 1 if the noise is all.
+        expected_errors: (N,) relative errors of the features that the observed noise causes.
+        gap: see `StackedRounds`.
+        conditioning: largest singular value of the stacked gradients over the smallest.
+        tried: residual of each start.
+    """
+
+    labels: Tensor
+    features: Tensor
+    residual: float
+    expected_errors: Tensor
+    gap: float
+    conditioning: float
+    tried: list[float]
+
+    @property
+    def explained(self) -> bool:
+        """Whether noise of the observed size explains the residual: the attacker's own proof of success."""
+        return self.residual <= EXPLAINED
+
+    @property
+    def certified(self) -> Tensor:
+        """(N,) bool."""
+        return (self.expected_errors <= CERTAIN) & self.explained
+
+
+@dataclass(frozen=True)
+class Point:
+    """An iterate: coordinates (N, N); logits, probabilities, errors and residual (R C, N); that of the 1 (N,)."""
+
+    coordinates: Tensor
+    logits: Tensor
+    probabilities: Tensor
+    errors: Tensor
+    residual: Tensor
+    ones: Tensor
+    cost: float
+
+
+class JointProblem:
+    """The equations `A(X) X = G`, and `x_n . one = 1` with a bias, for the coordinates X (N, N) of all images.
+
+    Args:
+        rounds: in the basis.
+        labels: (N,) long.
+        smoothing: of the labels.
+    """
+
+    def __init__(self, rounds: StackedRounds, labels: Tensor, smoothing: float = 0.0) -> None:
+        number, self.classes, self.size = rounds.weights.shape
+        self.rounds = rounds
+        self.flat = rounds.weights.reshape(number * self.classes, self.size)
+        hard = F.one_hot(labels, self.classes).to(self.flat)
+        self.targets = (hard * (1 - smoothing) + smoothing / self.classes).T
+        self.one = torch.zeros(self.size).to(self.flat) if rounds.one is None else rounds.one
+        # as heavy as a hundredth of all gradients, so that the 1 is settled first; its own noise is smaller still
+        self.weight = 0.01 * rounds.singular.square().sum().item() * rounds.biased
+
+    def point(self, coordinates: Tensor) -> Point:
+        """Evaluate the equations."""
+        logits = self.flat @ coordinates.T
+        probabilities = logits.view(-1, self.classes, self.size).softmax(1)
+        errors = (probabilities - self.targets).view(-1, self.size)
+        residual = errors @ coordinates - self.rounds.gradients
+        ones = coordinates @ self.one - float(self.rounds.biased)
+        cost = (residual.square().sum() + self.weight * ones.square().sum()).item()
+        return Point(coordinates, logits, probabilities.view(-1, self.size), errors, residual, ones, cost)
+
+    def softened(self, probabilities: Tensor, change: Tensor) -> Tensor:
+        """(R C, N) change of the probabilities that a change of the logits (R C, N) causes."""
+        shape = (-1, self.classes, self.size)
+        weighted = probabilities.view(shape) * change.view(shape)
+        return torch.addcmul(weighted, probabilities.view(shape), weighted.sum(1, keepdim=True), value=-1).view(
+            -1, self.size
+        )
+
+    def forward(self, at: Point, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Change of the residual (R C, N) and of the ones (N,) by coordinates `X + step X`, in first order."""
+        changed = self.softened(at.probabilities, at.logits @ step.T)
+        moved = step @ at.coordinates
+        return changed @ at.coordinates + at.errors @ moved, moved @ self.one
+
+    def backward(self, at: Point, residual: Tensor, ones: Tensor) -> Tensor:
+        """(N, N): the transpose of `forward`."""
+        mixed = residual @ at.coordinates.T
+        by_ones = self.weight * ones[:, None] * (at.coordinates @ self.one)
+        return self.softened(at.probabilities, mixed).T @ at.logits + at.errors.T @ mixed + by_ones
+
+    def normal_matrix(self, at: Point) -> Tensor:
+        """(N^2, N^2) of `forward`, exactly."""
+        n, shape = self.size, (-1, self.classes)
+        gram, ones = at.coordinates @ at.coordinates.T, at.coordinates @ self.one
+        probabilities, logits = at.probabilities.view(*shape, n, 1), at.logits.view(*shape, 1, n)
+        weighted = probabilities * logits
+        turned = (weighted - probabilities * weighted.sum(1, keepdim=True)).view(-1, n * n)
+        crossed = (at.errors.T @ turned).view(n, n, n)
+        matrix = (turned.T @ turned).view(n, n, n, n) * gram[:, None, :, None]
+        matrix += (at.errors.T @ at.errors)[:, None, :, None] * gram[None, :, None, :]
+        matrix += crossed[:, None] * gram[None, :, :, None]
+        matrix += crossed.permute(1, 2, 0)[..., None] * gram[:, None, None, :]
+        matrix.diagonal(dim1=0, dim2=2).add_((self.weight * ones[:, None] * ones)[..., None])
+        return matrix.view(n * n, n * n)
+
+
+Solve = Callable[[Tensor, float], tuple[Tensor, bool]]
+"""Right-hand side (N, N) and damping -> solution of the damped normal equations, and whether it is accurate."""
+
+
+def direct_solve(problem: JointProblem, at: Point) -> Solve:
+    """By Cholesky's factorisation."""
+    matrix = problem.normal_matrix(at)
+    gram = at.coordinates @ at.coordinates.T
+    metric = torch.kron(torch.eye(len(gram)).to(gram), gram) * gram.diagonal().mean()
+    factors: dict[float, tuple[Tensor, bool]] = {}
+
+    def solve(right: Tensor, damping: float) -> tuple[Tensor, bool]:
+        if damping not in factors:
+            factors.clear()
+            factor, failed = torch.linalg.cholesky_ex(matrix + damping * metric)
+            factors[damping] = factor, not failed
+        factor, accurate = factors[damping]
+        return torch.cholesky_solve(right.reshape(-1, 1), factor).view_as(right), accurate
+
+    return solve
+
+
+def iterative_solve(problem: JointProblem, at: Point, steps: int = 600, tolerance: float = 1e-2) -> Solve:
+    """By conjugate gradients, preconditioned by the two Kronecker products of the normal matrix without their mixture.
+
+    Args:
+        problem: the equations.
+        at: where they are linearised.
+        steps: upper limit.
+        tolerance: norm of the residual in the metric of the preconditioner, relative to that at the beginning.
+    """
+    n, shape = problem.size, (-1, problem.classes, problem.size)
+    gram, ones = at.coordinates @ at.coordinates.T, at.coordinates @ problem.one
+    probabilities, logits = at.probabilities.view(shape), at.logits.view(shape)
+    squared = probabilities.square()
+    mixed = squared @ probabilities.transpose(1, 2)
+    mean = torch.diag_embed(squared.sum(2)) - mixed - mixed.transpose(1, 2)
+    mean = (mean + (probabilities * squared.sum(1, keepdim=True)) @ probabilities.transpose(1, 2)) / n
+    softened = torch.einsum("rci,rcj->ij", logits, mean @ logits)
+    softened = softened + problem.weight * n / gram.trace() * ones[:, None] * ones
+    left, rows = _pencil(at.errors.T @ at.errors, gram)
+    right, columns = _pencil(softened, gram)
+    values = left[:, None] + right
+
+    def solve(target: Tensor, damping: float) -> tuple[Tensor, bool]:
+        def precondition(vector: Tensor) -> Tensor:
+            return rows @ ((rows.T @ vector @ columns) / (values + damping)) @ columns.T
+
+        solution, rest = torch.zeros_like(target), target.clone()
+        preconditioned = precondition(rest)
+        direction, product = preconditioned.clone(), (rest * preconditioned).sum()
+        least = tolerance**2 * product
+        for _ in range(steps):
+            image = problem.backward(at, *problem.forward(at, direction)) + damping * (gram @ direction @ gram)
+            length = product / (direction * image).sum()
+            solution += length * direction
+            rest -= length * image
+            preconditioned = precondition(rest)
+            before, product = product, (rest * preconditioned).sum()
+            if product < least:
+                return solution, True
+            direction = preconditioned + product / before * direction
+        return solution, False
+
+    return solve
+
+
+def _pencil(matrix: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Values d (N,) and vectors U (N, N) of symmetric matrices: `U^T matrix U = diag(d)`, `U^T metric U = 1`."""
+    factor = torch.linalg.cholesky(metric)
+    half = torch.linalg.solve_triangular(factor, matrix, upper=False)
+    reduced = torch.linalg.solve_triangular(factor, half.T, upper=False)
+    values, vectors = torch.linalg.eigh((reduced + reduced.T) / 2)
+    return values.clamp_min(0), torch.linalg.solve_triangular(factor.T, vectors, upper=True)
+
+
+def minimise(
+    problem: JointProblem, coordinates: Tensor, goal: float, iterations: int, report: Callable[[float], None]
+) -> Point:
+    """Levenberg-Marquardt with geodesic acceleration, until the cost is at `goal`, or no step lowers it.
+
+    Args:
+        problem: the equations.
+        coordinates: (N, N) to start from.
+        goal: cost that rounding and noise explain.
+        iterations: upper limit.
+        report: is told the cost after every iteration.
+    """
+    at, damping, probe = problem.point(coordinates), 1e-4, 0.1
+    solver = direct_solve if problem.size <= DIRECT else iterative_solve
+    for _ in range(iterations):
+        solve = solver(problem, at)
+        slope = -problem.backward(at, at.residual, at.ones)
+        for _ in range(TRIES):
+            step, accurate = solve(slope, damping)
+            moved = step @ at.coordinates
+            ahead = problem.point(at.coordinates + probe * moved)
+            linear = problem.forward(at, step)
+            bent = [
+                2 / probe * ((there - here) / probe - straight)
+                for there, here, straight in zip(
+                    (ahead.residual, ahead.ones), (at.residual, at.ones), linear, strict=True
+                )
+            ]
+            correction = solve(-problem.backward(at, *bent), damping)[0] @ at.coordinates
+            ratio = (correction.norm() / moved.norm()).item()
+            candidate = problem.point(at.coordinates + moved + correction / 2)
+            if ratio < MOST_BENT and candidate.cost < at.cost:
+                break
+            damping *= 2.5
+        else:
+            return at
+        at = candidate
+        report(at.cost)
+        if at.cost <= goal:
+            return at
+        if ratio < MOST_BENT / 2 and accurate:
+            damping = max(damping / 5, LEAST_DAMPING)
+    return at
+
+
+def solve_rounds(
+    rounds: StackedRounds,
+    labels: Tensor | None = None,
+    smoothing: float = 0.0,
+    starts: int = 6,
+    iterations: int = 200,
+    spread: float = 0.3,
+    seed: int = 0,
+) -> JointSolution:
+    """The features of all images; the start whose residual is least wins, and none follows one that is explained.
+
+    Args:
+        rounds: as `StackedRounds.of` finds them.
+        labels: (N,) long, if they are told; else a bias shows their counts.
+        smoothing: of the labels.
+        starts: most random starts.
+        iterations: most of each start.
+        spread: of the starts around the means of the classes, relative to the spread of the images.
+        seed: of the starts.
+
+    Raises:
+        AttackError: there is no bias.
+    """
+    if not rounds.biased:
+        raise AttackError(
+            "The head has no bias, from which the number of images of each class is read. Rounds of such a head cannot "
+            "be solved together yet; attack one round with FeatureInversion."
+        )
+    means = ClassMeans.of(rounds, smoothing)
+    if labels is None:
+        labels = torch.arange(len(means.counts)).repeat_interleave(means.counts)
+    elif not torch.equal(labels.bincount(minlength=len(means.counts)), means.counts):
+        means = ClassMeans(labels.bincount(minlength=len(means.counts)), means.means)
+    problem = JointProblem(rounds, labels, smoothing)
+    generator = torch.Generator().manual_seed(seed)
+    noise = rounds.noise**2 * rounds.gradients.numel()
+    found: list[Point] = []
+    with Progress(transient=True) as progress:
+        for start in range(starts):
+            name = f"Joint rounds, start {start + 1} of at most {starts}"
+            task = progress.add_task(name, total=iterations)
+
+            def report(cost: float, task: int = task, name: str = name) -> None:
+                times = (cost / noise) ** 0.5
+                progress.update(task, advance=1, description=f"{name} (residual {times:.3g} times the noise)")
+
+            drawn = means.start(labels, generator, spread)
+            found.append(minimise(problem, drawn, EXPLAINED**2 / 4 * noise, iterations, report))
+            if found[-1].cost <= EXPLAINED**2 * noise:
+                break
+    best = min(found, key=lambda point: point.cost)
+    if best.cost <= EXPLAINED**2 * noise:  # the 1 now weighs as much as the noise of its direction allows
+        problem.weight = 1 / (best.coordinates / rounds.singular).square().sum(1).mean().item()
+        best = minimise(problem, best.coordinates, 0.0, 5, lambda cost: None)
+    features = torch.linalg.lstsq(best.errors, rounds.gradients, driver="gelsd").solution @ rounds.basis
+    return JointSolution(
+        labels=labels,
+        features=features[:, :-1],
+        residual=(best.residual.square().sum() / noise).sqrt().item(),
+        expected_errors=expected_errors(problem, best, rounds, generator),
+        gap=rounds.gap,
+        conditioning=(rounds.singular[0] / rounds.singular[-1]).item(),
+        tried=[(point.cost / noise) ** 0.5 for point in found],
+    )
+
+
+def expected_errors(problem: JointProblem, at: Point, rounds: StackedRounds, generator: torch.Generator) -> Tensor:
+    """(N,) root mean square relative errors of the features, of draws of the noise, in first order.
+
+    Within the row space, noise moves the solution of the equations; outside, it turns the row space itself.
+    """
+    solve = (direct_solve if problem.size <= DIRECT else iterative_solve)(problem, at)
+    squares = torch.zeros(problem.size).to(at.coordinates)
+    for _ in range(PROBES):
+        noise = rounds.noise * torch.randn(at.residual.shape, generator=generator, dtype=torch.float64)
+        step, _ = solve(problem.backward(at, noise, torch.zeros_like(at.ones)), LEAST_DAMPING)
+        squares += (step @ at.coordinates).square().sum(1) / PROBES
+    outside = rounds.basis.shape[1] - problem.size
+    squares += outside * rounds.noise**2 * torch.linalg.pinv(at.errors).square().sum(1)
+    return squares.sqrt() / at.coordinates.norm(dim=1)

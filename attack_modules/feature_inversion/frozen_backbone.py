@@ -1,0 +1,130 @@
+"""Rounds of one linear layer over a frozen backbone, solved together: `analytic.joint_rounds`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attack_modules.analytic.joint_rounds import JointSolution, StackedRounds, solve_rounds
+from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
+from attack_modules.analytic.row_space import augmented
+from attack_modules.attack import AttackError
+from attack_modules.feature_inversion.rounds import RoundsReader
+from attack_modules.threat_model.observed import RoundsSummary
+from attack_modules.threat_model.requirements import Requirement
+from fl_lightning.client import Tensors
+from fl_lightning.errors import SettingError
+
+
+class HeadAlone(Requirement):
+    """Peers who train one linear layer with a bias, and nothing else."""
+
+    name = "rounds in which peers train nothing but one linear layer with a bias"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        name, trained = type(rounds.model).__name__, {n for n, p in rounds.model.named_parameters() if p.requires_grad}
+        layers = [layer for layer in rounds.model.head if isinstance(layer, nn.Linear)]
+        if len(layers) != 1 or layers[0].bias is None:
+            return f"{name} has {len(layers)} layers, or no bias. Choose another `federation.model`, or `model.rounds`."
+        if others := sorted(trained - set(rounds.model.head_parameters)):
+            return (
+                f"they train {others[0]} of {name} too, so features change from round to round. Set "
+                "`federation.trainable: head`, or name one round and leave `model.rounds` out."
+            )
+        return None
+
+
+class OneStep(Requirement):
+    """One local step on full batches, by plain SGD on a cross entropy without class weights."""
+
+    name = "one local step of plain SGD on full batches in each round"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        for known in rounds.assumptions:
+            if known.local_steps > 1 or not known.in_full_batches or known.class_weights is not None:
+                return (
+                    f"the peers take {known.local_epochs} epoch(s) in batches of {known.batch_size or 'all images'}, "
+                    "or weigh classes. Set `federation.client.local_epochs: 1`, `batch_size: null` and `class_weights: "
+                    "null`, or attack one round."
+                )
+        return None
+
+
+class FrozenBackbone(RoundsReader):
+    """The same peers train a linear head over a frozen backbone in every observed round; all are solved together.
+
+    Images that share classes come out too. Neither labels nor their counts nor the number of images need to be told.
+    About as many rounds are needed as give twice as many equations, rounds times classes less one, as there are images.
+
+    Args:
+        starts: most random starts of the solver, of which the residual chooses.
+        iterations: most of each start.
+        seed: of the starts.
+
+    Raises:
+        SettingError: a number is below 1.
+    """
+
+    solution: JointSolution
+    """Of the rounds that were read last."""
+
+    def __init__(self, starts: int = 6, iterations: int = 200, seed: int = 0) -> None:
+        if starts < 1 or iterations < 1:
+            raise SettingError(
+                f"`model.rounds` needs starts >= 1 and iterations >= 1, but got starts={starts} and "
+                f"iterations={iterations}."
+            )
+        self.starts = starts
+        self.iterations = iterations
+        self.seed = seed
+
+    def requirements(self) -> list[Requirement]:
+        return [HeadAlone(), OneStep()]
+
+    def read(
+        self,
+        updates: Sequence[Tensors],
+        weights: Sequence[Tensors],
+        training: Sequence[TrainingKnowledge],
+        numbers: Sequence[int],
+    ) -> tuple[Leakage, Tensor]:
+        known = training[0]
+        gradients = [augmented(u)[0].double() / t.lr for u, t in zip(updates, training, strict=True)]
+        before = torch.stack([augmented(w)[0] for w in weights])
+        rounds = StackedRounds.of(before, torch.stack(gradients), True, known.num_images)
+        labels = None if known.labels is None else known.labels.sort().values
+        self.solution = found = solve_rounds(
+            rounds, labels, known.loss.label_smoothing, self.starts, self.iterations, seed=self.seed
+        )
+        if not found.explained:
+            raise AttackError(
+                f"The features of {rounds.num_images} images were not found in rounds {numbers[0]} to {numbers[-1]}: "
+                f"{len(found.tried)} starts leave {found.residual:.3g} times the noise unexplained. The peers may have "
+                "trained otherwise, or changed. Otherwise raise `model.rounds.starts` or `iterations`, or observe more "
+                "rounds."
+            )
+        diagnosis = Diagnosis(
+            num_images=rounds.num_images,
+            held=len(found.labels.unique()),
+            counted=known.num_images is None,
+            shown=rounds.num_images,
+            disentangled=rounds.num_images,
+            gap=found.gap,
+            residual=found.residual * rounds.noise * rounds.gradients.numel() ** 0.5 / rounds.gradients.norm().item(),
+            conditioning=found.conditioning,
+            drift=0.0,
+            outside=0.0,
+            separated=True,
+        )
+        peers = torch.zeros(rounds.num_images, dtype=torch.long)
+        leakage = Leakage(found.labels, found.features.float(), peers, diagnosis, found.expected_errors.float())
+        return leakage, torch.ones(len(updates), rounds.num_images, dtype=torch.bool)
+
+    def introduction(self) -> str:
+        found = self.solution
+        return (
+            f"Joint rounds: start {len(found.tried)} of at most {self.starts} leaves {found.residual:.3g} times the "
+            f"noise of the numbers unexplained, so the features of {int(found.certified.sum())} of {len(found.labels)} "
+            f"images are certified; they are off by {found.expected_errors.median():.2g}, at most "
+            f"{found.expected_errors.max():.2g}."
+        )

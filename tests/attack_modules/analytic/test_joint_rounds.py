@@ -1,0 +1,117 @@
+"""Features from the rounds of a head over a frozen backbone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attack_modules.analytic.joint_rounds import (
+    ClassMeans,
+    JointProblem,
+    StackedRounds,
+    direct_solve,
+    expected_errors,
+    iterative_solve,
+    solve_rounds,
+)
+from attack_modules.attack import AttackError
+
+CLASSES, WIDTH = 4, 64
+
+
+def features_of(number: int) -> Tensor:
+    """(N, D) float32 of norm 12, a fifth of its square common to all."""
+    generator = torch.Generator().manual_seed(3)
+    own = torch.randn(number, WIDTH, generator=generator) + 0.5 * torch.randn(WIDTH, generator=generator)
+    return 12 * own / own.norm(dim=1, keepdim=True)
+
+
+def federate(features: Tensor, labels: Tensor, rounds: int, rate: float = 0.05) -> tuple[Tensor, Tensor]:
+    """(R, C, D + 1) weights in float32 before each round, and the mean gradients that their differences show."""
+    inputs = torch.cat([features, torch.ones(len(features), 1)], 1)
+    weights = [0.1 * torch.randn(CLASSES, WIDTH + 1, generator=torch.Generator().manual_seed(1))]
+    for _ in range(rounds):
+        errors = (inputs @ weights[-1].T).softmax(1) - F.one_hot(labels, CLASSES)
+        weights.append(weights[-1] - rate * errors.T @ inputs / len(labels))
+    stacked = torch.stack(weights).double()
+    return stacked[:-1], (stacked[:-1] - stacked[1:]) / rate
+
+
+@pytest.fixture(scope="module")
+def nine() -> tuple[Tensor, Tensor, StackedRounds]:
+    features, labels = features_of(9), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3])
+    return features, labels, StackedRounds.of(*federate(features, labels, 12), biased=True)
+
+
+def test_the_rank_is_the_number_of_images_and_the_bias_tells_the_counts(nine: tuple) -> None:
+    _, labels, rounds = nine
+    assert rounds.num_images == 9
+    assert rounds.gap > 50
+    assert torch.equal(ClassMeans.of(rounds).counts, labels.bincount())
+
+
+def test_all_features_come_out_and_the_certificate_knows_how_far_off_they_are(nine: tuple) -> None:
+    features, labels, rounds = nine
+    found = solve_rounds(rounds, starts=6)
+    errors, nearest = torch.cdist(features.double(), found.features).min(1)
+    errors = errors / features.norm(dim=1)
+    assert errors.max() < 0.01
+    assert nearest.unique().numel() == 9
+    assert torch.equal(found.labels[nearest], labels)
+    assert found.certified.all()
+    assert errors.max() < 5 * found.expected_errors.max() < 0.05
+
+
+def test_wrong_features_are_not_explained(nine: tuple) -> None:
+    found = solve_rounds(nine[2], starts=1, iterations=3)
+    assert found.residual > 10
+    assert not found.certified.any()
+
+
+def test_the_derivatives_are_right_and_both_solvers_agree(nine: tuple) -> None:
+    _, labels, rounds = nine
+    problem = JointProblem(rounds, labels)
+    generator = torch.Generator().manual_seed(5)
+    at = problem.point(ClassMeans.of(rounds).start(labels, generator, 0.3))
+    step = 1e-6 * torch.randn(9, 9, generator=generator, dtype=torch.float64)
+    ahead = problem.point(at.coordinates + step @ at.coordinates)
+    linear = problem.forward(at, step)
+    torch.testing.assert_close(ahead.residual - at.residual, linear[0], rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(ahead.ones - at.ones, linear[1], rtol=1e-3, atol=1e-8)
+    back = problem.backward(at, *linear)
+    torch.testing.assert_close(problem.normal_matrix(at) @ step.reshape(-1), back.reshape(-1))
+    metric = at.coordinates @ at.coordinates.T
+    right = problem.backward(at, at.residual, at.ones)
+    solution, accurate = iterative_solve(problem, at, tolerance=1e-8)(right, 1e-3)
+    assert accurate
+    exact = problem.backward(at, *problem.forward(at, solution)) + 1e-3 * metric @ solution @ metric
+    torch.testing.assert_close(exact, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
+    assert direct_solve(problem, at)(right, 1e-3)[1]
+
+
+def test_expected_errors_grow_with_the_noise(nine: tuple) -> None:
+    features, labels, rounds = nine
+    problem = JointProblem(rounds, labels)
+    inputs = torch.cat([features, torch.ones(9, 1)], 1).double()
+    at = problem.point(inputs @ rounds.basis.T)
+    few = expected_errors(problem, at, rounds, torch.Generator().manual_seed(0))
+    noisier = replace(rounds, noise=10 * rounds.noise)
+    many = expected_errors(problem, at, noisier, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(many, 10 * few, rtol=1e-4, atol=0)
+
+
+def test_rounds_without_enough_equations_or_visible_rank_are_refused() -> None:
+    features, labels = features_of(12), torch.arange(12) % CLASSES
+    with pytest.raises(AttackError, match="at most 8 can"):
+        StackedRounds.of(*federate(features, labels, 3), biased=True, num_images=12)
+    with pytest.raises(AttackError, match="show no rank"):
+        weights, gradients = federate(features, labels, 12)
+        noise = torch.randn(gradients.shape, generator=torch.Generator().manual_seed(0))
+        StackedRounds.of(weights, gradients + noise, biased=True)
+
+
+def test_a_head_without_bias_is_refused(nine: tuple) -> None:
+    with pytest.raises(AttackError, match="no bias"):
+        solve_rounds(replace(nine[2], biased=False))
