@@ -420,6 +420,7 @@ class Federation:
             class_names=data.class_names,
             imagenet_labels=data.imagenet_labels,
             sources=[source for images in sets for source in images.sources],
+            persons=[person for images in sets for person in images.persons],
         )
 
     @torch.no_grad()

@@ -30,6 +30,8 @@ class Truth:
         class_names: names of the classes.
         imagenet_labels: whether labels are the standard ImageNet class index.
         sources: where each image came from, a path or a name; empty in records of earlier versions.
+        persons: whom each image shows, empty strings where the data does not tell; empty in records of earlier
+            versions.
         server_defenses: of the server.
     """
 
@@ -41,6 +43,7 @@ class Truth:
     class_names: list[str]
     imagenet_labels: bool
     sources: list[str] = field(default_factory=list)
+    persons: list[str] = field(default_factory=list)
     server: ServerOptimizer = field(default_factory=FedAvg)
     server_defenses: list[ServerDefense] = field(default_factory=list)
 
@@ -64,12 +67,10 @@ class Truth:
         joined = {
             name: torch.cat([getattr(t, name)[own] for t, own in zip(first, held, strict=True)]) for name in names
         }
-        sources = [name for truth, own in zip(first, held, strict=True) for name in truth.sources_of(own)]
-        return replace(rounds[-1], **joined, sources=sources)
-
-    def sources_of(self, chosen: Tensor) -> list[str]:
-        """The sources of the images where `chosen` (M,) is true; none in records of earlier versions."""
-        return [self.sources[index] for index in chosen.nonzero().flatten().tolist() if self.sources]
+        pairs = list(zip(first, held, strict=True))
+        sources = [name for truth, own in pairs for name in chosen(truth.sources, own)]
+        persons = [name for truth, own in pairs for name in chosen(truth.persons, own)]
+        return replace(rounds[-1], **joined, sources=sources, persons=persons)
 
     def save(self, stem: Path) -> None:
         """Save as `stem.safetensors` and `stem.json`."""
@@ -82,6 +83,7 @@ class Truth:
             "class_names": self.class_names,
             "imagenet_labels": self.imagenet_labels,
             "sources": self.sources,
+            "persons": self.persons,
             "server_defenses": describe_defenses(self.server_defenses),
         }
         save_record(stem, tensors, facts)
@@ -101,6 +103,12 @@ class Truth:
             class_names=facts["class_names"],
             imagenet_labels=facts["imagenet_labels"],
             sources=facts.get("sources", []),
+            persons=facts.get("persons", []),
             server=ServerOptimizer.restored(facts["server"]) if "server" in facts else FedAvg(),
             server_defenses=defenses_of(facts.get("server_defenses", [])),
         )
+
+
+def chosen(names: list[str], mask: Tensor) -> list[str]:
+    """The names of the images where `mask` (M,) is true; none in records of earlier versions, which have no names."""
+    return [names[index] for index in mask.nonzero().flatten().tolist() if names]

@@ -162,11 +162,30 @@ def count_images(
                 return fewer, True, False
             views = distinct and fewer == held
     rank = start + int(two[start - 1 : most].argmax())
-    if rank != held and rank < most and one[rank - 1] < min(one[rank].item(), 2.0):
+    if rank != held and rank < most and one[rank - 1] < min(one[rank].item(), max(2.0, one[rank].sqrt().item())):
         rank += 1  # nearly all of the fall is in the second of the two steps
     if two[rank - 1] <= clear_fall:
         return least, False, False
     return rank, True, views and rank == edge
+
+
+def counts_to_try(singular: Tensor, count: ImageCount, training: TrainingKnowledge) -> list[int]:
+    """Numbers of images between which the reading of them has to decide, the likeliest first.
+
+    Features of images that are alike drift alike during the local steps. Their common drift is one more direction,
+    which stands above the rest of the drift as the images' mean does above the images, and would count as an image.
+
+    Args:
+        singular: (r,) falling, positive, of the first layer's update.
+        count: as it was read.
+        training: how the peers trained, and what is known of their images.
+    """
+    number = count.num_images
+    told = training.num_images is not None or training.labels is not None
+    if told or not count.counted or training.steps == 1 or number - 1 <= count.held:
+        return [number]
+    falls = (singular[number - 2] / singular[number - 1]).item() > SLIGHT_FALL
+    return [number, number - 1] if falls else [number]
 
 
 def is_compressed(update: Tensor, zeros: float = 0.2, values: int = 32, most_entries: int = 10**6) -> bool:

@@ -26,13 +26,14 @@ Extends "Federated Learning Nodes Can Reconstruct Peers' Image Data" (arXiv 2410
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from attack_modules.analytic.counting import read_counts
+from attack_modules.analytic.counting import counts_to_try, read_counts
 from attack_modules.analytic.one_layer import read_single
-from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
+from attack_modules.analytic.results import Diagnosis, ImageCount, Leakage, Reading, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.analytic.shared_classes import read_shared
 from attack_modules.analytic.two_layers import read_stack
@@ -95,7 +96,9 @@ def leak_rounds(
         elif len(labels.unique()) == num_images:
             found = read_stack(space, last, weight, targets, training, scale, iterations)
         else:
-            labels, found = read_shared(space, last[0], weight[0], num_images, training, scale, iterations)
+            count, labels, found = _read_shared(space, first, last[0], weight[0], count, training, iterations)
+            num_images = count.num_images
+            scale = num_images / (training.lr * training.steps)
     except torch.linalg.LinAlgError as error:
         raise AttackError(
             "The head's update gives equations that cannot be solved: the training, as it is assumed, diverges. Check "
@@ -121,3 +124,28 @@ def leak_rounds(
         uncertainty=feature_uncertainty(space.rows * scale, found.errors, found.coordinates).float(),
         ones=vectors[:, width] if vectors.shape[1] > width else None,
     )
+
+
+def _read_shared(
+    space: RowSpace,
+    first: RowSpace,
+    last: Tensor,
+    weight: Tensor,
+    count: ImageCount,
+    training: TrainingKnowledge,
+    iterations: int,
+) -> tuple[ImageCount, Tensor, Reading]:
+    """`read_shared` with the number of images that explains the first layer's update best; with the count."""
+    trials: list[tuple[ImageCount, Tensor, Reading]] = []
+    refusals: list[AttackError] = []
+    for number in counts_to_try(first.singular, count, training):
+        scale, tried = number / (training.lr * training.steps), replace(count, num_images=number)
+        if count.shown == count.num_images:
+            tried = replace(tried, shown=number)
+        try:
+            trials.append((tried, *read_shared(space, last, weight, number, training, scale, iterations)))
+        except AttackError as error:
+            refusals.append(error)
+    if not trials:
+        raise refusals[0]
+    return min(trials, key=lambda trial: trial[2].residual)

@@ -25,6 +25,7 @@ from attack_modules.evaluation.cifar10_classifier import Cifar10Recogniser
 from attack_modules.evaluation.interruption import Interruption
 from attack_modules.evaluation.metrics import attribution, score
 from attack_modules.evaluation.perceptual import Lpips
+from attack_modules.evaluation.persons import by_person
 from attack_modules.evaluation.recognisers import Recogniser, Recognises
 from attack_modules.evaluation.report import Outcome, comparison, panel, table
 from attack_modules.evaluation.run_directory import (
@@ -241,6 +242,9 @@ class Evaluation(Callback):
         if truth and reconstruction.peers is not None and (scorecard.assignment >= 0).sum() > 1:
             results["attribution"] = attribution(reconstruction.peers, truth.clients, scorecard.assignment)
             print(", ".join(f"{name} {value:.4g}" for name, value in results["attribution"].items()))
+        if truth and (persons := by_person(truth, scorecard)):
+            results["persons"] = persons
+            print(f"{sum(bool(found['seen']) for found in persons.values())} of {len(persons)} persons can be seen.")
         _log(trainer, "final", raw)
         self._write(directory, truth, outcomes, results, reconstruction)  # now: an enhancement may fail
         self._reported = True

@@ -128,13 +128,14 @@ def table(truth: Truth | None, outcomes: dict[str, Outcome], reconstruction: Rec
         columns[f"{prefix}misfit"] = [outcome.misfit_of(index) for index in assignment.tolist()]
     text = io.StringIO()
     writer = csv.writer(text)
-    known = [] if truth is None else ["original", "source", "client", "label", "class"]
+    known = [] if truth is None else ["original", "source", "person", "client", "label", "class"]
     writer.writerow([*known, "reconstruction", "inferred_label", "peer", "verdict", "expected_psnr", *columns])
     for row, index in enumerate(assignment.tolist()):
         facts: list[Any] = []
         if truth is not None:
-            label, source = int(truth.labels[row]), truth.sources[row] if truth.sources else ""
-            facts = [row, source, int(truth.clients[row]), label, truth.class_names[label]]
+            label = int(truth.labels[row])
+            source, person = (names[row] if names else "" for names in (truth.sources, truth.persons))
+            facts = [row, source, person, int(truth.clients[row]), label, truth.class_names[label]]
         writer.writerow([*facts, *found(index), *(f"{column[row]:.6g}" for column in columns.values())])
     return text.getvalue()
 

@@ -76,7 +76,6 @@ class Detail:
 
 def public_photographs(image_shape: ImageShape) -> Tensor:
     """(M, C, H, W) the photographs that come with scikit-image and scikit-learn, in [0, 1]."""
-    source = Photographs(image_size=image_shape[1])
-    source.channels = image_shape[0]
+    source = Photographs(image_size=image_shape[1], channels=image_shape[0])
     catalogue = source.catalogue()
     return catalogue.read_all(torch.arange(len(catalogue.labels)), image_shape).images

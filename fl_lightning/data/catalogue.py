@@ -26,6 +26,8 @@ class Catalogue:
     """Index of an image -> its pixels, uint8 (C, H, W)."""
     source: Callable[[int], str] = "image {}".format
     """Index of an image -> where it comes from: a path, or a name."""
+    person: Callable[[int], str] = "".format
+    """Index of an image -> whom it shows; an empty string where that is not known."""
 
     def read_all(self, indices: Tensor, image_shape: ImageShape) -> ImageSet:
         """Read the images at `indices`, in this order; more than 1000 images are read with a progress bar.
@@ -46,7 +48,8 @@ class Catalogue:
         numbers = track(indices.tolist(), "Reading images", transient=True, disable=len(indices) <= 1000)
         for row, number in enumerate(numbers):
             pixels[row] = self.read(number)
-        return ImageSet(pixels, self.labels[indices], [self.source(number) for number in indices.tolist()])
+        sources, persons = ([name(number) for number in indices.tolist()] for name in (self.source, self.person))
+        return ImageSet(pixels, self.labels[indices], sources, persons)
 
 
 def first_of(names: list[str]) -> str:

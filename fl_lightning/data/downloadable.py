@@ -28,6 +28,7 @@ class DownloadableData(FederatedData):
         images_per_client: int | list[int] | None = None,
         attacker_images: int | None = None,
         image_size: int = 32,
+        channels: int | None = None,
         partition: Partition = InOrder(),  # noqa: B008 - it has no state
         csv: PathLike | None = None,
         num_classes: int | None = None,
@@ -39,6 +40,7 @@ class DownloadableData(FederatedData):
             images_per_client=images_per_client,
             attacker_images=attacker_images,
             image_size=image_size,
+            channels=channels,
             partition=partition,
             csv=csv,
             num_classes=num_classes,

@@ -37,12 +37,15 @@ class FederatedData(LightningDataModule, ABC):
             distributed.
         attacker_images: the attacker's number of images, if it differs; 0: an attacker without data.
         image_size: height and width in pixels to which images are cropped and resized, from 8 to 4096.
+        channels: 1 to read images as greyscale, 3 as RGB; null for the dataset's own: 1 of MNIST and Fashion-MNIST, 3
+            of others, also where files are grey.
         partition: how the images are assigned to the clients.
         csv: a file that lists images to use instead of the dataset's. Its first line names the columns
-            `path,label[,client]` in any order and case, separated by commas, semicolons or tabs; a path may also be
-            called file, filename, filepath, image or image_path, a label class, class_name, category or target, and
-            other columns are ignored. Paths are relative to the file, and no image is listed twice. Labels are all
-            class indices, from 0, or all class names; `client` is a victim's number, from 0, or `attacker`. The
+            `path,label[,client][,person]` in any order and case, separated by commas, semicolons or tabs; a path may
+            also be called file, filename, filepath, image or image_path, a label class, class_name, category or target,
+            a person patient, patient_id or subject, and other columns are ignored. Persons are for the results alone,
+            which then say what leaked of each. Paths are relative to the file, and no image is listed twice. Labels are
+            all class indices, from 0, or all class names; `client` is a victim's number, from 0, or `attacker`. The
             encoding is UTF-8, or UTF-16 with a byte order mark.
         num_classes: number of classes, greater than every label; null: as many as the dataset has.
         seed: seeds every random choice of the partition; null for that of `seed_everything`.
@@ -53,8 +56,8 @@ class FederatedData(LightningDataModule, ABC):
         SettingError: a setting or a row of `csv` is invalid; the message names it.
     """
 
-    channels: int = 3
-    """Channels of an image: 3 for RGB, 1 for greyscale."""
+    own_channels: int = 3
+    """Channels of the dataset's images: 3 for RGB, 1 for greyscale."""
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class FederatedData(LightningDataModule, ABC):
         images_per_client: int | list[int] | None = None,
         attacker_images: int | None = None,
         image_size: int = 128,
+        channels: int | None = None,
         partition: Partition = InOrder(),  # noqa: B008 - it has no state
         csv: PathLike | None = None,
         num_classes: int | None = None,
@@ -69,7 +73,9 @@ class FederatedData(LightningDataModule, ABC):
         pooled_batch_size: int = 128,
     ) -> None:
         super().__init__()
-        _refuse_unfit(num_clients, images_per_client, attacker_images, image_size, num_classes, pooled_batch_size)
+        _refuse_unfit(
+            num_clients, images_per_client, attacker_images, image_size, channels, num_classes, pooled_batch_size
+        )
         if seed is not None and not 0 <= seed < 2**32:
             raise SettingError(f"`data.seed` is {seed}, but seeds are whole numbers from 0 to {2**32 - 1}.")
         self._manifest = None if csv is None else read_manifest(csv, num_classes)
@@ -78,6 +84,7 @@ class FederatedData(LightningDataModule, ABC):
         self.images_per_client = images_per_client
         self.attacker_images = attacker_images
         self.image_size = image_size
+        self.channels = self.own_channels if channels is None else channels
         self.partition = partition
         self.seed = seed or 0
         self.pooled_batch_size = pooled_batch_size
@@ -196,6 +203,7 @@ class FederatedData(LightningDataModule, ABC):
             "images_per_client": self.images_per_client,
             "attacker_images": self.attacker_images,
             "image_size": self.image_size,
+            "channels": self.channels,
             "partition": {"class": type(self.partition).__name__, "args": dict(vars(self.partition))},
             "csv": None if manifest is None else {"path": str(manifest.csv.resolve()), "sha256": manifest.sha256},
             "num_classes": self._least_classes,
@@ -218,6 +226,7 @@ def _refuse_unfit(
     images_per_client: int | list[int] | None,
     attacker_images: int | None,
     image_size: int,
+    channels: int | None,
     num_classes: int | None,
     pooled_batch_size: int,
 ) -> None:
@@ -245,6 +254,11 @@ def _refuse_unfit(
     if not 8 <= image_size <= MOST_PIXELS:
         raise SettingError(
             f"`data.image_size` is {image_size}, but images need at least 8 and at most {MOST_PIXELS} pixels per side."
+        )
+    if channels not in (None, 1, 3):
+        raise SettingError(
+            f"`data.channels` is {channels}, but images are read as greyscale, with 1 channel, or as RGB, with 3. "
+            "Set it to one of these, or to null for the dataset's own."
         )
     if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
         raise SettingError(

@@ -31,6 +31,7 @@ class ImageFolder(FederatedData):
         images_per_client: int | list[int] | None = None,
         attacker_images: int | None = None,
         image_size: int = 128,
+        channels: int | None = None,
         partition: Partition = InOrder(),  # noqa: B008 - it has no state
         csv: PathLike | None = None,
         num_classes: int | None = None,
@@ -42,6 +43,7 @@ class ImageFolder(FederatedData):
             images_per_client=images_per_client,
             attacker_images=attacker_images,
             image_size=image_size,
+            channels=channels,
             partition=partition,
             csv=csv,
             num_classes=num_classes,

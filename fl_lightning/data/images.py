@@ -109,14 +109,18 @@ class ImageSet(Dataset):
         pixels: uint8 (N, C, H, W).
         labels: long (N,).
         sources: where each image comes from, a path or a name; None: unknown.
+        persons: whom each image shows, empty where it is not known; None: unknown.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, sources: list[str] | None = None) -> None:
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, sources: list[str] | None = None, persons: list[str] | None = None
+    ) -> None:
         if len(pixels) != len(labels):
             raise SettingError(f"{len(pixels)} images came with {len(labels)} labels. Give one label per image.")
         self.pixels = pixels
         self.labels = labels
         self.sources = [""] * len(labels) if sources is None else sources
+        self.persons = [""] * len(labels) if persons is None else persons
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -128,7 +132,7 @@ class ImageSet(Dataset):
     def part(self, start: int, count: int) -> "ImageSet":
         """`count` consecutive images from index `start`."""
         place = slice(start, start + count)
-        return ImageSet(self.pixels[place], self.labels[place], self.sources[place])
+        return ImageSet(self.pixels[place], self.labels[place], self.sources[place], self.persons[place])
 
     @property
     def images(self) -> Tensor:
@@ -156,8 +160,8 @@ class ImageSet(Dataset):
 
 def pool(sets: list[ImageSet]) -> ImageSet:
     """Concatenate several image sets, in order."""
-    sources = [source for s in sets for source in s.sources]
-    return ImageSet(torch.cat([s.pixels for s in sets]), torch.cat([s.labels for s in sets]), sources)
+    sources, persons = ([name for s in sets for name in getattr(s, of)] for of in ("sources", "persons"))
+    return ImageSet(torch.cat([s.pixels for s in sets]), torch.cat([s.labels for s in sets]), sources, persons)
 
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}

@@ -27,6 +27,7 @@ OTHER_NAMES = {
     "path": {"file", "filename", "filepath", "image", "imagepath"},
     "label": {"class", "classname", "category", "target"},
     "client": set(),
+    "person": {"patient", "patientid", "subject"},
 }
 """Columns of a manifest -> what else they may be called, in lower case, without spaces, underscores and hyphens."""
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
@@ -36,7 +37,7 @@ NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 @dataclass
 class Manifest:
-    """The validated rows of a CSV file `path,label[,client]`; the image files exist but have not been read.
+    """The validated rows of a CSV file `path,label[,client][,person]`; the image files exist but have not been read.
 
     Relative paths are relative to the CSV's folder. Labels are all class indices, from 0, or all class names, which
     are indexed in sorted order. Clients are victims, numbered from 0, or `attacker`, which becomes the last client and
@@ -54,6 +55,8 @@ class Manifest:
     class_names: list[str]
     shares: list[Tensor] | None
     """Row indices of each client, the attacker's last; None without a column `client`."""
+    persons: list[str]
+    """Whom each image shows; empty strings where the file does not tell."""
 
     def catalogue(self, image_shape: ImageShape) -> Catalogue:
         channels, image_size, _ = image_shape
@@ -64,7 +67,13 @@ class Manifest:
             except UnreadableImage as error:
                 raise UnreadableImage(f"{self.csv}, line {self.lines[row]}: {error}") from error
 
-        return Catalogue(self.labels, self.class_names, read, lambda row: readable_name(self.paths[row]))
+        return Catalogue(
+            labels=self.labels,
+            class_names=self.class_names,
+            read=read,
+            source=lambda row: readable_name(self.paths[row]),
+            person=self.persons.__getitem__,
+        )
 
 
 def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifest:
@@ -73,8 +82,9 @@ def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifes
     Args:
         csv_path: a text file in UTF-8, or in UTF-16 with a byte order mark. Its first line names the columns, in any
             order and case, separated by commas, semicolons or tabs: `path` (or `file`, `filename`, `filepath`,
-            `image`, `image path`), `label` (or `class`, `class name`, `category`, `target`), optionally `client`; a
-            column of the first name precedes those of the others. Further columns are ignored with a warning.
+            `image`, `image path`), `label` (or `class`, `class name`, `category`, `target`), optionally `client`,
+            and `person` (or `patient`, `patient id`, `subject`); a column of the first name precedes those of the
+            others. Further columns are ignored with a warning.
         num_classes: upper bound that all class indices must be below; None: no bound.
 
     Raises:
@@ -86,8 +96,9 @@ def read_manifest(csv_path: PathLike, num_classes: int | None = None) -> Manifes
     table = _Table.parse(path, text)
     labels, class_names = _labels(table, num_classes)
     shares = _shares(table) if "client" in table.columns else None
+    persons = table.columns.get("person", [""] * len(table.lines))
     digest = hashlib.sha256(content).hexdigest()
-    return Manifest(path, digest, table.lines, _files(table), labels, class_names, shares)
+    return Manifest(path, digest, table.lines, _files(table), labels, class_names, shares, persons)
 
 
 def _read_text(path: Path) -> tuple[bytes, str]:
@@ -126,7 +137,7 @@ class _Table:
     lines: list[int]
     """Line number of each row in the file, from 1."""
     columns: dict[str, list[str]]
-    """The values of `path`, `label` and, if there is one, `client`, without surrounding white space."""
+    """The values of `path`, `label` and, if there are any, `client` and `person`, without surrounding white space."""
 
     @classmethod
     def parse(cls, path: Path, text: str) -> "_Table":

@@ -12,7 +12,7 @@ from fl_lightning.errors import SettingError
 class MNIST(DownloadableData):
     """MNIST: greyscale handwritten digits, padded from 28x28 to 32x32 pixels before resizing to `image_size`."""
 
-    channels = 1
+    own_channels = 1
     source = datasets.MNIST
 
     def catalogue(self) -> Catalogue:

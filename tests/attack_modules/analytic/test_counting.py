@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from attack_modules.analytic.counting import (
     apportion,
     class_evidence,
     count_images,
+    counts_to_try,
     infer_labels,
     is_compressed,
     read_counts,
 )
 from attack_modules.analytic.leak import leak
 from attack_modules.analytic.observed_head import head_parameters, labels_in, training_knowledge
+from attack_modules.analytic.results import ImageCount, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import AttackError
@@ -79,6 +82,23 @@ def test_pink_noise_has_a_photographs_spectrum() -> None:
     power = torch.fft.fft2(images).abs().square().mean((0, 1))
     ratio = power[0, 2:5].mean() / power[0, 16:29].mean()  # amplitude 1/f: power falls by (22 / 3)^2 = 54
     assert 20 < ratio < 150
+
+
+def test_most_of_a_fall_over_two_steps_is_where_it_is_steep() -> None:
+    """16 radiographs: the last image is half of the one before, and rounding a 300th of it."""
+    images = torch.tensor([1.0, *torch.linspace(0.05, 0.0035, 14).tolist(), 0.0017])
+    singular = torch.cat([images, 5.5e-6 * torch.linspace(1, 0.9, 300)])
+    assert count_images(singular, held=2, epochs=1, distinct=False) == (16, True, False)
+
+
+def test_a_common_drift_may_have_been_counted() -> None:
+    singular = torch.tensor([1.0, 0.02, 0.018, 0.016, 0.005, 0.0004, 0.0003])
+    steps = TrainingKnowledge(lr=0.1, steps=3)
+    assert counts_to_try(singular, ImageCount(num_images=5, held=2), steps) == [5, 4]
+    assert counts_to_try(singular, ImageCount(num_images=4, held=2), steps) == [4]  # as large as the one before
+    assert counts_to_try(singular, ImageCount(num_images=5, held=4), steps) == [5]
+    assert counts_to_try(singular, ImageCount(num_images=5, held=2), replace(steps, steps=1)) == [5]
+    assert counts_to_try(singular, ImageCount(num_images=5, held=2), replace(steps, num_images=5)) == [5]
 
 
 def test_rank_counts_images() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attack_modules.attack import Level, Reconstruction, Verdict
 from attack_modules.evaluation.metrics import score
+from attack_modules.evaluation.persons import by_person
 from attack_modules.evaluation.report import Outcome, panel, table
 from fl_lightning.client import LocalTraining
 from fl_lightning.truth import Truth
@@ -47,6 +48,18 @@ def test_each_original_has_a_row_with_its_source(truth: Truth) -> None:
     assert (first["label_correct"], last["label_correct"]) == ("0", "1")
     assert (missing["source"], missing["reconstruction"], missing["peer"]) == ("b,b.png", "", "")
     assert math.isnan(float(missing["misfit"]))
+
+
+def test_what_leaked_of_each_person(truth: Truth) -> None:
+    reconstruction, outcome = two_of_three(truth)
+    shown = replace(truth, persons=["Ann", "Bo", "Ann"])
+    assert [row["person"] for row in rows(table(shown, {"reconstruction": outcome}, reconstruction))] == shown.persons
+    assert by_person(shown, outcome.scorecard) == {
+        "Ann": {"images": 2, "found": 2, "seen": 2, "best_psnr": math.inf, "clients": [0, 2]},
+        "Bo": {"images": 1, "found": 0, "seen": 0, "best_psnr": None, "clients": [0]},
+    }
+    assert by_person(replace(truth, persons=["", "", ""]), outcome.scorecard) == {}
+    assert by_person(truth, outcome.scorecard) == {}
 
 
 def test_without_truth_each_reconstruction_has_a_row(truth: Truth) -> None:

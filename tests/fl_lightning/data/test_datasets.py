@@ -16,6 +16,7 @@ from torchvision import datasets
 
 from fl_lightning.data import CIFAR10, IID, MNIST, FashionMNIST, FederatedData, ImageFolder, Photographs, image_folder
 from fl_lightning.data.photographs import PHOTOGRAPHS
+from fl_lightning.errors import SettingError
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 
@@ -67,6 +68,24 @@ def test_image_folder(tmp_path: Path) -> None:
     assert data.class_names == ["a", "b", "c", "d"]
     assert [client.labels.tolist() for client in data.clients] == [[0, 1], [1, 2]]
     assert data.describe()["root"] == str(tmp_path)
+
+
+def test_grey_and_rgb_of_the_same_files(tmp_path: Path) -> None:
+    """Colours become grey by ITU-R 601; grey files are RGB unless `channels` says otherwise; MNIST the reverse."""
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / "a" / "colour.png")
+    Image.new("L", (8, 8), 30).save(tmp_path / "a" / "grey.png")
+    (tmp_path / "list.csv").write_text("path,label\na/grey.png,0\na/colour.png,1\n")
+    listed = {"csv": tmp_path / "list.csv", "num_clients": 1, "image_size": 8}
+    for data in (ImageFolder(tmp_path, num_clients=1, image_size=8, channels=1), Photographs(channels=1, **listed)):
+        data.setup()
+        assert data.clients[0].pixels.shape == (2, *data.image_shape) == (2, 1, 8, 8)
+        assert sorted(data.clients[0].pixels[:, 0, 0, 0].tolist()) == [30, 124]  # 0.299, 0.587 and 0.114
+    for data in (Photographs(**listed), MNIST(tmp_path, channels=3, **listed)):
+        data.setup()
+        assert data.clients[0].pixels[:, :, 0, 0].tolist() == [[30, 30, 30], [200, 100, 50]]
+    with pytest.raises(SettingError, match=r"`data\.channels` is 4"):
+        CIFAR10(tmp_path, channels=4)
 
 
 def test_image_folder_that_is_none(tmp_path: Path) -> None:

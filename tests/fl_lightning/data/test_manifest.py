@@ -10,6 +10,8 @@ from PIL import Image
 
 from fl_lightning.data import IID, MNIST, FederatedData, Photographs, UnreadableImage
 from fl_lightning.data.manifest import read_manifest
+from fl_lightning.federation import Federation
+from fl_lightning.truth import Truth
 
 LEVELS = {"a.png": 10, "b.png": 20, "c.png": 30, "d.png": 40}
 
@@ -72,6 +74,24 @@ def test_files_of_any_program_are_read(folder: Path, text: str, encoding: str) -
         data = Photographs(num_clients=2, image_size=8, csv=folder / "manifest.csv")
     assert levels(data) == [[10], [20]]
     assert data.class_names == ["cat", "dog"]
+
+
+def test_persons_reach_the_truth_and_not_the_observation(folder: Path) -> None:
+    data = load(
+        folder,
+        "images/a.png,0,p7",
+        "images/b.png,1,",
+        "images/c.png,1,p7",
+        "images/d.png,0,x",
+        header="path,label,Patient",
+    )
+    data.setup()
+    assert [client.persons for client in data.clients] == [["p7", ""], ["p7", "x"]]
+    truth = Federation().truth(0, data)
+    assert truth.persons == ["p7", ""]
+    truth.save(folder / "truth")
+    assert Truth.load(folder / "truth").persons == ["p7", ""]
+    assert Truth.union([truth, truth]).persons == ["p7", ""]
 
 
 def test_other_columns_are_ignored_with_one_warning(folder: Path) -> None:
