@@ -342,17 +342,15 @@ class Conclusions:
         return found
 
     def _labels(self) -> list[Action]:
-        inferred = [r for r in self.readings if r.told.get("label_counts") == "inferred" and r.score("labels_found")]
-        if not inferred:
-            return []
-        mean = statistics.fmean(r.score("labels_found") for r in inferred)
-        if mean < 0.5:
+        inferred = [reading for reading in self.readings if reading.told.get("label_counts") == "inferred"]
+        found = [score for reading in inferred if (score := reading.score("labels_found")) is not None]
+        if not found or (mean := statistics.fmean(found)) < 0.5:
             return []
         return [
             Action(
                 "Take the labels as known to every participant, and do not train on classes whose mere presence is a "
                 "secret.",
-                f"Without being told, the attacker read {mean:.0%} of the labels right, over {len(inferred)} runs.",
+                f"Without being told, the attacker read {mean:.0%} of the labels right, over {len(found)} runs.",
             )
         ]
 

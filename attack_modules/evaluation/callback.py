@@ -307,6 +307,7 @@ class Evaluation(Callback):
             **({} if truth is None else _defended(truth, rounds[-1].observation.round + 1)),
             "seat": describe(trainer.datamodule.seat),
             "observed_rounds": [seen.observation.round for seen in rounds],
+            "observed_clients": [seen.client for seen in rounds],  # whose update alone each is; null for the mean
             "observation": str(trainer.datamodule.record.directory),
             "postprocess": ", ".join(type(made).__name__ for made in postprocessing.enhancers.values()) or "none",
             "seed": self.seed,

@@ -87,12 +87,13 @@ class FinishedRun:
             table = list(csv.DictReader((directory / "per_image.csv").read_text(encoding="utf-8").splitlines()))
             places = [int(row["reconstruction"]) if row["reconstruction"] else -1 for row in table]
             record, rounds = Record(Path(results["observation"])), results["observed_rounds"]
+            clients = results.get("observed_clients") or [None] * len(rounds)  # runs of before had none
+            stems = [record.truth(*view) for view in zip(rounds, clients, strict=True)]
         except (OSError, KeyError, ValueError) as error:
             raise StorageError(
                 f"The results in '{directory}' are incomplete ({type(error).__name__}: {error}). Delete the folder, "
                 "and run the cell again."
             ) from error
-        stems = [record.truth(number) for number in rounds]
         truth = Truth.union([Truth.load(stem) for stem in stems]) if all(map(has_record, stems)) else None
         originals = None if truth is None else truth.images
         images = _pictures(directory / "images", places, originals)

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from threading import Event
@@ -18,6 +19,8 @@ from attack_modules.audit.study import Cell, Study
 from attack_modules.audit.workers import Run
 from attack_modules.evaluation.finished_run import StrangersOf
 from fl_lightning.errors import AuditError, SettingError
+from fl_lightning.record import Record
+from fl_lightning.truth import Truth, chosen
 
 VOID = {"meta", "img", "br", "line", "circle"}
 
@@ -158,6 +161,26 @@ def test_rounds_without_originals_are_judged_by_the_attack_alone(study: Study, f
     assert "No originals to compare with." in Page((tmp_path / "report.html").read_text()).text
 
 
+def test_what_a_server_saw_of_each_client_is_compared_with_that_clients_originals(
+    study: Study, fake: Callable, tmp_path: Path
+) -> None:
+    run(study, fake, tmp_path)
+    cell = study.cells()[0]
+    record, path = Record(tmp_path / "federations" / cell.federation), cell.folder(tmp_path) / "run/results.json"
+    whole = Truth.load(record.truth(0))
+    for client in (0, 1):
+        own = whole.clients == client
+        replace(
+            whole, pixels=whole.pixels[own], labels=whole.labels[own], clients=whole.clients[own],
+            sources=chosen(whole.sources, own),
+        ).save(record.truth(0, client))  # fmt: skip
+    for file in record.directory.glob(f"truth/{record.truth(0).name}.*"):
+        file.unlink()
+    assert not Reading.of(cell, tmp_path, StrangersOf(), False, False).compared
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"observed_rounds": [0, 0], "observed_clients": [0, 1]}))
+    assert Reading.of(cell, tmp_path, StrangersOf(), False, False).leaked == 6
+
+
 def test_a_missing_template_engine_leaves_the_tables(
     study: Study, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,3 +227,6 @@ def test_a_group_is_above_chance_where_a_binomial_test_says_so(study: Study, fak
     assert 6 / (6 + 128) <= readings[0].chance < 0.5  # the strangers are photographs, which pink noise is not
     assert torch.tensor([row.psnr for row in readings[0].rows]).min() > 30
     assert readings[0].copies == readings[0].recognisable == 6
+    for reading in readings[:4]:
+        reading.results["scores"]["labels_found"] = 0.0  # counts in the mean over the 6 runs that infer labels
+    assert any("read 67% of the labels right, over 6 runs" in action.evidence for action in found.actions())
