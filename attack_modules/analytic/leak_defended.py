@@ -9,6 +9,7 @@ from torch import Tensor
 from attack_modules.analytic.counting import read_counts
 from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading, Expected, HeadRound
 from attack_modules.analytic.leak import leak_rounds
+from attack_modules.analytic.one_layer import head_inputs
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.attack import AttackError
@@ -46,7 +47,7 @@ def leak_defended(
     keeps and rounding resolves them. Images are counted and classes found in the mean of all rounds.
 
     Raises:
-        UnreadableDefense: the head is not two linear layers, or images share classes.
+        UnreadableDefense: the head is not two linear layers, images share classes, or equations cannot be solved.
     """
     layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
     if len(layers[0]) != 2:
@@ -65,15 +66,22 @@ def leak_defended(
         )
     scale = len(labels) / (training.lr * training.steps)
     targets = training.loss.targets(labels, len(last), last.double(), training.sizes)
-    rounds = [
-        head_round(update, weight, labels, targets, hidden, scale, training.half_way)
-        for update, weight in zip(layers, before, strict=True)
-    ]
     width = next(tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2)
     known = training.typical and training.typical.features
     typical = torch.zeros(width) if known is None else TYPICAL * known
-    layer = DefendedLayer(reading, rounds)
-    found = layer.solve(Expected(typical.expand(len(labels), -1), torch.ones(len(labels))))
+    try:
+        rounds = [
+            head_round(update, weight, labels, targets, hidden, scale, training.half_way)
+            for update, weight in zip(layers, before, strict=True)
+        ]
+        layer = DefendedLayer(reading, rounds)
+        found = layer.solve(Expected(typical.expand(len(labels), -1), torch.ones(len(labels))))
+        conditioning = torch.linalg.cond(found.gated).item()
+    except torch.linalg.LinAlgError as error:
+        raise UnreadableDefense(
+            f"The head's update gives {type(reading).__name__} equations that cannot be solved. Check `knowledge` "
+            "(rates, local epochs, number of images)."
+        ) from error
     singular, n = space.singular, len(labels)
     return Leakage(
         labels=labels,
@@ -84,7 +92,7 @@ def leak_defended(
             disentangled=n,
             gap=(singular[n - 1] / singular[n]).item() if n < len(singular) else 1.0,
             residual=found.residual,
-            conditioning=torch.linalg.cond(found.gated).item(),
+            conditioning=conditioning,
             drift=0.0,
             outside=0.0,
         ),
@@ -116,11 +124,6 @@ def head_round(
         half_way: share of the update after which the model is half way through the local steps.
     """
     gradient, middle = update[1].double() * scale, weight[1].double() - update[1].double() * half_way
-    probabilities = torch.full_like(targets, 1 / len(gradient))
-    for _ in range(30):
-        inputs = torch.linalg.solve(logit_errors(probabilities, targets)[:, labels].T, gradient[labels])
-        previous, probabilities = probabilities, (inputs @ middle.T).softmax(1)
-        if (probabilities - previous).abs().max() < torch.finfo(gradient.dtype).eps:
-            break
+    inputs, probabilities = head_inputs(gradient, middle, targets, classes=labels)
     errors = (logit_errors(probabilities, targets) @ middle)[:, :hidden]
     return HeadRound(update[0] * scale, weight[0] - update[0] * half_way, inputs[:, :hidden], errors)

@@ -8,7 +8,9 @@ from attack_modules.analytic.row_space import RowSpace
 from fl_lightning.loss import logit_errors
 
 
-def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: int = 30) -> tuple[Tensor, Tensor]:
+def head_inputs(
+    gradient: Tensor, weight: Tensor, targets: Tensor, iterations: int = 30, classes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Inputs (N, H) and probabilities (N, C) of a softmax layer from its summed gradient `(P - Y)^T inputs`.
 
     Args:
@@ -16,11 +18,13 @@ def head_inputs(gradient: Tensor, weight: Tensor, targets: Tensor, iterations: i
         weight: (C, H) in the same basis, half way through the local steps.
         targets: (N, C) one-hot, or as of `CrossEntropy.targets`. Images of one class come out as their mean.
         iterations: upper limit, of the fixed point between inputs and probabilities.
+        classes: (M,) long, whose rows of the gradient alone are read; None for all.
     """
+    read = slice(None) if classes is None else classes
     probabilities = torch.full_like(targets, 1 / targets.shape[1])
     for _ in range(iterations):
         errors = logit_errors(probabilities, targets)
-        inputs = torch.linalg.lstsq(errors.T, gradient, driver="gelsd").solution
+        inputs = torch.linalg.lstsq(errors[:, read].T, gradient[read], driver="gelsd").solution
         previous, probabilities = probabilities, (inputs @ weight.T).softmax(1)
         if (probabilities - previous).abs().max() < torch.finfo(gradient.dtype).eps:
             break

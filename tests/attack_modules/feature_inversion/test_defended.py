@@ -1,12 +1,14 @@
 """Defences that the attacker knows: which reading is taken, and what that makes of the images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from attack_modules import FeatureInversion
+from attack_modules.analytic.defended_head import DefendedFeatures, Expected, HeadRound
 from attack_modules.analytic.leak import leak_rounds
 from attack_modules.analytic.leak_defended import leak_known
 from attack_modules.analytic.noisy_gates import NoisyGates
@@ -45,6 +47,26 @@ def test_known_defence_chooses_the_reading(
     plain = attack(FeatureInversion(), observe(trained(defense), Knowledge(defenses="unknown"), **WIDE), steps=2)
     assert plain.leakage.defended is None
     assert plain.noise is None
+
+
+class Unsolvable(NoisyGates):
+    def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:
+        raise torch.linalg.LinAlgError("singular")
+
+
+def test_equations_without_a_solution_end_in_a_warning() -> None:
+    random = torch.Generator().manual_seed(0)
+    first, last = 0.1 * torch.randn(32, 50, generator=random), 0.1 * torch.randn(4, 32, generator=random)
+    features, weights = torch.rand(4, 50, generator=random), [{"first": first, "last": last}]
+    hidden = (features @ first.T).relu()
+    errors = (hidden @ last.T).softmax(1) - torch.eye(4)  # an image of each class: its rows sum to 0
+    slopes = (errors @ last) * (hidden > 0)
+    update = [{"first": 0.1 / 4 * slopes.T @ features, "last": 0.1 / 4 * errors.T @ hidden}]
+    training = TrainingKnowledge(0.1, 1, 4, torch.arange(4))
+    assert leak_known(update, weights, replace(training, reading=NoisyGates())).features.isfinite().all()
+    with pytest.warns(UserWarning, match=r"gives Unsolvable equations.*goes on as if it knew of no defence"):
+        found = leak_known(update, weights, replace(training, reading=Unsolvable()))
+    assert found.defended is None
 
 
 def test_defences_that_cannot_be_read_are_left_out_with_a_warning() -> None:
