@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from attack_modules.analytic.counting import apportion
 from attack_modules.attack import AttackError
+from fl_lightning.errors import counted
 
 FIRST_ROUNDS = (0.1, 0.3, 1.0)
 """Shares of the rounds that the means of the classes are fitted to, one after the other: fitted to all at once, they
@@ -92,11 +93,11 @@ class StackedRounds:
         left, singular, basis = torch.linalg.svd(stacked, full_matrices=False)
         most = min(rounds * (classes - 1), width) - 1
         ratios = singular[:-1] / singular[1:].clamp_min(torch.finfo(torch.float64).tiny)
-        found = int(ratios[:most].argmax()) + 1 if num_images is None else num_images
+        found = num_images or (int(ratios[:most].argmax()) + 1 if most > 0 else 1)
         if found > most:
             raise AttackError(
-                f"{found} images cannot be told apart in {rounds} rounds of {classes} classes and {width} features: "
-                f"at most {most} can. Observe more rounds (`federation.observed_rounds`)."
+                f"{counted(found, 'image')} cannot be told apart in {counted(rounds, 'round')} of {classes} classes "
+                f"and {width} features: at most {max(most, 0)} can. Observe more rounds (`federation.observed_rounds`)."
             )
         gap = ratios[found - 1].item()
         if gap < VISIBLE:

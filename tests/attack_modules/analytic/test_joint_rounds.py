@@ -106,6 +106,8 @@ def test_rounds_without_enough_equations_or_visible_rank_are_refused() -> None:
     features, labels = features_of(12), torch.arange(12) % CLASSES
     with pytest.raises(AttackError, match="at most 8 can"):
         StackedRounds.of(*federate(features, labels, 3), biased=True, num_images=12)
+    with pytest.raises(AttackError, match=r"1 image cannot be told apart in 1 round of 2 classes .* at most 0 can"):
+        StackedRounds.of(torch.zeros(1, 2, 9), torch.rand(1, 2, 9), biased=True)
     with pytest.raises(AttackError, match="show no rank"):
         weights, gradients = federate(features, labels, 12)
         noise = torch.randn(gradients.shape, generator=torch.Generator().manual_seed(0))
