@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.analytic.joint_rounds import JointSolution, StackedRounds, solve_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import augmented
 from attack_modules.attack import AttackError
-from attack_modules.feature_inversion.rounds import RoundsReader
+from attack_modules.feature_inversion.rounds import RoundsReader, refuse_other_images
 from attack_modules.threat_model.observed import RoundsSummary
-from attack_modules.threat_model.requirements import Requirement
+from attack_modules.threat_model.requirements import Requirement, SameClients
 from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError
 
@@ -41,11 +42,12 @@ class OneStep(Requirement):
 
     def violation(self, rounds: RoundsSummary) -> str | None:
         for known in rounds.assumptions:
-            if known.local_steps > 1 or not known.in_full_batches or known.class_weights is not None:
+            steps = known.local_steps > 1 or not known.in_full_batches
+            if steps or known.optimizer != "SGD" or known.class_weights is not None:
                 return (
-                    f"the peers take {known.local_epochs} epoch(s) in batches of {known.batch_size or 'all images'}, "
-                    "or weigh classes. Set `federation.client.local_epochs: 1`, `batch_size: null` and `class_weights: "
-                    "null`, or attack one round."
+                    f"the peers take {known.local_epochs} epoch(s) in batches of {known.batch_size or 'all images'} by "
+                    f"{known.optimizer}, or weigh classes. Set `federation.client.local_epochs: 1`, `batch_size: "
+                    "null`, `optimizer: SGD` and `class_weights: null`, or attack one round."
                 )
         return None
 
@@ -79,7 +81,7 @@ class FrozenBackbone(RoundsReader):
         self.seed = seed
 
     def requirements(self) -> list[Requirement]:
-        return [HeadAlone(), OneStep()]
+        return [SameClients(), HeadAlone(), OneStep()]
 
     def read(
         self,
@@ -88,7 +90,12 @@ class FrozenBackbone(RoundsReader):
         training: Sequence[TrainingKnowledge],
         numbers: Sequence[int],
     ) -> tuple[Leakage, Tensor]:
+        refuse_other_images(training, numbers)
         known = training[0]
+        if known.reading:
+            rank_zero_warn(
+                "The peers' defence is known, but rounds of a frozen backbone are read as if there were none."
+            )
         gradients = [augmented(u)[0].double() / t.lr for u, t in zip(updates, training, strict=True)]
         before = torch.stack([augmented(w)[0] for w in weights])
         rounds = StackedRounds.of(before, torch.stack(gradients), True, known.num_images)

@@ -11,7 +11,7 @@ from attack_modules.analytic.leak_defended import leak_known
 from attack_modules.analytic.peer_attribution import Attribution, attribute, joined_features, joined_labels
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.attack import AttackError
-from attack_modules.threat_model.requirements import Requirement, TwoLayersForSeveralRounds
+from attack_modules.threat_model.requirements import Requirement, SameClients, TwoLayersForSeveralRounds
 from fl_lightning.client import Tensors
 
 UNREADABLE = 0.5
@@ -50,11 +50,31 @@ class RoundsReader(ABC):
         return ""
 
 
+def refuse_other_images(training: Sequence[TrainingKnowledge], numbers: Sequence[int]) -> None:
+    """Refuse to read rounds together of which it is told that they do not hold the same images.
+
+    Args:
+        training: what is known of each round.
+        numbers: of the rounds.
+
+    Raises:
+        AttackError: with the first two that differ.
+    """
+    told = [(t.num_images, None if t.labels is None else t.labels.sort().values.tolist()) for t in training]
+    for number, images in zip(numbers, told, strict=True):
+        if images != told[0]:
+            raise AttackError(
+                f"Rounds {numbers[0]} and {number} do not hold the same images: their told labels or numbers of images "
+                "differ. Rounds are read together only if the same peers train in each; name one in "
+                "`federation.observed_rounds`, or set `model.rounds: ChangingParticipants` (configs/attribution.yaml)."
+            )
+
+
 class SameImages(RoundsReader):
     """The same peers train on the same images in every observed round: `leak_rounds` solves all rounds together."""
 
     def requirements(self) -> list[Requirement]:
-        return [TwoLayersForSeveralRounds()]
+        return [SameClients(), TwoLayersForSeveralRounds()]
 
     def read(
         self,
@@ -63,14 +83,7 @@ class SameImages(RoundsReader):
         training: Sequence[TrainingKnowledge],
         numbers: Sequence[int],
     ) -> tuple[Leakage, Tensor]:
-        told = [None if known.labels is None else known.labels.sort().values.tolist() for known in training]
-        for number, labels in zip(numbers, told, strict=True):
-            if labels != told[0]:
-                raise AttackError(
-                    f"Rounds {numbers[0]} and {number} do not hold the same images: their told labels differ. Rounds "
-                    "are read together only if the same peers train in each; name one in `federation.observed_rounds`, "
-                    "or set `model.rounds: ChangingParticipants` (configs/attribution.yaml)."
-                )
+        refuse_other_images(training, numbers)
         leakage = leak_known(updates, weights, training[0])
         return leakage, torch.ones(len(updates), len(leakage.labels), dtype=torch.bool)
 

@@ -94,19 +94,21 @@ class RoundsSummary:
         image_shape: (C, H, W) of an image.
         assumptions: of each observed round, oldest first.
         dataset: class name of the simulated clients' dataset; None for a user's own images and foreign rounds.
+        clients: of each observed round, see `ObservedRound`; empty where every round shows the mean of all.
     """
 
     model: ImageClassifier
     image_shape: ImageShape
     assumptions: Sequence[Assumptions]
     dataset: str | None = None
+    clients: Sequence[View] = ()
 
     @classmethod
     def of(cls, rounds: Sequence[ObservedRound], dataset: str | None = None) -> "RoundsSummary":
         """Of rounds that are in memory."""
         frozen = frozenset.intersection(*(seen.observation.unchanged for seen in rounds))
         description, assumptions = rounds[0].observation.model, [seen.assumptions for seen in rounds]
-        return cls.of_model(description, assumptions, dataset, frozen)
+        return cls.of_model(description, assumptions, dataset, frozen, [seen.client for seen in rounds])
 
     @classmethod
     def of_model(
@@ -115,10 +117,11 @@ class RoundsSummary:
         assumptions: Sequence[Assumptions],
         dataset: str | None = None,
         frozen: Collection[str] = (),
+        clients: Sequence[View] = (),
     ) -> "RoundsSummary":
         """Of rounds of a model that is described by `class_path` and `init_args`, without training what is `frozen`."""
         model = freeze(copy.deepcopy(build_on_meta(description)), frozen)
-        return cls(model, tuple(description["init_args"]["image_shape"]), assumptions, dataset)
+        return cls(model, tuple(description["init_args"]["image_shape"]), assumptions, dataset, clients)
 
 
 class GivenRounds(LightningDataModule):
@@ -199,7 +202,8 @@ class ObservedRounds(GivenRounds):
         for (round_, _), assumed in zip(views, assumptions, strict=True):
             refuse_unknown_rounds(assumed.server, round_, recorded)
         settings = federation.settings(data)
-        return RoundsSummary.of_model(settings["model"], assumptions, self._dataset, settings["frozen"])
+        clients = [client for _, client in views]
+        return RoundsSummary.of_model(settings["model"], assumptions, self._dataset, settings["frozen"], clients)
 
     def prepare_data(self) -> None:
         """Simulate the rounds that are missing on disk."""

@@ -64,8 +64,28 @@ class SingleRound(Requirement):
     name = "a single observed round"
 
     def violation(self, rounds: RoundsSummary) -> str | None:
+        if (clients := len(set(rounds.clients))) > 1:
+            return (
+                f"the server sees {clients} clients, each by itself. Show it their mean, by "
+                "`federation.seat.secure_aggregation: true`, or attack by FeatureInversion."
+            )
         if len(rounds.assumptions) > 1:
             return f"{len(rounds.assumptions)} were observed. Name one in `federation.observed_rounds`."
+        return None
+
+
+class SameClients(Requirement):
+    """The same clients in all observed rounds, not one after the other as a server sees them."""
+
+    name = "updates of the same clients"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        if len(set(rounds.clients)) > 1:
+            return (
+                f"the server sees {len(set(rounds.clients))} clients, each by itself. Set `model.rounds: "
+                "ChangingParticipants` (configs/server_seat.yaml), which reads them one by one, or "
+                "`federation.seat.secure_aggregation: true`, which shows their mean."
+            )
         return None
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from attack_modules import FeatureInversion
+from attack_modules import FeatureInversion, GradientInversion
 from attack_modules.attack import Attack
 from attack_modules.feature_inversion.rounds import ChangingParticipants
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRound, ObservedRounds
+from attack_modules.threat_model.requirements import RequirementError
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import FederatedData
 from fl_lightning.errors import SettingError
@@ -74,6 +75,9 @@ def test_a_server_reads_each_clients_images(seen: Callable, attack: Callable[...
     truth = [label for view in views for label in view.assumptions.labels]
     assert sorted(found.labels.tolist()) == sorted(truth)
     assert found.peers.bincount().sort().values.tolist() == [1, 1, 2, 3]
+    for refused in (FeatureInversion(), GradientInversion()):
+        with pytest.raises(RequirementError, match=r"sees 4 clients, each by itself.*secure_aggregation"):
+            attack(refused, *views, steps=1)
 
 
 def test_rounds_that_reach_no_colluder_are_not_observed_and_the_server_sees_all(noise_images: type) -> None:

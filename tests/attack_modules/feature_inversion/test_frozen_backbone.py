@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attack_modules.analytic.noisy_gates import NoisyGates
 from attack_modules.analytic.results import TrainingKnowledge
 from attack_modules.attack import AttackError
 from attack_modules.feature_inversion.frozen_backbone import FrozenBackbone, HeadAlone, OneStep
@@ -54,6 +55,15 @@ def test_what_was_not_found_is_refused(rounds: tuple) -> None:
         FrozenBackbone(starts=1, iterations=2).read(
             rounds[1], rounds[2], [TrainingKnowledge(RATE, 1)] * 12, list(range(12))
         )
+    told = [TrainingKnowledge(RATE, 1, number) for number in (9, 8)]
+    with pytest.raises(AttackError, match="Rounds 3 and 4 do not hold the same images"):
+        FrozenBackbone().read(rounds[1][:2], rounds[2][:2], told, [3, 4])
+    with (
+        pytest.warns(UserWarning, match="are read as if there were none"),
+        pytest.raises(AttackError, match="cannot be told apart"),
+    ):
+        told = [TrainingKnowledge(RATE, 1, 9, reading=NoisyGates())]
+        FrozenBackbone().read(rounds[1][:1], rounds[2][:1], told, [3])
     with pytest.raises(SettingError, match="starts >= 1"):
         FrozenBackbone(starts=0)
 
@@ -69,3 +79,5 @@ def test_rounds_that_train_more_than_a_layer_or_take_more_than_a_step_are_named(
     assert "they train features." in HeadAlone().violation(RoundsSummary(trained, shape, one))
     several = RoundsSummary(EfficientNetLite0(10, shape), shape, [Assumptions(client_lr=0.1, local_epochs=3)])
     assert "3 epoch(s)" in OneStep().violation(several)
+    adam = RoundsSummary(EfficientNetLite0(10, shape), shape, [Assumptions(0.1, 1, optimizer="Adam")])
+    assert "by Adam" in OneStep().violation(adam)
