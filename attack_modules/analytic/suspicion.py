@@ -1,5 +1,7 @@
 """Which defence an update looks like: what an attacker who is told of none should suspect."""
 
+import torch
+
 from attack_modules.analytic.counting import is_compressed
 from attack_modules.threat_model.plausibility import looks_like_signs
 from fl_lightning.client import Tensors
@@ -19,7 +21,10 @@ def suspected_defenses(update: Tensors) -> list[str]:
     if still and len(still) < len(update):
         shown = ", ".join(still[:3]) + (", ..." if len(still) > 3 else "")
         found.append(f"{shown} did not change, as if clients kept them for themselves or did not train them")
-    weights = max(update.values(), key=lambda tensor: tensor.numel() if tensor.any() else 0).flatten(1)
+    matrices = [tensor.flatten(1) for tensor in update.values() if tensor.ndim > 1 and tensor.any()]
+    if not matrices:  # the few entries of biases show nothing
+        return found
+    weights = max(matrices, key=torch.Tensor.numel)
     if looks_like_signs(update):
         found.append("the update's entries are nearly of one size, as by signs, few levels, or Adam at the clients")
     elif is_compressed(weights):

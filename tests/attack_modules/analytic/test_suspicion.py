@@ -53,3 +53,10 @@ def test_without_compression_nothing_is_suspected(defenses: tuple) -> None:
 def test_layers_that_stay_are_named() -> None:
     (clause,) = suspected_defenses({**mean_of(), "head.2.weight": torch.zeros(20, 256)})
     assert clause.startswith("head.2.weight did not change")
+
+
+def test_updates_of_biases_alone_show_what_stayed() -> None:
+    biases = {"features.0.bias": torch.zeros(40), "head.0.bias": torch.linspace(-1, 1, 50)}
+    assert suspected_defenses(biases) == [
+        "features.0.bias did not change, as if clients kept them for themselves or did not train them"
+    ]
