@@ -1,7 +1,8 @@
 """The command `audit`: plan a study, run its cells, and write the report."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,7 +85,10 @@ def audit(
     common, defences = {**(settings or {}), **given}, defences or [NO_DEFENCE]
     if observation is not None:
         common["observation"] = str(observation)
-        scenarios, defences = _of_the_past(scenarios), _of_the_past(defences)
+        kept = _of_the_past(defences) or [NO_DEFENCE]
+        left_out = {defence.name for defence in defences} - {defence.name for defence in kept}
+        scenarios = [_without(left_out, scenario) for scenario in _of_the_past(scenarios)]
+        defences = kept
     study = Study(title, scenarios, base, common, defences, seeds or [0, 1, 2])
     out = out.resolve()
     cells = study.cells()
@@ -145,6 +149,13 @@ def _of_the_past(items: list[Changes]) -> list[Changes]:
     if left_out := [item.name for item in items if item not in kept]:
         print(f"Left out, as the observed rounds have happened: {', '.join(left_out)}.", flush=True)
     return kept
+
+
+def _without(left_out: Collection[str], scenario: Scenario) -> Scenario:
+    """A scenario that does not name these defences."""
+    if scenario.defences is None:
+        return scenario
+    return replace(scenario, defences=[name for name in scenario.defences if name not in left_out])
 
 
 def _keys(item: Scenario | Defence) -> list[str]:

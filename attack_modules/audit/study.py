@@ -166,6 +166,11 @@ class Study:
                 raise SettingError(f"The name '{long[0][:57]}...' of a {what} has more than 60 characters. Shorten it.")
         known = {defence.name for defence in self.defences}
         for scenario in self.scenarios:
+            if scenario.defences == []:
+                raise SettingError(
+                    f"The scenario '{scenario.name}' has an empty list of `defences`, so it would not be run. Name "
+                    "some of the study's, or leave the list out for all."
+                )
             unknown = sorted(set(scenario.defences or ()) - known)
             if unknown:
                 raise SettingError(

@@ -204,6 +204,15 @@ def test_nothing_is_run_of_a_study_that_cannot_be_read(study: Study, fake: Calla
     assert not (tmp_path / "out").exists()
 
 
+def test_defences_that_observed_rounds_rule_out_are_not_missed(
+    study: Study, fake: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = replace(study, scenarios=[replace(study.scenarios[0], defences=["none", "noise"])])
+    (tmp_path / "rounds").mkdir()
+    run(both, fake, tmp_path / "out", dry_run=True, observation=tmp_path / "rounds")
+    assert "1 scenario(s), 1 defence(s), 3 seed(s): 3 runs" in capsys.readouterr().out
+
+
 def test_intervals_times_and_letters() -> None:
     assert Interval.of([0.2, None, 0.4]) == Interval(pytest.approx(0.3), 0.2, 0.4, 2)
     three = Interval.of([1.0, 2.0, 3.0])  # t quantile 4.3027 of 2 degrees of freedom, over the root of 3

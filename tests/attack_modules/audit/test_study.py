@@ -55,6 +55,7 @@ def test_a_cell_of_an_edited_configuration_is_another_cell(study: Study, tmp_pat
         ({"seeds": [1, 1]}, "The seed '1' occurs twice"),
         ({"defences": [Defence("none"), Defence("none")]}, "The defence 'none' occurs twice"),
         ({"scenarios": [Scenario("a", defences=["nine"])]}, "names the defence 'nine'"),
+        ({"scenarios": [Scenario("a", defences=[])]}, "'a' has an empty list of `defences`"),
         ({"scenarios": [Scenario("a" * 61)]}, "more than 60 characters"),
         ({"scenarios": [Scenario("a", settings={"trainer.logger": False})]}, "`trainer.logger` is set by the study"),
         ({"defences": [Defence("a", configs=[Path("nowhere.yaml")])]}, "no configuration 'nowhere.yaml'"),
