@@ -60,7 +60,13 @@ class Confirmation:
             )
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
-        """Share of the members that are nearer than all but this share of the strangers."""
+        """Share of the members that are nearer than all but this share of the strangers, a share in [0, 1].
+
+        Raises:
+            SettingError: it is no share.
+        """
+        if not 0 <= false_positive_rate <= 1:
+            raise SettingError(f"A false positive rate of {false_positive_rate} came, but it is a share from 0 to 1.")
         strangers = self.near[~self.member].sort().values
         allowed = int(false_positive_rate * len(strangers))
         limit = strangers[allowed] if allowed < len(strangers) else torch.inf
