@@ -14,11 +14,10 @@ from attack_modules.attack import Level
 from attack_modules.audit.study import Cell
 from attack_modules.audit.workers import CellRecord
 from attack_modules.evaluation.finished_run import FinishedRun, ImageRow, StrangersOf
+from attack_modules.evaluation.persons import RECOGNISABLE
 from attack_modules.panels import to_pil
 from fl_lightning.errors import AuditError, in_short
 
-RECOGNISABLE = 20.0
-"""PSNR in dB above which a person recognises a picture."""
 COPY = 30.0
 """PSNR in dB from which a reconstruction is a copy."""
 SHOWN = 4

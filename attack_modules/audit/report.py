@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from attack_modules.audit.conclusions import BY_CHANCE, CONFIDENCE, NO_PROOF, Conclusions, Group, Interval
-from attack_modules.audit.readings import COPY, RECOGNISABLE, Reading, letter
+from attack_modules.audit.readings import COPY, Reading, letter
 from attack_modules.audit.workers import in_words
+from attack_modules.evaluation.persons import RECOGNISABLE
 from fl_lightning.errors import SettingError
 from fl_lightning.storage import write_json, write_text
 

@@ -5,8 +5,8 @@ from typing import Any
 from attack_modules.evaluation.metrics import Scorecard
 from fl_lightning.truth import Truth
 
-SEEN = 20.0
-"""PSNR in dB from which a person can be seen in an image."""
+RECOGNISABLE = 20.0
+"""PSNR in dB from which a person recognises what, or whom, an image shows: a convention, no measurement."""
 
 
 def by_person(truth: Truth, scorecard: Scorecard) -> dict[str, dict[str, Any]]:
@@ -17,8 +17,8 @@ def by_person(truth: Truth, scorecard: Scorecard) -> dict[str, dict[str, Any]]:
         scorecard: of the reconstructions matched to them.
 
     Returns:
-        For each person `images`, the number of originals that show them, `found` of these, `seen` with a PSNR of `SEEN`
-        or more; `best_psnr` in dB, None if none was found; and the `clients` that hold them.
+        For each person `images`, the number of originals that show them, `found` of these, `seen` with a PSNR of
+        `RECOGNISABLE` or more; `best_psnr` in dB, None if none was found; and the `clients` that hold them.
     """
     psnr = scorecard.per_image["psnr"].tolist()
     persons: dict[str, dict[str, Any]] = {}
@@ -28,7 +28,7 @@ def by_person(truth: Truth, scorecard: Scorecard) -> dict[str, dict[str, Any]]:
         persons[name] = {
             "images": len(held),
             "found": len(found),
-            "seen": sum(value >= SEEN for value in found),
+            "seen": sum(value >= RECOGNISABLE for value in found),
             "best_psnr": max(found, default=None),
             "clients": sorted({int(truth.clients[row]) for row in held}),
         }
