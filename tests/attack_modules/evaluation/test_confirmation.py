@@ -30,7 +30,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         distances(torch.zeros(2, 3), torch.zeros(4, 5))
     with pytest.raises(SettingError, match="1 candidate came"):
         distances(torch.zeros(2, 3), torch.zeros(1, 3))
-    with pytest.raises(SettingError, match="false positive rate of -0.1 came"):
+    with pytest.raises(SettingError, match=r"false positive rate of -0.1 came"):
         Confirmation(torch.tensor([0.0, 1.0]), torch.tensor([True, False])).true_positive_rate(-0.1)
     with pytest.raises(SettingError, match="at least one member and one stranger"):
         Confirmation(torch.zeros(3), torch.ones(3).bool())
