@@ -64,6 +64,7 @@ class StackedRounds:
         basis: (N, D) orthonormal.
         noise: standard deviation of the independent noise in an entry of the gradients, as beyond the rank.
         gap: singular value N over singular value N + 1.
+        shown: number of images at the largest such ratio, also where N was told.
         biased: whether the last of the D features is the 1 of a bias.
     """
 
@@ -73,6 +74,7 @@ class StackedRounds:
     basis: Tensor
     noise: float
     gap: float
+    shown: int
     biased: bool
 
     @classmethod
@@ -93,7 +95,8 @@ class StackedRounds:
         left, singular, basis = torch.linalg.svd(stacked, full_matrices=False)
         most = min(rounds * (classes - 1), width) - 1
         ratios = singular[:-1] / singular[1:].clamp_min(torch.finfo(torch.float64).tiny)
-        found = num_images or (int(ratios[:most].argmax()) + 1 if most > 0 else 1)
+        shown = int(ratios[:most].argmax()) + 1 if most > 0 else 1
+        found = num_images or shown
         if found > most:
             raise AttackError(
                 f"{counted(found, 'image')} cannot be told apart in {counted(rounds, 'round')} of {classes} classes "
@@ -114,6 +117,7 @@ class StackedRounds:
             basis=basis[:found],
             noise=found * (singular[found:].square().sum() / freedom).sqrt().item(),
             gap=gap,
+            shown=shown,
             biased=biased,
         )
 
