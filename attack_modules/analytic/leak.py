@@ -93,9 +93,9 @@ def leak_rounds(
     try:
         if len(layers[0]) == 1:
             found = read_single(space, targets, training, scale)
-        elif len(labels.unique()) == num_images:
+        elif len(labels.unique()) == num_images and (num_images < len(last[0]) or len(layers) > 1):
             found = read_stack(space, last, weight, targets, training, scale, iterations)
-        else:
+        else:  # also with one image of each class: the rows of P - Y then sum to 0, so G2 hides a direction of H
             count, labels, found = _read_shared(space, first, last[0], weight[0], count, training, iterations)
             num_images = count.num_images
             scale = num_images / (training.lr * training.steps)

@@ -47,7 +47,8 @@ def leak_defended(
     keeps and rounding resolves them. Images are counted and classes found in the mean of all rounds.
 
     Raises:
-        UnreadableDefense: the head is not two linear layers, images share classes, or equations cannot be solved.
+        UnreadableDefense: the head is not two linear layers, images share classes or there is one of each class, or
+            equations cannot be solved.
     """
     layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
     if len(layers[0]) != 2:
@@ -59,10 +60,10 @@ def leak_defended(
     hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
     space = RowSpace.of(first, before[0][0])
     count, labels = read_counts(space, [last.double()], hidden, training)
-    if len(labels.unique()) < len(labels):
+    if len(labels.unique()) < len(labels) or len(labels) == len(last):
         raise UnreadableDefense(
-            f"{len(labels)} images share {len(labels.unique())} classes, but the peers' defence is read only where "
-            "every image has a class of its own."
+            f"{len(labels)} images are of {len(labels.unique())} of {len(last)} classes, but the peers' defence is "
+            "read only where every image has a class of its own, and a class has none."
         )
     scale = len(labels) / (training.lr * training.steps)
     targets = training.loss.targets(labels, len(last), last.double(), training.sizes)

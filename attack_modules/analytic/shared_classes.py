@@ -1,4 +1,4 @@
-"""Heads of two linear layers where images share classes."""
+"""Heads of two linear layers where images share classes, or there is one of each class."""
 
 from dataclasses import replace
 from functools import partial

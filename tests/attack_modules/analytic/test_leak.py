@@ -93,8 +93,9 @@ def test_several_steps_beat_first_order() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_few_classes_are_exact(bias: bool) -> None:
-    labels = torch.tensor([0, 0, 1, 3, 3, 3])
+@pytest.mark.parametrize("labels", [[0, 0, 1, 3, 3, 3], [0, 1, 2, 3]], ids=["shared", "one of each"])
+def test_few_classes_are_exact(bias: bool, labels: list[int]) -> None:
+    labels = torch.tensor(labels)
     features = make_features(len(labels))
     update, before = train(make_head(bias, classes=4, hidden=128), features, labels, lr=0.01, steps=1)
     found = leak(update, before, TrainingKnowledge(lr=0.01, steps=1))
