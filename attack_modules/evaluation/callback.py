@@ -237,7 +237,7 @@ class Evaluation(Callback):
         lpips = Lpips.if_available() if truth else None
         scorecard = truth and score(images, truth.images, labels, truth.labels, recogniser, lpips)
         raw = Outcome(images, labels, scorecard, misfit, verdict)
-        outcomes, results = {"reconstruction": raw}, self._results(trainer, attack, raw, memory)
+        outcomes, results = {"reconstruction": raw}, self._results(trainer, attack, raw, truth, memory)
         of = f"Of {int((scorecard.assignment >= 0).sum())} originals found: " if truth else "Without originals: "
         print(of + raw.line())
         if truth and reconstruction.peers is not None and (scorecard.assignment >= 0).sum() > 1:
@@ -287,11 +287,12 @@ class Evaluation(Callback):
             panel(truth, outcomes, reconstruction.peers).save(temporary, format="png")
         write_json(directory / "results.json", results)
 
-    def _results(self, trainer: Trainer, attack: Attack, raw: Outcome, memory: int | None) -> dict[str, Any]:
+    def _results(
+        self, trainer: Trainer, attack: Attack, raw: Outcome, truth: Truth | None, memory: int | None
+    ) -> dict[str, Any]:
         rounds, postprocessing = attack.observed_rounds, self.postprocessing
         assumptions = rounds[-1].assumptions
         private = ("labels", "client_sizes", "sources")
-        truth = self._truth(trainer, attack)
         steps = max(trainer.global_step, self._steps)  # `test` counts none of its own
         return {
             "attack": attack.title,

@@ -447,7 +447,7 @@ class FeatureInversion(Attack):
         return {
             **asdict(found.diagnosis),
             "scale": self.scale,
-            "uncertainty": found.uncertainty.median().item(),
+            "uncertainty": (found.uncertainty if self.noise is None else self.noise).median().item(),
             "peers": peers,
             "images_by_class": dict(sorted(counts.items())),
         }

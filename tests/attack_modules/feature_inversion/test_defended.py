@@ -43,6 +43,7 @@ def test_known_defence_chooses_the_reading(
     assert known.leakage.labels.tolist() == [0, 1, 2, 3]
     assert ((known.noise > 0.01) & (known.noise < 1)).all()
     assert torch.equal(known.features, known.leakage.features) != (reading is PrunedUpdate)
+    assert known.diagnosis()["uncertainty"] == known.noise.median()  # of what was inverted last
     plain = attack(FeatureInversion(), observe(trained(defense), Knowledge(defenses="unknown"), **WIDE), steps=2)
     assert plain.leakage.defended is None
     assert plain.noise is None
