@@ -113,7 +113,7 @@ class FrozenBackbone(RoundsReader):
         diagnosis = Diagnosis(
             num_images=rounds.num_images,
             held=len(found.labels.unique()),
-            shown=rounds.shown,
+            shown=rounds.num_images,
             disentangled=rounds.num_images,
             gap=found.gap,
             residual=found.residual * rounds.noise * rounds.gradients.numel() ** 0.5 / rounds.gradients.norm().item(),

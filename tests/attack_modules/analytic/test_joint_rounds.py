@@ -114,6 +114,18 @@ def test_rounds_without_enough_equations_or_visible_rank_are_refused() -> None:
         StackedRounds.of(weights, gradients + noise, biased=True)
 
 
+def test_a_gap_before_images_that_noise_hides_is_not_taken_for_the_rank() -> None:
+    generator = torch.Generator().manual_seed(1)
+    own = torch.randn(9, WIDTH, generator=generator) + 2 * torch.randn(WIDTH, generator=generator)  # much in common
+    weights, gradients = federate(
+        12 * own / own.norm(dim=1, keepdim=True), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3]), 12
+    )
+    assert StackedRounds.of(weights, gradients, biased=True).num_images == 9
+    noise = torch.randn(gradients.shape, generator=generator, dtype=torch.float64)
+    with pytest.raises(AttackError, match="more than 4 images, which noise hides: singular value 5"):
+        StackedRounds.of(weights, gradients + 0.01 * gradients.square().mean().sqrt() * noise, biased=True)
+
+
 def test_a_head_without_bias_is_refused(nine: tuple) -> None:
     with pytest.raises(AttackError, match="no bias"):
         solve_rounds(replace(nine[2], biased=False))
