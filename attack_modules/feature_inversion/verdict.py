@@ -27,8 +27,8 @@ LEAST_PSNR = {Level.CERTAIN: 25.0, Level.LIKELY: 20.0, Level.UNRELIABLE: 14.0}
 MUCH = 0.5
 """Share of the update from which too much is unexplained."""
 MUCH_OF_PRUNED = 0.33
-"""The same, of what the peers sent of a pruned update. Measured where 10 % are sent: 0.19 to 0.21 where the images are as
-foretold (25 dB), 0.45 to 0.57 where they are far worse (11 and 17 dB), after training or at a large rate."""
+"""The same, of what the peers sent of a pruned update. Measured where 10 % are sent: 0.19 to 0.21 where the images are
+as foretold (25 dB), 0.45 to 0.57 where they are far worse (11 and 17 dB), after training or at a large rate."""
 LEAST_RESIDUAL = 0.02
 """Share of the update up to which what is unexplained does not matter. Beyond, features that drift leave at most 0.4 of
 their correction unexplained as measured, images that are augmented 8 times as much as it."""
