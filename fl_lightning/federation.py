@@ -226,7 +226,7 @@ class Federation:
                 self.truth(view[0], data, view[1]).save(record.truth(*view))
         model = self.initial_model(data)
         kept_buffers: dict[str, Tensors] = {}  # by client, where they are not shared
-        memory: dict[str, Tensors] = {}  # of the server's optimiser, by parameter
+        server_memory: dict[str, Tensors] = {}  # of the server's optimiser, by parameter
         kept_memory: dict[str, Tensors] = {}  # of defences, by client
         recorded = self.rounds_to_record(data)
         start = 0
@@ -241,7 +241,7 @@ class Federation:
             else:
                 model.load_state_dict(state["model"])
                 start, kept_buffers = state["rounds_done"], state["kept_buffers"]
-                memory, kept_memory = state.get("server_memory", {}), state.get("kept_memory", {})
+                server_memory, kept_memory = state.get("server_memory", {}), state.get("kept_memory", {})
         _ = data.test_set  # one that cannot be read is refused before the rounds, not after the first
         logger = TensorBoardLogger(record.directory, name="", version="tensorboard")
         # several clients, a server, and defences on arrival know more than what crosses one client's wire
@@ -252,7 +252,7 @@ class Federation:
             for round_ in range(start, self.rounds):
                 receivers = self._receivers(round_, data)
                 self.engine.announce(model, round_, [c for c in receivers if c not in self._training(round_, data)])
-                model, observations = self._round(round_, model, data, kept_buffers, memory, kept_memory)
+                model, observations = self._round(round_, model, data, kept_buffers, server_memory, kept_memory)
                 self.engine.announce(model, round_ + 1, receivers)
                 if round_ in recorded:
                     for client, observation in observations.items():
@@ -265,7 +265,7 @@ class Federation:
                         "rounds_done": round_ + 1,
                         "model": model.state_dict(),
                         "kept_buffers": kept_buffers,
-                        "server_memory": memory,
+                        "server_memory": server_memory,
                         "kept_memory": kept_memory,
                     },
                 )
@@ -284,11 +284,12 @@ class Federation:
         model: ImageClassifier,
         data: FederatedData,
         kept_buffers: dict[str, Tensors],
-        memory: dict[str, Tensors],
+        server_memory: dict[str, Tensors],
         kept_memory: dict[str, Tensors],
     ) -> tuple[ImageClassifier, dict[View, Observation]]:
         """The next global model, and what the seat sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        new_buffers = {name: before[name] for name in buffers(model)}  # of a client that has none of its own yet
         training = self._training(round_, data)
         seed = seed_of(self.seed, round_)
         at_server = occasions(self.server_defenses, parameters(model), seed, kept_memory.get(SERVER, {}))
@@ -297,10 +298,9 @@ class Federation:
 
         def tasks() -> Iterator[ClientTask]:
             for client in training:
-                model.load_state_dict(kept_buffers.get(str(client), {}), strict=False)
-                memory = kept_memory.get(str(client), {})
-                seed = seed_of(self.seed, round_, client)
-                yield ClientTask(model, data.clients[client], seed, memory, client, round_)
+                own_seed, own_memory = seed_of(self.seed, round_, client), kept_memory.get(str(client), {})
+                model.load_state_dict(kept_buffers.get(str(client), new_buffers), strict=False)
+                yield ClientTask(model, data.clients[client], own_seed, own_memory, client, round_)
 
         def updates() -> Iterator[ClientUpdate]:
             for client, result in zip(training, self.engine.train(tasks(), self.client, self.accelerator), strict=True):
@@ -308,7 +308,7 @@ class Federation:
                     kept_buffers[str(client)] = result.buffers
                 if result.memory:
                     kept_memory[str(client)] = result.memory
-                sent = result
+                sent = result if self.share_buffers else replace(result, buffers={})
                 for defense, occasion in at_server:
                     arrived = defense.on_arrival(result.update, result.num_examples, occasion)
                     result = replace(result, update=arrived)
@@ -325,7 +325,7 @@ class Federation:
             update = defense.on_mean(update, occasion)
         if self.server_defenses:
             kept_memory[SERVER] = memory_of(at_server)
-        parameters_after = server_step(parameters(model), update, self.server_lr, self.server, memory, round_)
+        parameters_after = server_step(parameters(model), update, self.server_lr, self.server, server_memory, round_)
         model.load_state_dict({**before, **parameters_after, **(mean.buffers if self.share_buffers else {})})
         after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         whole = Observation(round_, before, after, {}, 0.0, describe_model(model))
