@@ -16,11 +16,18 @@ from torch.nn import functional as F
 from fl_lightning.aggregation import aggregate, server_step
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, buffers, parameters
 from fl_lightning.data import FederatedData
-from fl_lightning.defenses import ServerDefense, describe_defenses, memory_of, occasions
+from fl_lightning.defenses import (
+    ServerDefense,
+    describe_defenses,
+    guaranteeing,
+    memory_of,
+    occasions,
+    refuse_unfit_order,
+)
 from fl_lightning.engines import Engine, InProcess
 from fl_lightning.errors import SettingError, positive
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trainable
-from fl_lightning.models.freezing import freeze, frozen_names
+from fl_lightning.models.freezing import batch_statistics, freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
 from fl_lightning.record import Record, describe
 from fl_lightning.seats import CuriousClient, Seat, View
@@ -107,6 +114,14 @@ class Federation:
         self.share_buffers = share_buffers
         self.broadcast = broadcast
         self.seat = seat or CuriousClient()
+        refuse_unfit_order(self.server_defenses)
+        if self.server_defenses and self.seat.has_the_mean:
+            raise SettingError(
+                "A server behind secure aggregation has the clients' mean before its own "
+                f"{type(self.server_defenses[0]).__name__} changes it, so `federation.server_defenses` hide nothing "
+                "from it. Leave them out, defend at the clients (`federation.client.defenses`), or choose another "
+                "`federation.seat`."
+            )
         self.observed_rounds = None if observed_rounds is None else sorted(set(observed_rounds))
         self.engine = engine or InProcess()
         self.accelerator = accelerator
@@ -133,8 +148,9 @@ class Federation:
         `broadcast` is not among it: it only says which rounds may be observed.
 
         Raises:
-            SettingError: a round cannot be observed, there is one class only, `trainable` names no parameter, or
-                class weights are not as many as classes.
+            SettingError: a round cannot be observed, there is one class only, `trainable` names no parameter, class
+                weights are not as many as classes, all clients collude, the model's normalisation is of other
+                channels, or its BatchNorm breaks a guarantee of privacy.
             MissingFile: there are no `initial_weights`.
         """
         data.setup()
@@ -155,10 +171,12 @@ class Federation:
                 "`federation.seat.count`, or raise `data.num_clients`."
             )
         model = on_meta(lambda: self.model(data.num_classes, data.image_shape))
+        frozen = frozen_names(model, self.trainable)
+        self._refuse_unfit_model(freeze(model, frozen), data.image_shape[0])
         return {
             "model": describe_model(model),
             "initial_weights": None if self.initial_weights is None else content_of(self.initial_weights),
-            "frozen": sorted(frozen_names(model, self.trainable)),
+            "frozen": sorted(frozen),
             "client": self.client.describe(),
             "rounds": self.rounds,
             "clients_per_round": self.clients_per_round,
@@ -171,6 +189,22 @@ class Federation:
             "seed": self.seed,
             "data": data.describe() | {"content": data.content},
         }
+
+    def _refuse_unfit_model(self, model: ImageClassifier, channels: int) -> None:
+        """Refuse a model for images of other channels, or whose statistics are sent beside a guarantee of privacy."""
+        for name, values in (("mean", model.mean), ("std", model.std)):
+            if values.numel() not in (1, channels):  # PyTorch would repeat the one channel of a greyscale image
+                raise SettingError(
+                    f"The model's `{name}` has {values.numel()} values, but images have {channels} channel(s). Give "
+                    f"one value for each channel or one for all (`federation.model.{name}`), or set `data.channels`."
+                )
+        promising, layers = guaranteeing([*self.client.defenses, *self.server_defenses]), batch_statistics(model)
+        if self.share_buffers and promising and layers:
+            raise SettingError(
+                f"{promising[0]} guarantees nothing beside BatchNorm ('{layers[0]}' of {type(model).__name__}), whose "
+                "statistics are sent without noise. Set `federation.share_buffers: false`, freeze it "
+                "(`federation.trainable`), or choose a model without it."
+            )
 
     def introduction(self, data: FederatedData) -> str:
         """The federation in one sentence."""

@@ -95,6 +95,17 @@ class ClientDefense(Defense):
 class ServerDefense(Defense):
     """What the server does to the updates that arrive, or to their mean before its step."""
 
+    def refuse_among(self, earlier: Sequence["ServerDefense"], later: Sequence["ServerDefense"]) -> None:
+        """Refuse a list of the server's defences in which this one does not do what it promises.
+
+        Args:
+            earlier: those that are applied before it.
+            later: those that are applied after it.
+
+        Raises:
+            SettingError: they do not go together.
+        """
+
     def on_arrival(self, update: Tensors, num_examples: int, occasion: Occasion) -> Tensors:
         """What enters the mean of a client's update.
 
@@ -119,6 +130,21 @@ class UpdateDefense(ClientDefense, ServerDefense, ABC):
 
     def on_mean(self, update: Tensors, occasion: Occasion) -> Tensors:
         return self.on_update(update, occasion)
+
+
+def refuse_unfit_order(defenses: Sequence[ServerDefense]) -> None:
+    """Refuse a list of the server's defences in which one does not do what it promises.
+
+    Raises:
+        SettingError: they do not go together.
+    """
+    for place, defense in enumerate(defenses):
+        defense.refuse_among(defenses[:place], defenses[place + 1 :])
+
+
+def guaranteeing(defenses: Sequence[Defense]) -> list[str]:
+    """Names of the classes of those defences that guarantee differential privacy."""
+    return [type(defense).__name__ for defense in defenses if type(defense).privacy != Defense.privacy]
 
 
 D = TypeVar("D", bound=Defense)

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fl_lightning.data import FederatedData, ImageFolder, Photographs
 from fl_lightning.engines import InProcess
 from fl_lightning.errors import SettingError
 from fl_lightning.federation import Federation
-from fl_lightning.models import ImageClassifier
+from fl_lightning.models import ImageClassifier, LeNet5
 from fl_lightning.observation import Observation
 from fl_lightning.record import Record, RecordError, fingerprint
 from fl_lightning.seats import CuriousServer
@@ -60,9 +61,8 @@ def _run(directory: Path) -> None:
 KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
-from typing import Any
 from fl_lightning import federation as module
-from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining
+from fl_lightning.client import LocalTraining
 from fl_lightning.data import Photographs
 
 save = module.save_checkpoint
@@ -236,6 +236,12 @@ def test_accuracy_reaches_tensorboard(tmp_path: Path) -> None:
     losses = [event.value for event in events.Scalars("train_loss")]
     assert [event.step for event in events.Scalars("train_accuracy")] == [1, 2, 3, 4]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_normalisation_of_other_channels_is_refused(noise_images: type[FederatedData]) -> None:
+    data = noise_images(num_clients=2, images_per_client=1, image_size=16, channels=1)
+    with pytest.raises(SettingError, match="`mean` has 3 values, but images have 1 channel"):
+        Federation(partial(LeNet5, mean=(0.4, 0.5, 0.6))).settings(data)
 
 
 def test_settings_are_json_and_decide_the_fingerprint(noise_images: type[FederatedData]) -> None:
