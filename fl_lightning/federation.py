@@ -44,8 +44,8 @@ SERVER = "server"
 class Federation:
     """A server and its clients: FedAvg (McMahan et al. 2017, Algorithm 1).
 
-    With `client.local_epochs: 1` and full batches it is FedSGD. The last client is the observer: it trains like the
-    others, and what it receives in the observed rounds is written to the record.
+    With `client.local_epochs: 1` and full batches it is FedSGD. What reaches the `seat` in the observed rounds is
+    written to the record; by default that is the last client's, which trains like the others.
 
     Args:
         model: the global model's class, called with the number of classes and the shape of an image.
