@@ -10,8 +10,6 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
-from torch import Tensor
-from torch.nn import functional as F
 
 from fl_lightning.aggregation import aggregate, server_step
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, buffers, parameters
@@ -30,6 +28,7 @@ from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trai
 from fl_lightning.models.freezing import batch_statistics, freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
 from fl_lightning.record import Record, describe
+from fl_lightning.scores import scores_of
 from fl_lightning.seats import CuriousClient, Seat, View
 from fl_lightning.seeds import seed_of
 from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
@@ -303,7 +302,7 @@ class Federation:
                         "kept_memory": kept_memory,
                     },
                 )
-                scores = self._evaluate(model, data)
+                scores = scores_of(model, data, self.share_buffers)
                 logger.log_metrics(scores, step=round_ + 1)
                 logger.save()
                 shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
@@ -456,30 +455,6 @@ class Federation:
             sources=[source for images in sets for source in images.sources],
             persons=[person for images in sets for person in images.persons],
         )
-
-    @torch.no_grad()
-    def _evaluate(self, model: ImageClassifier, data: FederatedData) -> dict[str, float]:
-        """Loss and accuracy of the global model, on the test set if the data has one, else on the clients' images."""
-        if data.test_set is None:
-            split, sets = "train", [images for images in data.clients if len(images)]
-        else:
-            split, sets = "test", [data.test_set]
-        trained = [module for module in model.modules() if module.training]  # frozen BatchNorm is not
-        model.eval()
-        for module in trained:  # statistics that are not shared are not the global model's: use the batch's
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not self.share_buffers:
-                module.training = True
-        state = {name: tensor.clone() for name, tensor in buffers(model).items()}
-        loss, correct, total = 0.0, 0, 0
-        for images, labels in (batch for held in sets for batch in held.dataloader(256)):
-            logits: Tensor = model(images)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            correct += int((logits.argmax(1) == labels).sum())
-            total += len(labels)
-        model.load_state_dict(state, strict=False)
-        for module in trained:
-            module.training = True
-        return {f"{split}_loss": loss / total, f"{split}_accuracy": correct / total}
 
 
 def _listed(rounds: list[int], most: int = 8) -> str:
