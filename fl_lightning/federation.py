@@ -63,7 +63,8 @@ class Federation:
             client, as with Flower, whose server by default has all clients evaluate every round's model.
         seat: who looks; null for the last client.
         observed_rounds: rounds, from 0, that are written to the record; null for the last that can be observed.
-        initial_weights: a file of the weights to begin from, as `observe` reads them; null for new ones of the seed.
+        initial_weights: a file of the weights to begin from, as `observe` reads them; null for the model's own (of the
+            seed, or its `weights`).
         trainable: what clients train: `all` parameters, those of the `head`, or a list of names of layers or patterns
             of parameter names (`features.6`, `*.bias`). The rest is frozen, its BatchNorm in eval mode; it is not sent.
         engine: where clients run.
