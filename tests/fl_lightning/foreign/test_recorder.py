@@ -111,7 +111,7 @@ def test_training_goes_on_whatever_happens(
     Recorder(tmp_path / "none").global_model({"optimizer": object()}, 0)
     Recorder(tmp_path / "empty").global_model({}, 0)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 5  # one for each recorder
-    assert "No space left on device" in caplog.messages[0] and "training goes on" in caplog.messages[0]
+    assert "Could not write" in caplog.messages[0] and "training goes on" in caplog.messages[0]
     with pytest.raises(StorageError, match=r"no two consecutive global models \(those of round 0, 2 are there\)"):
         recorded_rounds(tmp_path / "full")
 
