@@ -71,6 +71,9 @@ class Federation:
         accelerator: what clients train on (`cpu`, `gpu`, `auto`).
         seed: of the model's initial weights, the sampling of clients and the order of mini-batches; null for
             that of `seed_everything`.
+
+    Raises:
+        SettingError: a setting is out of range, or two of them do not go together.
     """
 
     def __init__(
