@@ -58,7 +58,8 @@ class LocalTraining:
         if not (positive(self.lr) and counts and 0 <= self.momentum < 1 and non_negative(self.weight_decay)):
             raise SettingError(
                 "`federation.client` needs lr > 0, local_epochs >= 1, batch_size >= 1 or null, momentum in [0, 1) and "
-                f"weight_decay >= 0, but got {self}."
+                f"weight_decay >= 0, but got lr={self.lr}, local_epochs={self.local_epochs}, "
+                f"batch_size={self.batch_size}, momentum={self.momentum} and weight_decay={self.weight_decay}."
             )
         _ = self.loss  # which refuses its own numbers
         for place, defense in enumerate(self.defenses):

@@ -10,19 +10,25 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
-from torch import Tensor
-from torch.nn import functional as F
 
 from fl_lightning.aggregation import aggregate, server_step
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, buffers, parameters
 from fl_lightning.data import FederatedData
-from fl_lightning.defenses import ServerDefense, describe_defenses, memory_of, occasions
+from fl_lightning.defenses import (
+    ServerDefense,
+    describe_defenses,
+    guaranteeing,
+    memory_of,
+    occasions,
+    refuse_unfit_order,
+)
 from fl_lightning.engines import Engine, InProcess
 from fl_lightning.errors import SettingError, positive
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trainable
-from fl_lightning.models.freezing import freeze, frozen_names
+from fl_lightning.models.freezing import batch_statistics, freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
 from fl_lightning.record import Record, describe
+from fl_lightning.scores import scores_of
 from fl_lightning.seats import CuriousClient, Seat, View
 from fl_lightning.seeds import seed_of
 from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
@@ -37,8 +43,8 @@ SERVER = "server"
 class Federation:
     """A server and its clients: FedAvg (McMahan et al. 2017, Algorithm 1).
 
-    With `client.local_epochs: 1` and full batches it is FedSGD. The last client is the observer: it trains like the
-    others, and what it receives in the observed rounds is written to the record.
+    With `client.local_epochs: 1` and full batches it is FedSGD. What reaches the `seat` in the observed rounds is
+    written to the record; by default that is the last client's, which trains like the others.
 
     Args:
         model: the global model's class, called with the number of classes and the shape of an image.
@@ -57,13 +63,17 @@ class Federation:
             client, as with Flower, whose server by default has all clients evaluate every round's model.
         seat: who looks; null for the last client.
         observed_rounds: rounds, from 0, that are written to the record; null for the last that can be observed.
-        initial_weights: a file of the weights to begin from, as `observe` reads them; null for new ones of the seed.
+        initial_weights: a file of the weights to begin from, as `observe` reads them; null for the model's own (of the
+            seed, or its `weights`).
         trainable: what clients train: `all` parameters, those of the `head`, or a list of names of layers or patterns
             of parameter names (`features.6`, `*.bias`). The rest is frozen, its BatchNorm in eval mode; it is not sent.
         engine: where clients run.
         accelerator: what clients train on (`cpu`, `gpu`, `auto`).
         seed: of the model's initial weights, the sampling of clients and the order of mini-batches; null for
             that of `seed_everything`.
+
+    Raises:
+        SettingError: a setting is out of range, or two of them do not go together.
     """
 
     def __init__(
@@ -107,6 +117,14 @@ class Federation:
         self.share_buffers = share_buffers
         self.broadcast = broadcast
         self.seat = seat or CuriousClient()
+        refuse_unfit_order(self.server_defenses)
+        if self.server_defenses and self.seat.has_the_mean:
+            raise SettingError(
+                "A server behind secure aggregation has the clients' mean before its own "
+                f"{type(self.server_defenses[0]).__name__} changes it, so `federation.server_defenses` hide nothing "
+                "from it. Leave them out, defend at the clients (`federation.client.defenses`), or choose another "
+                "`federation.seat`."
+            )
         self.observed_rounds = None if observed_rounds is None else sorted(set(observed_rounds))
         self.engine = engine or InProcess()
         self.accelerator = accelerator
@@ -133,8 +151,9 @@ class Federation:
         `broadcast` is not among it: it only says which rounds may be observed.
 
         Raises:
-            SettingError: a round cannot be observed, there is one class only, `trainable` names no parameter, or
-                class weights are not as many as classes.
+            SettingError: a round cannot be observed, there is one class only, `trainable` names no parameter, class
+                weights are not as many as classes, all clients collude, the model's normalisation is of other
+                channels, or its BatchNorm breaks a guarantee of privacy.
             MissingFile: there are no `initial_weights`.
         """
         data.setup()
@@ -155,10 +174,12 @@ class Federation:
                 "`federation.seat.count`, or raise `data.num_clients`."
             )
         model = on_meta(lambda: self.model(data.num_classes, data.image_shape))
+        frozen = frozen_names(model, self.trainable)
+        self._refuse_unfit_model(freeze(model, frozen), data.image_shape[0])
         return {
             "model": describe_model(model),
             "initial_weights": None if self.initial_weights is None else content_of(self.initial_weights),
-            "frozen": sorted(frozen_names(model, self.trainable)),
+            "frozen": sorted(frozen),
             "client": self.client.describe(),
             "rounds": self.rounds,
             "clients_per_round": self.clients_per_round,
@@ -171,6 +192,22 @@ class Federation:
             "seed": self.seed,
             "data": data.describe() | {"content": data.content},
         }
+
+    def _refuse_unfit_model(self, model: ImageClassifier, channels: int) -> None:
+        """Refuse a model for images of other channels, or whose statistics are sent beside a guarantee of privacy."""
+        for name, values in (("mean", model.mean), ("std", model.std)):
+            if values.numel() not in (1, channels):  # PyTorch would repeat the one channel of a greyscale image
+                raise SettingError(
+                    f"The model's `{name}` has {values.numel()} values, but images have {channels} channel(s). Give "
+                    f"one value for each channel or one for all (`federation.model.{name}`), or set `data.channels`."
+                )
+        promising, layers = guaranteeing([*self.client.defenses, *self.server_defenses]), batch_statistics(model)
+        if self.share_buffers and promising and layers:
+            raise SettingError(
+                f"{promising[0]} guarantees nothing beside BatchNorm ('{layers[0]}' of {type(model).__name__}), whose "
+                "statistics are sent without noise. Set `federation.share_buffers: false`, freeze it "
+                "(`federation.trainable`), or choose a model without it."
+            )
 
     def introduction(self, data: FederatedData) -> str:
         """The federation in one sentence."""
@@ -226,7 +263,7 @@ class Federation:
                 self.truth(view[0], data, view[1]).save(record.truth(*view))
         model = self.initial_model(data)
         kept_buffers: dict[str, Tensors] = {}  # by client, where they are not shared
-        memory: dict[str, Tensors] = {}  # of the server's optimiser, by parameter
+        server_memory: dict[str, Tensors] = {}  # of the server's optimiser, by parameter
         kept_memory: dict[str, Tensors] = {}  # of defences, by client
         recorded = self.rounds_to_record(data)
         start = 0
@@ -241,7 +278,7 @@ class Federation:
             else:
                 model.load_state_dict(state["model"])
                 start, kept_buffers = state["rounds_done"], state["kept_buffers"]
-                memory, kept_memory = state.get("server_memory", {}), state.get("kept_memory", {})
+                server_memory, kept_memory = state.get("server_memory", {}), state.get("kept_memory", {})
         _ = data.test_set  # one that cannot be read is refused before the rounds, not after the first
         logger = TensorBoardLogger(record.directory, name="", version="tensorboard")
         # several clients, a server, and defences on arrival know more than what crosses one client's wire
@@ -252,7 +289,7 @@ class Federation:
             for round_ in range(start, self.rounds):
                 receivers = self._receivers(round_, data)
                 self.engine.announce(model, round_, [c for c in receivers if c not in self._training(round_, data)])
-                model, observations = self._round(round_, model, data, kept_buffers, memory, kept_memory)
+                model, observations = self._round(round_, model, data, kept_buffers, server_memory, kept_memory)
                 self.engine.announce(model, round_ + 1, receivers)
                 if round_ in recorded:
                     for client, observation in observations.items():
@@ -265,11 +302,11 @@ class Federation:
                         "rounds_done": round_ + 1,
                         "model": model.state_dict(),
                         "kept_buffers": kept_buffers,
-                        "server_memory": memory,
+                        "server_memory": server_memory,
                         "kept_memory": kept_memory,
                     },
                 )
-                scores = self._evaluate(model, data)
+                scores = scores_of(model, data, self.share_buffers)
                 logger.log_metrics(scores, step=round_ + 1)
                 logger.save()
                 shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
@@ -284,11 +321,12 @@ class Federation:
         model: ImageClassifier,
         data: FederatedData,
         kept_buffers: dict[str, Tensors],
-        memory: dict[str, Tensors],
+        server_memory: dict[str, Tensors],
         kept_memory: dict[str, Tensors],
     ) -> tuple[ImageClassifier, dict[View, Observation]]:
         """The next global model, and what the seat sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        new_buffers = {name: before[name] for name in buffers(model)}  # of a client that has none of its own yet
         training = self._training(round_, data)
         seed = seed_of(self.seed, round_)
         at_server = occasions(self.server_defenses, parameters(model), seed, kept_memory.get(SERVER, {}))
@@ -297,10 +335,9 @@ class Federation:
 
         def tasks() -> Iterator[ClientTask]:
             for client in training:
-                model.load_state_dict(kept_buffers.get(str(client), {}), strict=False)
-                memory = kept_memory.get(str(client), {})
-                seed = seed_of(self.seed, round_, client)
-                yield ClientTask(model, data.clients[client], seed, memory, client, round_)
+                own_seed, own_memory = seed_of(self.seed, round_, client), kept_memory.get(str(client), {})
+                model.load_state_dict(kept_buffers.get(str(client), new_buffers), strict=False)
+                yield ClientTask(model, data.clients[client], own_seed, own_memory, client, round_)
 
         def updates() -> Iterator[ClientUpdate]:
             for client, result in zip(training, self.engine.train(tasks(), self.client, self.accelerator), strict=True):
@@ -308,7 +345,7 @@ class Federation:
                     kept_buffers[str(client)] = result.buffers
                 if result.memory:
                     kept_memory[str(client)] = result.memory
-                sent = result
+                sent = result if self.share_buffers else replace(result, buffers={})
                 for defense, occasion in at_server:
                     arrived = defense.on_arrival(result.update, result.num_examples, occasion)
                     result = replace(result, update=arrived)
@@ -325,7 +362,7 @@ class Federation:
             update = defense.on_mean(update, occasion)
         if self.server_defenses:
             kept_memory[SERVER] = memory_of(at_server)
-        parameters_after = server_step(parameters(model), update, self.server_lr, self.server, memory, round_)
+        parameters_after = server_step(parameters(model), update, self.server_lr, self.server, server_memory, round_)
         model.load_state_dict({**before, **parameters_after, **(mean.buffers if self.share_buffers else {})})
         after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         whole = Observation(round_, before, after, {}, 0.0, describe_model(model))
@@ -422,30 +459,6 @@ class Federation:
             sources=[source for images in sets for source in images.sources],
             persons=[person for images in sets for person in images.persons],
         )
-
-    @torch.no_grad()
-    def _evaluate(self, model: ImageClassifier, data: FederatedData) -> dict[str, float]:
-        """Loss and accuracy of the global model, on the test set if the data has one, else on the clients' images."""
-        if data.test_set is None:
-            split, sets = "train", [images for images in data.clients if len(images)]
-        else:
-            split, sets = "test", [data.test_set]
-        trained = [module for module in model.modules() if module.training]  # frozen BatchNorm is not
-        model.eval()
-        for module in trained:  # statistics that are not shared are not the global model's: use the batch's
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not self.share_buffers:
-                module.training = True
-        state = {name: tensor.clone() for name, tensor in buffers(model).items()}
-        loss, correct, total = 0.0, 0, 0
-        for images, labels in (batch for held in sets for batch in held.dataloader(256)):
-            logits: Tensor = model(images)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            correct += int((logits.argmax(1) == labels).sum())
-            total += len(labels)
-        model.load_state_dict(state, strict=False)
-        for module in trained:
-            module.training = True
-        return {f"{split}_loss": loss / total, f"{split}_accuracy": correct / total}
 
 
 def _listed(rounds: list[int], most: int = 8) -> str:

@@ -15,7 +15,8 @@ class CrossEntropy:
     """`torch.nn.CrossEntropyLoss`: label smoothing e (Szegedy et al. 2016) and a weight `w_c` for each class.
 
     The loss of an image of class y with probabilities p is `-sum_c t_c log p_c`, `t = (1 - e) w_y 1_y + e w / C`, and
-    that of a batch their sum over the sum of `w_y`. So the gradient at an image's logits is `(sum t) p - t`.
+    that of a batch their sum over the sum of `w_y`, or over their number where labels are shares (mixup). So the
+    gradient at an image's logits is `(sum t) p - t`.
 
     Args:
         label_smoothing: e in [0, 1).

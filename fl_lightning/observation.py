@@ -1,4 +1,4 @@
-"""What one client of a federation received in one round."""
+"""What a seat in a federation received in one round."""
 
 import copy
 import sys
@@ -26,15 +26,15 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Observation:
-    """What crossed the wire in one round, seen from the seat of one client, and nothing else.
+    """What crossed the wire in one round, seen from one seat, and nothing else.
 
     An *update* is parameters before minus after, so it points like a gradient.
 
     Attributes:
         round: number of the round, from 0.
         before: the global model `w_t`, parameters and buffers by name.
-        after: the global model `w_{t+1}`.
-        own_update: the update `u_A` of the observing client, empty if it did not train.
+        after: the global model `w_{t+1}`; or that of a single client, of which a curious server has the update.
+        own_update: the update `u_A` of the observing client, or the mean of those that collude; empty if none trained.
         own_weight: its aggregation weight `p_A` in [0, 1), 0 if it did not train.
         model: `class_path` and `init_args` of the architecture, which every client knows.
     """

@@ -89,7 +89,7 @@ def _stem(round_: int, client: int | None) -> str:
 
 def fingerprint(settings: dict[str, Any]) -> str:
     """A short name for a federation's settings: equal settings have equal names, those of older records included."""
-    brief = _without(NEW, settings)
+    brief = _without_channels(_without(NEW, settings))
     if "client" in brief:
         brief["client"] = _without(NEW_OF_CLIENTS, brief["client"])
     return hashlib.sha256(json.dumps(brief, sort_keys=True).encode()).hexdigest()[:12]
@@ -102,7 +102,14 @@ def _without(new: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 def _in_full(settings: dict[str, Any]) -> dict[str, Any]:
     """A federation's settings, of whatever age, with the new ones."""
-    return {**NEW, **settings, "client": {**NEW_OF_CLIENTS, **settings.get("client", {})}}
+    return _without_channels({**NEW, **settings, "client": {**NEW_OF_CLIENTS, **settings.get("client", {})}})
+
+
+def _without_channels(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the images' channels: older records do not tell them, and the model's image shape does."""
+    if "data" not in settings:
+        return settings
+    return {**settings, "data": {name: value for name, value in settings["data"].items() if name != "channels"}}
 
 
 def describe(component: Any) -> Any:

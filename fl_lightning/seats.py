@@ -37,6 +37,11 @@ class Seat(ABC):
         """Whether the seat knows a client's update."""
         return client in self.members(num_clients)
 
+    @property
+    def has_the_mean(self) -> bool:
+        """Whether it has the clients' mean before the server's defences change it, which no Observation shows."""
+        return False
+
     @abstractmethod
     def observe(self, whole: Observation, updates: Mapping[int, ClientUpdate], total: int) -> dict[View, Observation]:
         """What crosses the wire at this seat in one round.
@@ -126,6 +131,10 @@ class CuriousServer(Seat):
 
     def keeps(self, client: int, num_clients: int) -> bool:
         return not self.secure_aggregation
+
+    @property
+    def has_the_mean(self) -> bool:
+        return self.secure_aggregation
 
     def observe(self, whole: Observation, updates: Mapping[int, ClientUpdate], total: int) -> dict[View, Observation]:
         if self.secure_aggregation:

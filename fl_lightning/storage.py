@@ -1,14 +1,16 @@
-"""Atomic file writes, locks, and reading and writing of tensors without pickle, verified by SHA-256."""
+"""Atomic file writes, locks, and tensors and components in files without pickle; tensors verified by SHA-256."""
 
 import hashlib
 import io
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -16,7 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fl_lightning.errors import AuditError
+from fl_lightning.errors import AuditError, in_short
+
+T = TypeVar("T")
 
 
 class StorageError(AuditError):
@@ -195,3 +199,39 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):  # hashlib.file_digest needs Python 3.11
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def described(component: Any) -> dict[str, Any]:
+    """`class_path` and `init_args` of a dataclass in JSON types, for `made_again`."""
+    return {
+        "class_path": f"{type(component).__module__}.{type(component).__qualname__}",
+        "init_args": asdict(component),
+    }
+
+
+def made_again(description: dict[str, Any], kind: type[T], what: str) -> T:
+    """The component that was described.
+
+    Args:
+        description: `class_path` and `init_args`.
+        kind: class of which it must be.
+        what: such a component, in words.
+
+    Raises:
+        StorageError: its class is not loaded, is of another kind, or does not take these settings.
+    """
+    path = str(description.get("class_path", ""))
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)  # a file must not choose what code is run
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise StorageError(
+            f"A record names the {what} '{path[:120]}', but no such class is loaded, and a file may not load one. If "
+            f"you trust it, `import {module[:80]}` first, or name it in the settings."
+        )
+    try:
+        return found(**description.get("init_args", {}))
+    except TypeError as error:
+        raise StorageError(
+            f"A record names settings that {name} does not have ({in_short(error)}). Simulate the federation again "
+            "into another folder."
+        ) from error

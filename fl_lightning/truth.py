@@ -62,12 +62,9 @@ class Truth:
         """All peers' images of several rounds of one federation; a peer holds the same images in every round."""
         clients = torch.cat([truth.clients for truth in rounds]).unique().tolist()
         first = [next(truth for truth in rounds if client in truth.clients) for client in clients]
-        held = [truth.clients == client for truth, client in zip(first, clients, strict=True)]
+        pairs = [(truth, truth.clients == client) for truth, client in zip(first, clients, strict=True)]
         names = ("pixels", "labels", "clients")
-        joined = {
-            name: torch.cat([getattr(t, name)[own] for t, own in zip(first, held, strict=True)]) for name in names
-        }
-        pairs = list(zip(first, held, strict=True))
+        joined = {name: torch.cat([getattr(truth, name)[own] for truth, own in pairs]) for name in names}
         sources = [name for truth, own in pairs for name in chosen(truth.sources, own)]
         persons = [name for truth, own in pairs for name in chosen(truth.persons, own)]
         return replace(rounds[-1], **joined, sources=sources, persons=persons)

@@ -82,6 +82,8 @@ def test_a_study_runs_and_reports(study: Path, capsys: pytest.CaptureFixture) ->
         (["--workers", "two"], "workers"),
         (["--worker", "2"], "--worker"),
         (["--scenarios", "[{name: a, setings: {}}]"], "setings"),
+        (["--scenarios", "[{name: a"], "`--scenarios` is no list in YAML"),
+        (["--config", "{scenarios: 3}"], "scenarios"),
         (["--model.lr"], "`--model.lr` has no value"),
         (["--observation", "nowhere"], "There is no folder 'nowhere'"),
     ],

@@ -39,7 +39,7 @@ class Assumptions:
         labels: one label an image, ordered by peer if labels are told, sorted if only their counts are; None if they
             must be inferred.
         client_sizes: images of each peer; told together with `num_clients`, split evenly if that is guessed.
-        optimizer: of the peers.
+        optimizer: of the peers; no attack simulates another than SGD.
         defenses: of the peers, in the order in which they apply them; empty where there are none or they are unknown.
         server_defenses: of the server, likewise.
         sources: `known`, `guessed`, `inferred` or `unknown` for each item of `Knowledge`; written into every result.

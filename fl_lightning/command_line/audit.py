@@ -6,19 +6,17 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from fl_lightning.command_line.given import Given, UsageError
+from fl_lightning.command_line.given import UsageError, settings_in
+from fl_lightning.errors import in_short
 
 PURPOSE = "Run a study of many attacks, and write one report: report.html, report.json, cells.csv."
 SECTIONS = ("data", "federation", "knowledge", "model", "postprocess", "trainer")
 """Settings of `fit` begin with one of these; on the command line of an audit they hold for all of its runs."""
-SWITCHES = ("--dry_run", "--retry", "--redact", "--report_only")
-"""Settings that are true where they have no value."""
 
 
 def audit_parser(audit: Callable[..., Any]) -> ArgumentParser:
@@ -43,7 +41,7 @@ def run_audit(audit: Callable[..., Any], args: list[str], **programs: Callable[.
     parser = audit_parser(audit)
     _refuse_unknown(audit, args)
     try:
-        own, given = _of_fit(_with_values(args))
+        own, given = _of_fit(_with_values(audit, args))
         settings = parser.instantiate_classes(parser.parse_args(own))
     except ArgumentError as error:
         shown = " ".join(line.strip(" -") for line in str(error).splitlines() if line.strip())
@@ -72,13 +70,19 @@ def _refuse_unknown(audit: Callable[..., Any], args: list[str]) -> None:
     study: dict[str, Any] = {}
     for option, value in pairwise([word for arg in args for word in arg.split("=", 1)]):
         if option == "--config":
-            Given.read([option, value])  # a file that cannot be read is a sentence
-            study |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            study |= settings_in(value)
         elif option.startswith("--") and value.startswith("["):
-            study[option.removeprefix("--")] = yaml.safe_load(value)
+            try:
+                study[option.removeprefix("--")] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UsageError(
+                    f"`{option}` is no list in YAML ({in_short(error)}). Close its brackets and quotes, or give it "
+                    "in a file: `--config FILE`."
+                ) from error
     for name, kind in get_type_hints(audit).items():
         listed = [inner for part in (kind, *get_args(kind)) if get_origin(part) is list for inner in get_args(part)]
-        for item in study.get(name) or [] if listed and is_dataclass(listed[0]) else []:
+        items = study.get(name) if listed and is_dataclass(listed[0]) else None
+        for item in items if isinstance(items, list) else []:  # the parser refuses what is no list
             allowed = [field.name for field in fields(listed[0])]
             unknown = [key for key in item if key not in allowed] if isinstance(item, dict) else [str(item)]
             if unknown:
@@ -88,10 +92,11 @@ def _refuse_unknown(audit: Callable[..., Any], args: list[str]) -> None:
                 )
 
 
-def _with_values(args: list[str]) -> list[str]:
+def _with_values(audit: Callable[..., Any], args: list[str]) -> list[str]:
     """A switch without a value is true."""
+    switches = [f"--{name}" for name, kind in get_type_hints(audit).items() if kind is bool]
     followed = [*args[1:], "--"]
     return [
-        f"{arg}=true" if arg in SWITCHES and after.startswith("--") else arg
+        f"{arg}=true" if arg in switches and after.startswith("--") else arg
         for arg, after in zip(args, followed, strict=True)
     ]

@@ -38,7 +38,7 @@ class Given:
         """
         named = [value for option, value in pairwise(arguments) if option in ("--config", "-c")]
         named += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
-        return cls(arguments, {name: _read(name) for name in named})
+        return cls(arguments, {name: _read(name)[1] for name in named})
 
     def place(self, key: str) -> str:
         """` in 'FILE'` if a setting is given by a file, and nothing if it is by the command line."""
@@ -47,7 +47,20 @@ class Given:
         return "".join(f" in '{name}'" for name in [name for name, keys in self.files.items() if key in keys][-1:])
 
 
-def _read(name: str) -> set[str]:
+def settings_in(name: str) -> dict[str, Any]:
+    """The settings of a configuration, nested as in YAML.
+
+    Args:
+        name: of its file, or the settings themselves as YAML.
+
+    Raises:
+        UsageError: it is missing, or is no YAML of settings.
+    """
+    return _read(name)[0]
+
+
+def _read(name: str) -> tuple[dict[str, Any], set[str]]:
+    """The settings of a configuration, and the names of all of them."""
     path = Path(name)
     try:
         there = path.exists()
@@ -57,14 +70,16 @@ def _read(name: str) -> set[str]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = error.problem or error.context
-        raise UsageError(f"'{name}'{line} is not valid YAML ({problem}). Correct it, or name another file.") from error
+        raise UsageError(
+            f"'{_short(name)}'{line} is not valid YAML ({problem}). Correct it, or name another file."
+        ) from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
         raise UsageError(
             f"The configuration '{_short(name)}' cannot be read as text ({reason}). Name a YAML file."
         ) from error
     if isinstance(settings, dict):
-        return keys
+        return settings, keys
     if not there:
         beside = get_close_matches(path.stem, _configurations(path.parent), n=1)
         nearest = [f"Did you mean '{path.with_name(f'{stem}{path.suffix}')}'?" for stem in beside]

@@ -10,8 +10,10 @@ from fl_lightning.defenses.defense import (
     UpdateDefense,
     defenses_of,
     describe_defenses,
+    guaranteeing,
     memory_of,
     occasions,
+    refuse_unfit_order,
 )
 from fl_lightning.defenses.dp_fed_avg import DPFedAvg
 from fl_lightning.defenses.dp_sgd import DPSGD
@@ -56,6 +58,8 @@ __all__ = [
     "UpdateDefense",
     "defenses_of",
     "describe_defenses",
+    "guaranteeing",
     "memory_of",
     "occasions",
+    "refuse_unfit_order",
 ]

@@ -1,9 +1,8 @@
 """Interface of the defences: what a client or the server adds to a round so that less leaks from it."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +12,7 @@ from fl_lightning.defenses.privacy import Privacy
 from fl_lightning.models import ImageClassifier
 from fl_lightning.seeds import seed_of
 from fl_lightning.state_files import Tensors
-from fl_lightning.storage import StorageError
+from fl_lightning.storage import described, made_again
 
 
 @dataclass
@@ -95,6 +94,17 @@ class ClientDefense(Defense):
 class ServerDefense(Defense):
     """What the server does to the updates that arrive, or to their mean before its step."""
 
+    def refuse_among(self, earlier: Sequence["ServerDefense"], later: Sequence["ServerDefense"]) -> None:
+        """Refuse a list of the server's defences in which this one does not do what it promises.
+
+        Args:
+            earlier: those that are applied before it.
+            later: those that are applied after it.
+
+        Raises:
+            SettingError: they do not go together.
+        """
+
     def on_arrival(self, update: Tensors, num_examples: int, occasion: Occasion) -> Tensors:
         """What enters the mean of a client's update.
 
@@ -119,6 +129,21 @@ class UpdateDefense(ClientDefense, ServerDefense, ABC):
 
     def on_mean(self, update: Tensors, occasion: Occasion) -> Tensors:
         return self.on_update(update, occasion)
+
+
+def refuse_unfit_order(defenses: Sequence[ServerDefense]) -> None:
+    """Refuse a list of the server's defences in which one does not do what it promises.
+
+    Raises:
+        SettingError: they do not go together.
+    """
+    for place, defense in enumerate(defenses):
+        defense.refuse_among(defenses[:place], defenses[place + 1 :])
+
+
+def guaranteeing(defenses: Sequence[Defense]) -> list[str]:
+    """Names of the classes of those defences that guarantee differential privacy."""
+    return [type(defense).__name__ for defense in defenses if type(defense).privacy != Defense.privacy]
 
 
 D = TypeVar("D", bound=Defense)
@@ -148,10 +173,7 @@ def memory_of(applied: Sequence[tuple[Defense, Occasion]]) -> Tensors:
 
 def describe_defenses(defenses: Sequence[Defense]) -> list[dict[str, Any]]:
     """`class_path` and `init_args` of each, in JSON types."""
-    return [
-        {"class_path": f"{type(defense).__module__}.{type(defense).__qualname__}", "init_args": asdict(defense)}
-        for defense in defenses
-    ]
+    return [described(defense) for defense in defenses]
 
 
 def defenses_of(descriptions: Sequence[dict[str, Any]]) -> list[Defense]:
@@ -160,25 +182,7 @@ def defenses_of(descriptions: Sequence[dict[str, Any]]) -> list[Defense]:
     Raises:
         StorageError: a class is not loaded, is no defence, or does not take these settings.
     """
-    return [_defense_of(description) for description in descriptions]
-
-
-def _defense_of(description: dict[str, Any]) -> Defense:
-    path = str(description.get("class_path", ""))
-    module, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)  # a file must not choose what code is run
-    if not (isinstance(found, type) and issubclass(found, Defense)):
-        raise StorageError(
-            f"A record names the defence '{path}', but no such class is loaded, and a file may not load one. If you "
-            f"trust it, `import {module}` first, or name it in the settings."
-        )
-    try:
-        return found(**description.get("init_args", {}))
-    except TypeError as error:
-        raise StorageError(
-            f"A record names settings that {name} does not have ({error}). Simulate the federation again into another "
-            "folder."
-        ) from error
+    return [made_again(description, Defense, "defence") for description in descriptions]
 
 
 def norm_of(update: Tensors) -> Tensor:

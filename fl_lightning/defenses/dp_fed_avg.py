@@ -1,9 +1,11 @@
 """DP-FedAvg: noise on the mean of clipped updates."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fl_lightning.defenses.adaptive_clipping import AdaptiveClipping
 from fl_lightning.defenses.clipping import clipped
 from fl_lightning.defenses.defense import Occasion, ServerDefense
 from fl_lightning.defenses.privacy import Privacy, epsilon_of, refuse_delta, refuse_without_opacus
@@ -38,6 +40,16 @@ class DPFedAvg(ServerDefense):
         if not positive(self.norm, self.noise_multiplier):
             raise SettingError(
                 f"DPFedAvg needs norm > 0 and noise_multiplier > 0, but got {self.norm} and {self.noise_multiplier}."
+            )
+
+    def refuse_among(self, earlier: Sequence[ServerDefense], later: Sequence[ServerDefense]) -> None:
+        changing = [e for e in earlier if type(e).on_mean != ServerDefense.on_mean]
+        changing += [other for other in later if isinstance(other, AdaptiveClipping)]
+        if changing:
+            raise SettingError(
+                f"DPFedAvg guarantees nothing with {type(changing[0]).__name__}, by which a client changes the mean by "
+                "more than the norm, or the norm is told without noise. In `federation.server_defenses`, list DPFedAvg "
+                "before what changes the mean, and leave AdaptiveClipping out."
             )
 
     def privacy(self, rounds: int, local_epochs: int) -> Privacy:

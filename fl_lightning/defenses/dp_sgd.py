@@ -70,7 +70,10 @@ class DPSGD(ClientDefense):
         try:
             GradSampleModule(model, strict=False)  # hooks on the layers, which the model keeps
         except Exception as error:
-            raise SettingError(f"Opacus cannot train {type(model).__name__} ({in_short(error)}).") from error
+            raise SettingError(
+                f"Opacus cannot train {type(model).__name__} ({in_short(error)}). Choose another model, or LocalDP or "
+                "DPFedAvg, which act on the update."
+            ) from error
 
     def on_gradient(self, model: ImageClassifier, images: Tensor, occasion: Occasion) -> None:
         from opacus.optimizers import DPOptimizer

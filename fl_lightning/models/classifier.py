@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import Tensor, nn
 
-from fl_lightning.errors import SettingError, positive
+from fl_lightning.errors import SettingError, in_short, positive
 
 ImageShape = tuple[int, int, int]
 """(C, H, W) of one image."""
@@ -129,6 +129,6 @@ def feature_width(features: nn.Module, image_shape: ImageShape) -> int:
         raise
     except RuntimeError as error:
         raise SettingError(
-            f"Images of shape {tuple(image_shape)} do not fit this model ({error}). "
+            f"Images of shape {tuple(image_shape)} do not fit this model ({in_short(error)}). "
             "Use larger images (`data.image_size`) or another `federation.model`."
         ) from error

@@ -85,7 +85,7 @@ class EfficientNetLite0(ImageClassifier):
         if image_shape[0] != 3 or min(image_shape[1:]) < 32:
             raise SettingError(
                 f"EfficientNetLite0 takes RGB images of at least 32 x 32 pixels, not of shape {tuple(image_shape)}. "
-                "Raise `data.image_size`, or name another `federation.model`."
+                "Set `data.channels: 3`, raise `data.image_size`, or name another `federation.model`."
             )
         self.features = PretrainedFeatures()
         self.head = nn.Sequential(nn.Linear(WIDTH, num_classes))

@@ -26,7 +26,7 @@ def frozen_names(model: ImageClassifier, trainable: Trainable) -> set[str]:
     """
     able = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     patterns = {"all": ["*"], "head": model.head_parameters}[trainable] if isinstance(trainable, str) else trainable
-    unfit = [pattern for pattern in patterns if not any(_fits(name, pattern) for name in able)]
+    unfit = [pattern for pattern in patterns if not any(fits(name, pattern) for name in able)]
     if unfit or not patterns:
         raise SettingError(
             f"`federation.trainable` is {str(trainable)[:80]}, but {unfit[0] if unfit else 'this'} names no parameter "
@@ -34,10 +34,11 @@ def frozen_names(model: ImageClassifier, trainable: Trainable) -> set[str]:
             "such as `features.6.*`."
         )
     held = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    return {*held, *(name for name in model.state_dict() if not any(_fits(name, pattern) for pattern in patterns))}
+    return {*held, *(name for name in model.state_dict() if not any(fits(name, pattern) for pattern in patterns))}
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
+    """Whether a parameter is meant by a pattern of a shell, or by its own name or that of a module around it."""
     return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
 

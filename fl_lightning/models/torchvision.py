@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torchvision.ops import StochasticDepth
 
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, in_short
 from fl_lightning.models.classifier import ImageClassifier, ImageShape
 
 AUXILIARY = ("googlenet", "inception_v3")
@@ -82,6 +82,7 @@ class TorchvisionClassifier(ImageClassifier):
         except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
             raise SettingError(
                 f"Images of shape {tuple(image_shape)} do not fit torchvision's '{self.hparams['name']}' in train mode "
-                f"({error}). Give 3 channels and larger images (`data.image_size`), or choose another model."
+                f"({in_short(error)}). Give 3 channels (`data.channels`) and larger images (`data.image_size`), or "
+                "choose another model."
             ) from error
         assert logits.shape == (2, self.hparams["num_classes"])

@@ -1,15 +1,13 @@
 """Interface of the server's optimisers."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from fl_lightning.state_files import Tensors
-from fl_lightning.storage import StorageError
+from fl_lightning.storage import described, made_again
 
 
 class ServerOptimizer(ABC):
@@ -43,19 +41,13 @@ class ServerOptimizer(ABC):
 
     def describe(self) -> dict[str, Any]:
         """`class_path` and `init_args` in JSON types, for `restored`."""
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": asdict(self)}
+        return described(self)
 
     @staticmethod
     def restored(description: dict[str, Any]) -> "ServerOptimizer":
         """What was described.
 
         Raises:
-            StorageError: the class is not loaded, or is no optimiser of the server; a file must not choose what is run.
+            StorageError: the class is not loaded, is no optimiser of the server, or does not take these settings.
         """
-        module, _, name = description["class_path"].rpartition(".")
-        found = getattr(sys.modules.get(module), name, None)
-        if not (isinstance(found, type) and issubclass(found, ServerOptimizer)):
-            raise StorageError(
-                f"'{description['class_path']}' is no loaded class of a server's optimiser. Import its module first."
-            )
-        return found(**description["init_args"])
+        return made_again(description, ServerOptimizer, "server's optimiser")

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fl_lightning import client
 from fl_lightning.client import ClientModule, ClientTask, LocalTraining, local_update, parameters
 from fl_lightning.data import ImageSet
+from fl_lightning.errors import SettingError
 from fl_lightning.models import LeNet5
 
 
@@ -79,3 +80,9 @@ def test_a_trained_model_does_not_wait_for_a_garbage_collection(
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="lr > 0"):
         LocalTraining(lr=0)
+
+
+def test_refused_training_is_a_short_sentence_whatever_else_is_set() -> None:
+    with pytest.raises(SettingError, match="but got lr=-1") as error:
+        LocalTraining(lr=-1.0, class_weights=[1.0] * 1000)
+    assert len(str(error.value)) <= 400

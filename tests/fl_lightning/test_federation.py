@@ -2,22 +2,25 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from attack_modules.threat_model.observed import ObservedRound
-from fl_lightning.client import LocalTraining
+from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining
 from fl_lightning.data import FederatedData, ImageFolder, Photographs
 from fl_lightning.engines import InProcess
 from fl_lightning.errors import SettingError
 from fl_lightning.federation import Federation
-from fl_lightning.models import ImageClassifier
+from fl_lightning.models import ImageClassifier, LeNet5
 from fl_lightning.observation import Observation
 from fl_lightning.record import Record, RecordError, fingerprint
+from fl_lightning.seats import CuriousServer
 from fl_lightning.storage import StorageError, load_checkpoint
 from fl_lightning.truth import Truth
 
@@ -198,6 +201,30 @@ def test_batch_norm_statistics_are_shared_or_stay(
     assert not torch.equal(seen.before["features.1.weight"], seen.after["features.1.weight"])
 
 
+def test_statistics_that_stay_reach_neither_other_clients_nor_a_curious_server(
+    noise_images: type[FederatedData], batch_norm_classifier: type[ImageClassifier]
+) -> None:
+    begun = []
+
+    class Recording(InProcess):
+        def train(self, tasks: Iterable[ClientTask], *settings: Any) -> Iterator[ClientUpdate]:
+            for task in tasks:
+                begun.append(task.model.state_dict()[statistic].clone())
+                yield from super().train([task], *settings)
+
+    statistic = "features.1.running_mean"
+    data = noise_images(num_clients=2, images_per_client=2, image_size=16)
+    data.setup()
+    seat, engine = CuriousServer(), Recording()
+    federation = Federation(batch_norm_classifier, share_buffers=False, seat=seat, engine=engine)
+    model = federation.initial_model(data)
+    new = model.state_dict()[statistic].clone()
+    kept = {"0": {statistic: new + 5}}  # the other client was never sampled
+    _, seen = federation._round(0, model, data, kept, {}, {})
+    assert [torch.equal(begun[0], new + 5), torch.equal(begun[1], new)] == [True, True]
+    assert all(torch.equal(seen[client].after[statistic], new) for client in (0, 1))
+
+
 def test_accuracy_reaches_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -209,6 +236,12 @@ def test_accuracy_reaches_tensorboard(tmp_path: Path) -> None:
     losses = [event.value for event in events.Scalars("train_loss")]
     assert [event.step for event in events.Scalars("train_accuracy")] == [1, 2, 3, 4]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_normalisation_of_other_channels_is_refused(noise_images: type[FederatedData]) -> None:
+    data = noise_images(num_clients=2, images_per_client=1, image_size=16, channels=1)
+    with pytest.raises(SettingError, match="`mean` has 3 values, but images have 1 channel"):
+        Federation(partial(LeNet5, mean=(0.4, 0.5, 0.6))).settings(data)
 
 
 def test_settings_are_json_and_decide_the_fingerprint(noise_images: type[FederatedData]) -> None:

@@ -125,5 +125,5 @@ def test_without_the_rounds_it_needs_it_is_a_sentence(noise_images: type[Federat
     for bad in (lambda: FedAvgM(1.0), lambda: FedAdam(tau=0.0), lambda: FedYogi(beta_2=1.0)):
         with pytest.raises(SettingError):
             bad()
-    with pytest.raises(StorageError, match="no loaded class"):
+    with pytest.raises(StorageError, match="no such class is loaded"):
         ServerOptimizer.restored({"class_path": "os.system", "init_args": {}})

@@ -12,12 +12,24 @@ from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import ClientTask, LocalTraining, local_update
 from fl_lightning.data import FederatedData, ImageSet
-from fl_lightning.defenses import ClientDefense, Clipping, GaussianNoise, ServerDefense, Sign, TopK
+from fl_lightning.defenses import (
+    AdaptiveClipping,
+    ClientDefense,
+    Clipping,
+    DPFedAvg,
+    GaussianNoise,
+    LocalDP,
+    ServerDefense,
+    Sign,
+    TopK,
+)
 from fl_lightning.engines import InProcess
+from fl_lightning.errors import SettingError
 from fl_lightning.federation import Federation
 from fl_lightning.models import ImageClassifier
 from fl_lightning.observation import Observation
 from fl_lightning.record import NEW, NEW_OF_CLIENTS, Record, RecordError, fingerprint
+from fl_lightning.seats import CuriousServer
 from fl_lightning.truth import Truth
 
 Observe = Callable[..., ObservedRound]
@@ -98,6 +110,7 @@ def test_records_of_other_defences_are_refused(
     settings = [federation.settings(data) for federation in federations]
     older = {name: value for name, value in settings[0].items() if name not in NEW}
     older["client"] = {name: value for name, value in older["client"].items() if name not in NEW_OF_CLIENTS}
+    older["data"] = {name: value for name, value in older["data"].items() if name != "channels"}
     assert fingerprint(older) == fingerprint(settings[0])
     assert len({fingerprint(each) for each in settings}) == 4
     settings.append(older)
@@ -129,6 +142,25 @@ def test_the_attacker_is_told_of_defences_or_not(
     without = {"labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred"}
     foreign = Knowledge(**without, client_lr=0.1, server_lr=1.0, local_epochs=1, batch_size=None)
     assert foreign.assumptions(None).sources["defenses"] == "guessed"  # none
+
+
+def test_guarantees_that_other_settings_break_are_refused(
+    batch_norm_classifier: type[ImageClassifier], noise_images: type[FederatedData]
+) -> None:
+    def refused(sentence: str, **settings: object) -> None:
+        with pytest.raises(SettingError, match=sentence) as error:
+            Federation(batch_norm_classifier, **settings).settings(data)
+        assert len(str(error.value)) <= 400
+
+    data = noise_images(num_clients=2, images_per_client=2, image_size=16)
+    private = DPFedAvg()
+    refused("DPFedAvg guarantees nothing with TopK", server_defenses=[TopK(), private])
+    refused("DPFedAvg guarantees nothing with AdaptiveClipping", server_defenses=[private, AdaptiveClipping()])
+    refused("LocalDP guarantees nothing beside BatchNorm", client=LocalTraining(defenses=[LocalDP()]))
+    refused("hide nothing from it", server_defenses=[NOISE], seat=CuriousServer(secure_aggregation=True))
+    layers = ["features.0", "head"]
+    for fit in ({"share_buffers": False}, {"trainable": layers}):
+        Federation(batch_norm_classifier, server_defenses=[Clipping(), private, TopK()], **fit).settings(data)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/defenses").glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""The federation's hand in Flower: it sends clients what the federation's process asks for, and decides nothing."""
+"""The federation's part in Flower: it sends clients what the federation's process asks for, and decides nothing."""
 
 import time
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Pass requests on until the federation's process hangs up."""
+    """Pass requests on until the federation's process closes the connection."""
     nodes = _nodes(grid, int(context.run_config["num-clients"]))
     with Client(str(context.run_config["address"]), "AF_UNIX") as federation:
         while True:
