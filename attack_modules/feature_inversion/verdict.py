@@ -118,7 +118,7 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) 
     most, reasons, advice = _limits(evidence, model)
     levels = [next((level for level, least in LEAST_PSNR.items() if p >= least), Level.NOT_READ) for p in psnr]
     levels = [level.limited(most) for level in levels]
-    mixed = (misfit > SINGULAR_MISFIT * misfit.median()) & (misfit > LEAST_SINGULAR)
+    mixed = (misfit > SINGULAR_MISFIT * misfit.nanmedian()) & (misfit > LEAST_SINGULAR)
     if mixed.any():
         levels = _unreliable(levels, mixed)
         reasons.append(f"{counted(int(mixed.sum()), 'image')} came out with features of no single image")
