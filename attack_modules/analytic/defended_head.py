@@ -1,5 +1,6 @@
 """The contract of the readings of defended updates, one for each kind of defence: what they are given and return."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,11 @@ class DefendedReading(ABC):
     def resolves(self) -> int:
         """How often, while images are reconstructed, their features make this reading better than it was."""
         return 0
+
+    @property
+    def most_unexplained(self) -> float:
+        """Residual from which the plain reading is at least as good, since training is not as this one takes it."""
+        return math.inf
 
     @abstractmethod
     def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:

@@ -47,8 +47,8 @@ def leak_defended(
     keeps and rounding resolves them. Images are counted and classes found in the mean of all rounds.
 
     Raises:
-        UnreadableDefense: the head is not two linear layers, images share classes or there is one of each class, or
-            equations cannot be solved.
+        UnreadableDefense: the head is not two linear layers, images share classes or there is one of each class,
+            equations cannot be solved, or the reading leaves too much unexplained.
     """
     layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
     if len(layers[0]) != 2:
@@ -83,6 +83,11 @@ def leak_defended(
             f"The head's update gives {type(reading).__name__} equations that cannot be solved. Check `knowledge` "
             "(rates, local epochs, number of images)."
         ) from error
+    if found.residual > reading.most_unexplained:
+        raise UnreadableDefense(
+            f"{type(reading).__name__} leaves {found.residual:.0%} of the head's update unexplained, as where the "
+            "local training changes the model much."
+        )
     singular, n = space.singular, len(labels)
     return Leakage(
         labels=labels,

@@ -26,9 +26,6 @@ LEAST_PSNR = {Level.CERTAIN: 25.0, Level.LIKELY: 20.0, Level.UNRELIABLE: 14.0}
 """Expected PSNR in dB from which an image has a level."""
 MUCH = 0.5
 """Share of the update from which too much is unexplained."""
-MUCH_OF_PRUNED = 0.33
-"""The same, of what the peers sent of a pruned update. Measured where 10 % are sent: 0.19 to 0.21 where the images are
-as foretold (25 dB), 0.45 to 0.57 where they are far worse (11 and 17 dB), after training or at a large rate."""
 LEAST_RESIDUAL = 0.02
 """Share of the update up to which what is unexplained does not matter. Beyond, features that drift leave at most 0.4 of
 their correction unexplained as measured, images that are augmented 8 times as much as it."""
@@ -87,11 +84,6 @@ class Evidence:
         if not self.drifts or found.noise or found.compressed or len(labels.unique()) < len(labels):
             return False
         return found.residual > LEAST_RESIDUAL and found.residual > self.moved.median().item()
-
-    @property
-    def much(self) -> float:
-        """Share of the update from which too much is unexplained, if it is not by noise."""
-        return MUCH_OF_PRUNED if self.leakage.defended else MUCH
 
     @property
     def mismatched(self) -> bool:
@@ -182,7 +174,7 @@ def _limits(evidence: Evidence, model: nn.Module) -> tuple[Level, list[str], lis
     if found.noise and found.residual > NOISY:  # the uncertainty of the features accounts for it
         reasons.append(f"independent noise of standard deviation {found.noise:.2g} lies on the update")
         advice.append("Several rounds of the same peers average the noise: `federation.observed_rounds`.")
-    elif found.residual > evidence.much or evidence.unexplained:
+    elif found.residual > MUCH or evidence.unexplained:
         limit(
             Level.UNRELIABLE,
             f"{found.residual:.0%} of the head's update are unexplained",

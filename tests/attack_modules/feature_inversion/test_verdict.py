@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from attack_modules.analytic.defended_head import DefendedLayer
-from attack_modules.analytic.pruned_update import PrunedUpdate
 from attack_modules.analytic.results import Diagnosis, Leakage
 from attack_modules.attack import Level, Verdict
 from attack_modules.feature_inversion.controls import ERRORS, control_images, expected_psnr
@@ -50,13 +48,6 @@ def test_an_update_that_drift_does_not_explain_makes_all_images_unreliable() -> 
 
 def test_rounding_that_closes_the_gap_is_no_mismatch() -> None:
     assert set(verdict(leakage(replace(SURE, residual=0.04, gap=24.0))).levels) == {Level.CERTAIN}
-
-
-def test_less_may_be_unexplained_of_a_pruned_update() -> None:
-    """Else images as far off as 8 dB were likely after seven rounds of training."""
-    found = leakage(replace(SURE, residual=0.45, compressed=True))
-    for defended, level in ((None, Level.LIKELY), (DefendedLayer(PrunedUpdate(), []), Level.UNRELIABLE)):
-        assert set(verdict(replace(found, defended=defended), psnr=22.0).levels) == {level}
 
 
 def test_images_without_features_of_their_own_disturb_the_others() -> None:
