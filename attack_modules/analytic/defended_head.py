@@ -8,7 +8,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from attack_modules.attack import AttackError
 from fl_lightning.defenses import Defense
+
+
+class UnreadableDefense(AttackError):
+    """The update is not one in which this defence can be read."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,33 @@ class DefendedReading(ABC):
     def resolves(self) -> int:
         """How often, while images are reconstructed, their features make this reading better than it was."""
         return 0
+
+    @property
+    def noisy(self) -> bool:
+        """Whether features come out with noise, of the size of their uncertainty."""
+        return True
+
+    @property
+    def single_step(self) -> bool:
+        """Whether it reads one local step of one round alone."""
+        return False
+
+    def mixing(
+        self, directions: Tensor, gradient: Tensor, weight: Tensor, targets: Tensor, probabilities: Tensor
+    ) -> Tensor | None:
+        """(N, N) share of each image, by columns, in each of those that were trained on; None if none are mixed.
+
+        Args:
+            directions: (H, N) orthonormal basis of the column space of the first layer's update.
+            gradient: (C, H) summed, of the last layer; (C, H + 1) with a bias.
+            weight: of the last layer, of the same shape.
+            targets: (N, C) of each image alone, see `fl_lightning.loss`.
+            probabilities: (C,) that are predicted for typical images.
+
+        Raises:
+            UnreadableDefense: images were mixed, but it does not show which.
+        """
+        return None
 
     @abstractmethod
     def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:

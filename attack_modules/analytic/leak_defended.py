@@ -7,19 +7,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from attack_modules.analytic.counting import read_counts
-from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading, Expected, HeadRound
+from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading, Expected, HeadRound, UnreadableDefense
 from attack_modules.analytic.leak import leak_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
-from attack_modules.attack import AttackError
 from fl_lightning.loss import logit_errors
 
 TYPICAL = 0.5
 """Share of typical features that is expected of images."""
 
-
-class UnreadableDefense(AttackError):
-    """The update is not one in which this defence can be read."""
+MOST_AMPLIFIED = 100.0
+"""Factor by which unmixing may amplify errors."""
 
 
 def leak_known(
@@ -63,8 +61,16 @@ def leak_defended(
             f"{len(labels)} images share {len(labels.unique())} classes, but the peers' defence is read only where "
             "every image has a class of its own."
         )
+    if reading.single_step and len(updates) * training.steps > 1:
+        raise UnreadableDefense(
+            f"The peers' defence is read from a single local step by {type(reading).__name__}, but {len(updates)} "
+            f"round(s) of {training.steps} step(s) were observed."
+        )
     scale = len(labels) / (training.lr * training.steps)
     targets = training.loss.targets(labels, len(last), last.double(), training.sizes)
+    mixing = _mixing(reading, space, last.double() * scale, before[0][1].double(), targets, training)
+    if mixing is not None:
+        targets = mixing @ targets
     rounds = [
         head_round(update, weight, labels, targets, hidden, scale, training.half_way)
         for update, weight in zip(layers, before, strict=True)
@@ -90,9 +96,43 @@ def leak_defended(
         ),
         uncertainty=found.uncertainty.float(),
         ones=found.features[:, width].float() if found.features.shape[1] > width else None,
-        noisy=True,
+        noisy=reading.noisy,
         defended=layer,
+        mixing=None if mixing is None else mixing.float(),
     )
+
+
+def _mixing(
+    reading: DefendedReading,
+    space: RowSpace,
+    gradient: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    training: TrainingKnowledge,
+) -> Tensor | None:
+    """`DefendedReading.mixing`, where it can be undone.
+
+    Args:
+        reading: of the defence.
+        space: of the first layer's update.
+        gradient: (C, H) summed, of the last layer; (C, H + 1) with a bias.
+        weight: of the last layer, of the same shape.
+        targets: (N, C) of the images unmixed.
+        training: how the peers trained.
+    """
+    known = training.typical
+    probabilities = torch.full_like(targets[0], 1 / targets.shape[1]) if known is None else known.probabilities
+    directions = torch.linalg.svd(space.rows, full_matrices=False).U[:, : len(targets)]
+    mixing = reading.mixing(directions, gradient, weight, targets, probabilities)
+    if mixing is None:
+        return None
+    if training.loss.class_weights is not None:
+        raise UnreadableDefense("Images are mixed, which is not read where the loss weighs classes.")
+    if (amplified := torch.linalg.cond(mixing).item()) > MOST_AMPLIFIED:
+        raise UnreadableDefense(
+            f"Images are mixed nearly half and half, so that unmixing them would amplify errors {amplified:.0f} times."
+        )
+    return mixing
 
 
 def head_round(
