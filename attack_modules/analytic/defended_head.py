@@ -17,6 +17,27 @@ class UnreadableDefense(AttackError):
 
 
 @dataclass(frozen=True)
+class LastLayer:
+    """The last layer of a head in one round; C classes, N images.
+
+    Attributes:
+        gradient: (C, H) summed; (C, H + 1) with a bias.
+        weight: before the round, of the same shape.
+        labels: (N,) long.
+        targets: (N, C) of each image, see `fl_lightning.loss`.
+        probabilities: (C,) that are predicted for typical images.
+        scale: by which updates were multiplied to give summed gradients.
+    """
+
+    gradient: Tensor
+    weight: Tensor
+    labels: Tensor
+    targets: Tensor
+    probabilities: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
 class HeadRound:
     """What one round shows of a head of two linear layers, before its first layer is solved; H units, N images.
 
@@ -25,12 +46,14 @@ class HeadRound:
         weight: (H, D) of the first layer half way through the local steps.
         activations: (N, H) of the hidden units, as the last layer's update shows them.
         errors: (N, H) back-propagated errors with every gate open.
+        last: the last layer, of which these two are; None where they are all that is needed.
     """
 
     update: Tensor
     weight: Tensor
     activations: Tensor
     errors: Tensor
+    last: LastLayer | None = None
 
 
 @dataclass(frozen=True)
@@ -92,17 +115,12 @@ class DefendedReading(ABC):
         """Whether it reads one local step of one round alone."""
         return False
 
-    def mixing(
-        self, directions: Tensor, gradient: Tensor, weight: Tensor, targets: Tensor, probabilities: Tensor
-    ) -> Tensor | None:
+    def mixing(self, directions: Tensor, last: LastLayer) -> Tensor | None:
         """(N, N) share of each image, by columns, in each of those that were trained on; None if none are mixed.
 
         Args:
             directions: (H, N) orthonormal basis of the column space of the first layer's update.
-            gradient: (C, H) summed, of the last layer; (C, H + 1) with a bias.
-            weight: of the last layer, of the same shape.
-            targets: (N, C) of each image alone, see `fl_lightning.loss`.
-            probabilities: (C,) that are predicted for typical images.
+            last: the last layer, with the targets of images that are not mixed.
 
         Raises:
             UnreadableDefense: images were mixed, but it does not show which.

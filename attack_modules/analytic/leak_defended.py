@@ -1,13 +1,21 @@
 """The closed form where the attacker knows the peers' defence: counts, labels, and a reading made for the defence."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from attack_modules.analytic.counting import read_counts
-from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading, Expected, HeadRound, UnreadableDefense
+from attack_modules.analytic.defended_head import (
+    DefendedLayer,
+    DefendedReading,
+    Expected,
+    HeadRound,
+    LastLayer,
+    UnreadableDefense,
+)
 from attack_modules.analytic.leak import leak_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
@@ -68,16 +76,17 @@ def leak_defended(
         )
     scale = len(labels) / (training.lr * training.steps)
     targets = training.loss.targets(labels, len(last), last.double(), training.sizes)
-    mixing = _mixing(reading, space, last.double() * scale, before[0][1].double(), targets, training)
-    if mixing is not None:
-        targets = mixing @ targets
+    known = training.typical
+    probabilities = torch.full_like(targets[0], 1 / targets.shape[1]) if known is None else known.probabilities
+    shown = LastLayer(last.double() * scale, before[0][1].double(), labels, targets, probabilities, scale)
+    if (mixing := _mixing(reading, space, shown, training)) is not None:
+        shown = replace(shown, targets=mixing @ targets)
     rounds = [
-        head_round(update, weight, labels, targets, hidden, scale, training.half_way)
+        head_round(update, weight, shown, hidden, training.half_way)
         for update, weight in zip(layers, before, strict=True)
     ]
     width = next(tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2)
-    known = training.typical and training.typical.features
-    typical = torch.zeros(width) if known is None else TYPICAL * known
+    typical = torch.zeros(width) if known is None or known.features is None else TYPICAL * known.features
     layer = DefendedLayer(reading, rounds)
     found = layer.solve(Expected(typical.expand(len(labels), -1), torch.ones(len(labels))))
     singular, n = space.singular, len(labels)
@@ -102,28 +111,10 @@ def leak_defended(
     )
 
 
-def _mixing(
-    reading: DefendedReading,
-    space: RowSpace,
-    gradient: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    training: TrainingKnowledge,
-) -> Tensor | None:
-    """`DefendedReading.mixing`, where it can be undone.
-
-    Args:
-        reading: of the defence.
-        space: of the first layer's update.
-        gradient: (C, H) summed, of the last layer; (C, H + 1) with a bias.
-        weight: of the last layer, of the same shape.
-        targets: (N, C) of the images unmixed.
-        training: how the peers trained.
-    """
-    known = training.typical
-    probabilities = torch.full_like(targets[0], 1 / targets.shape[1]) if known is None else known.probabilities
-    directions = torch.linalg.svd(space.rows, full_matrices=False).U[:, : len(targets)]
-    mixing = reading.mixing(directions, gradient, weight, targets, probabilities)
+def _mixing(reading: DefendedReading, space: RowSpace, last: LastLayer, training: TrainingKnowledge) -> Tensor | None:
+    """`DefendedReading.mixing` of the first layer's update in its row space, where it can be undone."""
+    directions = torch.linalg.svd(space.rows, full_matrices=False).U[:, : len(last.labels)]
+    mixing = reading.mixing(directions, last)
     if mixing is None:
         return None
     if training.loss.class_weights is not None:
@@ -136,25 +127,18 @@ def _mixing(
 
 
 def head_round(
-    update: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    labels: Tensor,
-    targets: Tensor,
-    hidden: int,
-    scale: float,
-    half_way: float,
+    update: Sequence[Tensor], weight: Sequence[Tensor], last: LastLayer, hidden: int, half_way: float
 ) -> HeadRound:
     """One round, with activations and errors from the rows of the held classes.
 
     Args:
         update: of both layers, (H, D) and (C, H), a bias as one more column.
         weight: the same before the round.
-        labels: (N,) long, distinct.
-        targets: (N, C) of the loss, see `fl_lightning.loss`.
+        last: the last layer, whose labels are distinct.
         hidden: H.
-        scale: N / (lr * steps).
         half_way: share of the update after which the model is half way through the local steps.
     """
+    labels, targets, scale = last.labels, last.targets, last.scale
     gradient, middle = update[1].double() * scale, weight[1].double() - update[1].double() * half_way
     probabilities = torch.full_like(targets, 1 / len(gradient))
     for _ in range(30):
@@ -163,4 +147,5 @@ def head_round(
         if (probabilities - previous).abs().max() < torch.finfo(gradient.dtype).eps:
             break
     errors = (logit_errors(probabilities, targets) @ middle)[:, :hidden]
-    return HeadRound(update[0] * scale, weight[0] - update[0] * half_way, inputs[:, :hidden], errors)
+    own = replace(last, gradient=gradient, weight=weight[1].double())
+    return HeadRound(update[0] * scale, weight[0] - update[0] * half_way, inputs[:, :hidden], errors, own)

@@ -25,6 +25,7 @@ from attack_modules.analytic.defended_head import (
     DefendedReading,
     Expected,
     HeadRound,
+    LastLayer,
     UnreadableDefense,
 )
 from attack_modules.analytic.one_layer import head_inputs
@@ -64,17 +65,15 @@ class MixedImages(DefendedReading):
     def single_step(self) -> bool:
         return True
 
-    def mixing(
-        self, directions: Tensor, gradient: Tensor, weight: Tensor, targets: Tensor, probabilities: Tensor
-    ) -> Tensor:
-        layer, every = weight[:, : len(directions)], torch.arange(len(targets))
-        predicted = probabilities.expand_as(targets)
+    def mixing(self, directions: Tensor, last: LastLayer) -> Tensor:
+        layer, targets, every = last.weight[:, : len(directions)], last.targets, torch.arange(len(last.targets))
+        predicted = last.probabilities.expand_as(targets)
         for _ in range(PASSES):
             errors = torch.stack([logit_errors(one.expand_as(targets), targets) @ layer for one in predicted])
             partner, share, outside = pairs(directions, errors)
             mixing = share.diag()
             mixing[every, partner] += 1 - share
-            _, predicted = head_inputs(gradient, weight, mixing @ targets)
+            _, predicted = head_inputs(last.gradient, last.weight, mixing @ targets)
         if (worst := outside.max().item()) > MOST_OUTSIDE:
             raise UnreadableDefense(
                 f"Which images were mixed does not show: of the likeliest pairs, one leaves {worst:.0%} of its errors "
