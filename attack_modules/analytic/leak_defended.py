@@ -52,7 +52,7 @@ def leak_defended(
     keeps and rounding resolves them. Images are counted and classes found in the mean of all rounds.
 
     Raises:
-        UnreadableDefense: the head is not two linear layers, or images share classes.
+        UnreadableDefense: the head is not two linear layers, images share classes, or the reading says why.
     """
     layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
     if len(layers[0]) != 2:
@@ -81,10 +81,13 @@ def leak_defended(
     shown = LastLayer(last.double() * scale, before[0][1].double(), labels, targets, probabilities, scale)
     if (mixing := _mixing(reading, space, shown, training)) is not None:
         shown = replace(shown, targets=mixing @ targets)
-    rounds = [
-        head_round(update, weight, shown, hidden, training.half_way)
-        for update, weight in zip(layers, before, strict=True)
-    ]
+    try:
+        rounds = [
+            head_round(update, weight, shown, hidden, training.half_way)
+            for update, weight in zip(layers, before, strict=True)
+        ]
+    except torch.linalg.LinAlgError as error:
+        raise UnreadableDefense("The rows of the held classes give equations that cannot be solved.") from error
     width = next(tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2)
     typical = torch.zeros(width) if known is None or known.features is None else TYPICAL * known.features
     layer = DefendedLayer(reading, rounds)

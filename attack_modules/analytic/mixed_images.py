@@ -35,7 +35,7 @@ from fl_lightning.defenses import Defense, Mixup
 from fl_lightning.loss import logit_errors
 
 STARTS = (0.55, 0.7, 0.85)
-"""Shares of the first image from which the search starts; from one that is 0.1 off, it finds the true one."""
+"""Shares of the first image from which the search starts."""
 ITERATIONS = 15
 """Of gates and shares, alternately."""
 PASSES = 3
@@ -43,6 +43,7 @@ PASSES = 3
 LEAST_OPEN = 0.2
 """Size of the gated errors, relative to all, below which gates explain a pair by being closed."""
 PAIRS_AT_ONCE = 4096
+"""Which bounds memory."""
 MOST_OUTSIDE = 0.05
 """Share of a pair's gated errors outside of the column space up to which it may be right. Measured: at most 0.002 where
 it is, at least 0.08 where it is not."""

@@ -52,7 +52,7 @@ class SignedUpdate(DefendedReading):
     """Reads updates of which every peer sent the signs, times a size of its own."""
 
     def __init__(self) -> None:
-        self._found: tuple[HeadRound, Tensor, Tensor, Tensor] | None = None  # it is read again and again
+        self._found: tuple[HeadRound, Tensor, Tensor, Tensor, float] | None = None  # it is read again and again
         self._rms = torch.ones(())  # of features of the typical size
 
     @classmethod
@@ -71,10 +71,12 @@ class SignedUpdate(DefendedReading):
         (seen,) = rounds
         if self._found is None or self._found[0] is not seen:
             self._found = (seen, *directions_of_signs(seen))
-        _, gated, directions, peers = self._found
+        _, gated, directions, peers, residual = self._found
+        positive = expected.features.min() >= 0
         features = torch.empty_like(directions)
         for peer in peers.unique():
-            own = directions[peers == peer].clamp_min(0)
+            own = directions[peers == peer]
+            own = own.clamp_min(0) if positive else own
             size = own.square().sum(0).clamp_min(torch.finfo(own.dtype).tiny)
             wanted = expected.features[peers == peer].to(own)
             if expected.of_images:
@@ -92,12 +94,16 @@ class SignedUpdate(DefendedReading):
             gated=gated,
             uncertainty=torch.full((len(peers),), ERROR),
             peers=peers,
-            residual=0.0,
+            residual=residual,
         )
 
 
-def directions_of_signs(seen: HeadRound) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, H) gated errors, (N, D) features whose columns are right up to their size, and (N,) peers."""
+def directions_of_signs(seen: HeadRound) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(N, H) gated errors, (N, D) features whose columns are right up to their size, (N,) peers, and the residual.
+
+    The residual is the relative Frobenius norm of what the features' own signs leave of the update, which does not
+    depend on the sizes of columns.
+    """
     last = seen.last
     sizes = sizes_of_levels(seen.update, seen.weight, last.scale)
     signs = signs_of_peers(seen.update, sizes)
@@ -113,10 +119,12 @@ def directions_of_signs(seen: HeadRound) -> tuple[Tensor, Tensor, Tensor]:
     inside = torch.einsum("nph,phk->npk", gated, spaces).norm(dim=2)
     peers = (inside / gated.norm(dim=2).clamp_min(torch.finfo(inside.dtype).tiny)).argmax(1)
     gated = gated[torch.arange(len(rows)), peers]
-    features = gated.new_empty(len(gated), seen.update.shape[1])
+    features, left = gated.new_empty(len(gated), seen.update.shape[1]), seen.update.clone()
     for peer in peers.unique():
-        features[peers == peer] = torch.linalg.pinv(gated[peers == peer].T) @ signs[peer].double()
-    return gated, features, peers
+        own = gated[peers == peer].T
+        features[peers == peer] = torch.linalg.pinv(own) @ signs[peer].double()
+        left -= (sizes[peer] * (own @ features[peers == peer]).sign()).to(left)
+    return gated, features, peers, (left.norm() / seen.update.norm()).item()
 
 
 def leading(rows: Tensor, count: int) -> Tensor:
