@@ -53,7 +53,6 @@ class SignedUpdate(DefendedReading):
 
     def __init__(self) -> None:
         self._found: tuple[HeadRound, Tensor, Tensor, Tensor, float] | None = None  # it is read again and again
-        self._rms = torch.ones(())  # of features of the typical size
 
     @classmethod
     def against(cls, defenses: Sequence[Defense]) -> Self | None:
@@ -61,7 +60,7 @@ class SignedUpdate(DefendedReading):
 
     @property
     def resolves(self) -> int:
-        return 24
+        return 12  # each time features get a little smaller, since the prior makes images flatter
 
     @property
     def single_step(self) -> bool:
@@ -84,11 +83,6 @@ class SignedUpdate(DefendedReading):
             else:
                 along = (wanted.square().sum(0) / size).sqrt() / TYPICAL
             features[peers == peer] = along * own
-        rms = features.square().mean().sqrt()
-        if expected.of_images:  # the prior makes images flatter, and so their features smaller each time
-            features *= self._rms / rms.clamp_min(torch.finfo(rms.dtype).tiny)
-        else:
-            self._rms = rms
         return DefendedFeatures(
             features=features,
             gated=gated,
