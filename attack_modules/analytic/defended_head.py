@@ -111,6 +111,11 @@ class DefendedReading(ABC):
         return True
 
     @property
+    def shows_rank(self) -> bool:
+        """Whether the rank of the update tells of the number of images; else it is that of the held classes."""
+        return True
+
+    @property
     def single_step(self) -> bool:
         """Whether it reads one local step of one round alone."""
         return False

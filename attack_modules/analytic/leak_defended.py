@@ -64,6 +64,9 @@ def leak_defended(
     hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
     space = RowSpace.of(first, before[0][0])
     count, labels = read_counts(space, [last.double()], hidden, training)
+    if not reading.shows_rank and training.num_images is None and training.labels is None:
+        _, labels = read_counts(space, [last.double()], hidden, replace(training, num_images=count.held))
+        count = replace(count, num_images=count.held, counted=False, shown=count.held)
     if len(labels.unique()) < len(labels):
         raise UnreadableDefense(
             f"{len(labels)} images share {len(labels.unique())} classes, but the peers' defence is read only where "

@@ -63,6 +63,10 @@ class SignedUpdate(DefendedReading):
         return 12  # each time features get a little smaller, since the prior makes images flatter
 
     @property
+    def shows_rank(self) -> bool:
+        return False
+
+    @property
     def single_step(self) -> bool:
         return True
 

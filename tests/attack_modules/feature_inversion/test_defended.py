@@ -19,7 +19,7 @@ from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRounds
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import ImageFolder
-from fl_lightning.defenses import GaussianNoise, Mixup, TopK
+from fl_lightning.defenses import GaussianNoise, Mixup, Sign, TopK
 from fl_lightning.defenses.defense import ClientDefense
 from fl_lightning.federation import Federation
 from fl_lightning.observation import Observation
@@ -104,3 +104,22 @@ def test_who_knows_the_defence_sees_more(tmp_path: Path, attack: Run, defense: C
         assert all(each[i] > 20 for i, image in enumerate(order) if levels[image] is Level.CERTAIN)
         psnr[told] = each.mean().item()
     assert psnr["known"] > psnr["unknown"] + gain
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IMAGENET.is_dir(), reason="needs ../shared/data/imagenet-sample")
+def test_peers_and_images_of_signs(tmp_path: Path, attack: Run) -> None:
+    """The same photographs, of which an attack that knows of no defence counts hundreds."""
+    data = ImageFolder(root=IMAGENET, num_clients=5, images_per_client=2, image_size=32)
+    blind = {"labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred"}
+    rounds = ObservedRounds(Knowledge(**blind, defenses="known"), trained(Sign()), data, tmp_path)
+    rounds.prepare_data()
+    rounds.setup()
+    found = attack(FeatureInversion(), *rounds.rounds, steps=100)
+    result = found.reconstruction()
+    originals = torch.cat([peer.images for peer in data.clients[:4]])
+    order = match(result.images, originals)
+    psnr = -10 * (result.images[order] - originals).square().mean((1, 2, 3)).log10()
+    peers, seen = torch.arange(4).repeat_interleave(2), found.leakage.peers[order]
+    assert torch.equal(seen[:, None] == seen, peers[:, None] == peers)
+    assert psnr.mean() > 15
