@@ -9,7 +9,33 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from attack_modules.attack import AttackError
 from fl_lightning.defenses import Defense
+
+
+class UnreadableDefense(AttackError):
+    """The update is not one in which this defence can be read."""
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The last layer of a head in one round; C classes, N images.
+
+    Attributes:
+        gradient: (C, H) summed; (C, H + 1) with a bias.
+        weight: before the round, of the same shape.
+        labels: (N,) long.
+        targets: (N, C) of each image, see `fl_lightning.loss`.
+        probabilities: (C,) that are predicted for typical images.
+        scale: by which updates were multiplied to give summed gradients.
+    """
+
+    gradient: Tensor
+    weight: Tensor
+    labels: Tensor
+    targets: Tensor
+    probabilities: Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -21,12 +47,14 @@ class HeadRound:
         weight: (H, D) of the first layer half way through the local steps.
         activations: (N, H) of the hidden units, as the last layer's update shows them.
         errors: (N, H) back-propagated errors with every gate open.
+        last: the last layer, of which these two are; None where they are all that is needed.
     """
 
     update: Tensor
     weight: Tensor
     activations: Tensor
     errors: Tensor
+    last: LastLayer | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +110,33 @@ class DefendedReading(ABC):
     def most_unexplained(self) -> float:
         """Residual from which the plain reading is at least as good, since training is not as this one takes it."""
         return math.inf
+
+    @property
+    def noisy(self) -> bool:
+        """Whether features come out with noise, of the size of their uncertainty."""
+        return True
+
+    @property
+    def shows_rank(self) -> bool:
+        """Whether the rank of the update tells of the number of images; else it is that of the held classes."""
+        return True
+
+    @property
+    def single_step(self) -> bool:
+        """Whether it reads one local step of one round alone."""
+        return False
+
+    def mixing(self, directions: Tensor, last: LastLayer) -> Tensor | None:
+        """(N, N) share of each image, by columns, in each of those that were trained on; None if none are mixed.
+
+        Args:
+            directions: (H, N) orthonormal basis of the column space of the first layer's update.
+            last: the last layer, with the targets of images that are not mixed.
+
+        Raises:
+            UnreadableDefense: images were mixed, but it does not show which.
+        """
+        return None
 
     @abstractmethod
     def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:

@@ -1,26 +1,32 @@
 """The closed form where the attacker knows the peers' defence: counts, labels, and a reading made for the defence."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from attack_modules.analytic.counting import read_counts
-from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading, Expected, HeadRound
+from attack_modules.analytic.defended_head import (
+    DefendedLayer,
+    DefendedReading,
+    Expected,
+    HeadRound,
+    LastLayer,
+    UnreadableDefense,
+)
 from attack_modules.analytic.leak import leak_rounds
 from attack_modules.analytic.one_layer import head_inputs
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
-from attack_modules.attack import AttackError
 from fl_lightning.loss import logit_errors
 
 TYPICAL = 0.5
 """Share of typical features that is expected of images."""
 
-
-class UnreadableDefense(AttackError):
-    """The update is not one in which this defence can be read."""
+MOST_AMPLIFIED = 100.0
+"""Factor by which unmixing may amplify errors."""
 
 
 def leak_known(
@@ -48,7 +54,7 @@ def leak_defended(
 
     Raises:
         UnreadableDefense: the head is not two linear layers, images share classes or there is one of each class,
-            equations cannot be solved, or the reading leaves too much unexplained.
+            equations cannot be solved, the reading leaves too much unexplained, or says itself why.
     """
     layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
     if len(layers[0]) != 2:
@@ -60,19 +66,31 @@ def leak_defended(
     hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
     space = RowSpace.of(first, before[0][0])
     count, labels = read_counts(space, [last.double()], hidden, training)
+    if not reading.shows_rank and training.num_images is None and training.labels is None:
+        _, labels = read_counts(space, [last.double()], hidden, replace(training, num_images=count.held))
+        count = replace(count, num_images=count.held, counted=False, shown=count.held)
     if len(labels.unique()) < len(labels) or len(labels) == len(last):
         raise UnreadableDefense(
             f"{len(labels)} images are of {len(labels.unique())} of {len(last)} classes, but the peers' defence is "
             "read only where every image has a class of its own, and a class has none."
         )
+    if reading.single_step and len(updates) * training.steps > 1:
+        raise UnreadableDefense(
+            f"The peers' defence is read from a single local step by {type(reading).__name__}, but {len(updates)} "
+            f"round(s) of {training.steps} step(s) were observed."
+        )
     scale = len(labels) / (training.lr * training.steps)
     targets = training.loss.targets(labels, len(last), last.double(), training.sizes)
+    known = training.typical
+    probabilities = torch.full_like(targets[0], 1 / targets.shape[1]) if known is None else known.probabilities
+    shown = LastLayer(last.double() * scale, before[0][1].double(), labels, targets, probabilities, scale)
+    if (mixing := _mixing(reading, space, shown, training)) is not None:
+        shown = replace(shown, targets=mixing @ targets)
     width = next(tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2)
-    known = training.typical and training.typical.features
-    typical = torch.zeros(width) if known is None else TYPICAL * known
+    typical = torch.zeros(width) if known is None or known.features is None else TYPICAL * known.features
     try:
         rounds = [
-            head_round(update, weight, labels, targets, hidden, scale, training.half_way)
+            head_round(update, weight, shown, hidden, training.half_way)
             for update, weight in zip(layers, before, strict=True)
         ]
         layer = DefendedLayer(reading, rounds)
@@ -104,32 +122,42 @@ def leak_defended(
         ),
         uncertainty=found.uncertainty.float(),
         ones=found.features[:, width].float() if found.features.shape[1] > width else None,
-        noisy=True,
+        noisy=reading.noisy,
         defended=layer,
+        mixing=None if mixing is None else mixing.float(),
     )
 
 
+def _mixing(reading: DefendedReading, space: RowSpace, last: LastLayer, training: TrainingKnowledge) -> Tensor | None:
+    """`DefendedReading.mixing` of the first layer's update in its row space, where it can be undone."""
+    directions = torch.linalg.svd(space.rows, full_matrices=False).U[:, : len(last.labels)]
+    mixing = reading.mixing(directions, last)
+    if mixing is None:
+        return None
+    if training.loss.class_weights is not None:
+        raise UnreadableDefense("Images are mixed, which is not read where the loss weighs classes.")
+    if (amplified := torch.linalg.cond(mixing).item()) > MOST_AMPLIFIED:
+        raise UnreadableDefense(
+            f"Images are mixed nearly half and half, so that unmixing them would amplify errors {amplified:.0f} times."
+        )
+    return mixing
+
+
 def head_round(
-    update: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    labels: Tensor,
-    targets: Tensor,
-    hidden: int,
-    scale: float,
-    half_way: float,
+    update: Sequence[Tensor], weight: Sequence[Tensor], last: LastLayer, hidden: int, half_way: float
 ) -> HeadRound:
     """One round, with activations and errors from the rows of the held classes.
 
     Args:
         update: of both layers, (H, D) and (C, H), a bias as one more column.
         weight: the same before the round.
-        labels: (N,) long, distinct.
-        targets: (N, C) of the loss, see `fl_lightning.loss`.
+        last: the last layer, whose labels are distinct.
         hidden: H.
-        scale: N / (lr * steps).
         half_way: share of the update after which the model is half way through the local steps.
     """
+    labels, targets, scale = last.labels, last.targets, last.scale
     gradient, middle = update[1].double() * scale, weight[1].double() - update[1].double() * half_way
     inputs, probabilities = head_inputs(gradient, middle, targets, classes=labels)
     errors = (logit_errors(probabilities, targets) @ middle)[:, :hidden]
-    return HeadRound(update[0] * scale, weight[0] - update[0] * half_way, inputs[:, :hidden], errors)
+    own = replace(last, gradient=gradient, weight=weight[1].double())
+    return HeadRound(update[0] * scale, weight[0] - update[0] * half_way, inputs[:, :hidden], errors, own)

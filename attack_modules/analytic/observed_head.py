@@ -7,16 +7,18 @@ from torch import Tensor
 
 from attack_modules.analytic.counting import read_counts
 from attack_modules.analytic.defended_head import DefendedReading
+from attack_modules.analytic.mixed_images import MixedImages
 from attack_modules.analytic.noisy_gates import NoisyGates
 from attack_modules.analytic.pruned_update import PrunedUpdate
 from attack_modules.analytic.results import TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
+from attack_modules.analytic.signed_update import SignedUpdate
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import Tensors
 from fl_lightning.models import ImageClassifier
 
-READINGS: tuple[type[DefendedReading], ...] = (PrunedUpdate, NoisyGates)
+READINGS: tuple[type[DefendedReading], ...] = (PrunedUpdate, NoisyGates, MixedImages, SignedUpdate)
 """Readings of defended updates; the first that the known defences ask for is taken."""
 
 

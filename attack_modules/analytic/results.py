@@ -108,6 +108,8 @@ class Leakage:
             same factor.
         noisy: whether a known defence leaves noise on the features, of the size of `uncertainty`.
         defended: the first layer of an update under a known defence, which can be read again; None without.
+        mixing: (N, N) share of the image of each label, by columns, in the image that each row of `features` is of;
+            None if images were not mixed.
     """
 
     labels: Tensor
@@ -118,6 +120,7 @@ class Leakage:
     ones: Tensor | None = None
     noisy: bool = False
     defended: DefendedLayer | None = None
+    mixing: Tensor | None = None
 
 
 @dataclass(frozen=True)

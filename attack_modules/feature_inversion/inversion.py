@@ -184,6 +184,8 @@ class FeatureInversion(Attack):
         self.register_buffer("features", self.leakage.features.clone())  # target: under the model half way
         self.register_buffer("labels", self.leakage.labels)
         self.images = nn.Parameter(self._start(self.features))
+        mixing = self.leakage.mixing  # then `images` are mixtures, and what is found are `unmixed` ones
+        self.register_buffer("unmixing", None if mixing is None else torch.linalg.inv(mixing), persistent=False)
         self.register_buffer("best", self.images.detach().clone())
         self.register_buffer("best_loss", torch.full((len(self.labels),), torch.inf))
         if self.refinement and self.noise is not None:
@@ -410,13 +412,18 @@ class FeatureInversion(Attack):
 
     @torch.no_grad()
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
-        """(N,) `|features(x) - f| / |f|`, which does not depend on the labels."""
+        """(N,) `|features(x) - f| / |f|`, which does not depend on the labels; the larger of two if it was mixed."""
         images, errors = images.to(self.device), self.features.new_empty(len(self.features))
+        if self.unmixing is not None:
+            mixing = self.leakage.mixing.to(images)
+            images = torch.tensordot(mixing, images, 1)
 
         def error(chunk: Tensor) -> Tensor:
             return self.feature_error(images[chunk], self.features[chunk])
 
         self.ranks.gather(errors, error, self.chunk_size)
+        if self.unmixing is not None:
+            errors = ((mixing > 0) * errors[:, None]).amax(0)
         return errors.sqrt()
 
     @torch.no_grad()
@@ -431,11 +438,18 @@ class FeatureInversion(Attack):
         self.best_loss.copy_(torch.minimum(self.best_loss, losses))
 
     def reconstruction(self) -> Reconstruction:
+        images, mixed = self.best.float(), self.unmixing is not None
+        if mixed:
+            images = torch.tensordot(self.unmixing, images, 1)
+
+        def error(candidates: Tensor, indices: Tensor) -> Tensor:
+            return self.feature_error(candidates, self.features[indices])
+
         return Reconstruction(
-            self.best.float().clamp(0, 1),
+            images.clamp(0, 1),
             self.labels,
             num_classes=self.observed_rounds[0].observation.num_classes,
-            consistency_error=lambda images, indices: self.feature_error(images, self.features[indices]),
+            consistency_error=None if mixed else error,  # of a mixed image, it depends on another one as well
             peers=self.leakage.peers,
             features=self.leakage.features if self._frozen else None,
         )
@@ -465,6 +479,9 @@ class FeatureInversion(Attack):
                 lambda wrong: self.invert(wrong, steps, noise),
                 shape,
             )
+        if self.unmixing is not None:  # as if the images that are added up were wrong independently
+            wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
+            psnr = (-10 * wrong.log10()).tolist()
         suspected = suspected_defenses(self.update_of(self.observed_rounds[0]))
         return judge(evidence, psnr, best, self.model).suspecting(suspected)
 
@@ -499,7 +516,16 @@ class FeatureInversion(Attack):
             return ""
         reading = self.leakage.defended.reading
         again = f", and once more at {reading.resolves} steps with the images found so far" if reading.resolves else ""
-        return (
+        line = (
             f"\nKnown defence: the head's first layer is read by {type(reading).__name__}{again}. It leaves the "
-            f"features off by {self.leakage.uncertainty.median():.1%}, in proportion to which the prior weighs."
+            f"features off by {self.leakage.uncertainty.median():.1%}"
         )
+        if self.leakage.noisy:
+            line += ", in proportion to which the prior weighs"
+        if (mixing := self.leakage.mixing) is not None:
+            alone, amplified = int((mixing.diagonal() == 1).sum()), self.unmixing.norm(dim=1).median()
+            line += (
+                f". Of {len(mixing)} images {len(mixing) - alone} were mixed with another; unmixing amplifies errors "
+                f"{amplified:.2g} times"
+            )
+        return f"{line}."

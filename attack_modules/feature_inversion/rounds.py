@@ -117,6 +117,11 @@ class ChangingParticipants(RoundsReader):
                     "and its supposed images disturb the matching of the others. Leave it out of "
                     "`federation.observed_rounds`."
                 )
+        if any(found.mixing is not None for found in rounds):
+            raise AttackError(
+                "The peers mix their images anew in each round, so that no image has the same features in two. Name "
+                "one round in `federation.observed_rounds` and set `model.rounds: SameImages`."
+            )
         self.attribution = attribute(rounds)
         presence = self.attribution.presence
         joined = Leakage(

@@ -14,13 +14,14 @@ from attack_modules.analytic.leak_defended import leak_known
 from attack_modules.analytic.noisy_gates import NoisyGates
 from attack_modules.analytic.pruned_update import PrunedUpdate
 from attack_modules.analytic.results import TrainingKnowledge
-from attack_modules.attack import Attack, Level
+from attack_modules.attack import Attack, AttackError, Level
 from attack_modules.evaluation.assignment import match
+from attack_modules.feature_inversion.rounds import ChangingParticipants
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRounds
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import ImageFolder
-from fl_lightning.defenses import GaussianNoise, TopK
+from fl_lightning.defenses import GaussianNoise, Mixup, Sign, TopK
 from fl_lightning.defenses.defense import ClientDefense
 from fl_lightning.federation import Federation
 from fl_lightning.observation import Observation
@@ -85,6 +86,29 @@ def test_what_a_reading_cannot_solve_is_read_without_it(classes: int, reading: D
     assert (found.features - features).norm() < 1e-2 * features.norm()
 
 
+def test_images_that_were_mixed_are_unmixed(observe: Observe, attack: Run) -> None:
+    seen = observe(trained(Mixup(lam=0.3)), Knowledge(), **WIDE)
+    found = attack(FeatureInversion(), seen, steps=4)
+    mixing = found.leakage.mixing
+    assert set(mixing.diagonal().mul(1000).round().tolist()) <= {700, 1000}
+    assert (mixing.diagonal() < 1).any()
+    originals = torch.rand(found.best.shape, generator=torch.Generator().manual_seed(0))
+    mixed = torch.tensordot(mixing, originals, 1)
+    found.best.copy_(mixed)
+    result = found.reconstruction()
+    torch.testing.assert_close(result.images, originals, rtol=0, atol=1e-5)
+    assert result.consistency_error is None
+    misfit, of_mixed = found.misfit(originals, result.labels), found.feature_error(mixed, found.features).sqrt()
+    torch.testing.assert_close(misfit[0], of_mixed[mixing[:, 0] > 0].max(), rtol=1e-3, atol=0)
+    expected = torch.tensor(found.verdict(misfit).expected_psnr)
+    lost = 10 * torch.linalg.inv(mixing).square().sum(1).log10()  # images of a pair have the same misfit
+    found.unmixing = torch.eye(len(mixing))
+    torch.testing.assert_close(torch.tensor(found.verdict(misfit).expected_psnr) - expected, lost, rtol=0, atol=0.01)
+    several = FeatureInversion(rounds=ChangingParticipants())
+    with pytest.raises(AttackError, match="mix their images anew"):
+        attack(several, seen, steps=1)
+
+
 def test_defences_that_cannot_be_read_are_left_out_with_a_warning() -> None:
     random = torch.Generator().manual_seed(0)
     weights = [{"weight": 0.1 * torch.randn(30, 50, generator=random)}]
@@ -99,7 +123,7 @@ def test_defences_that_cannot_be_read_are_left_out_with_a_warning() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not IMAGENET.is_dir(), reason="needs ../shared/data/imagenet-sample")
-@pytest.mark.parametrize(("defense", "gain"), [(GaussianNoise(rho=1.0), 1.5), (TopK(0.1), 1.0)])
+@pytest.mark.parametrize(("defense", "gain"), [(GaussianNoise(rho=1.0), 1.5), (TopK(0.1), 1.0), (Mixup(lam=0.4), 4.0)])
 def test_who_knows_the_defence_sees_more(tmp_path: Path, attack: Run, defense: ClientDefense, gain: float) -> None:
     """8 photographs of 4 peers at 32 pixels; nothing is certain that is not so."""
     data = ImageFolder(root=IMAGENET, num_clients=5, images_per_client=2, image_size=32)
@@ -118,3 +142,22 @@ def test_who_knows_the_defence_sees_more(tmp_path: Path, attack: Run, defense: C
         assert all(each[i] > 20 for i, image in enumerate(order) if levels[image] is Level.CERTAIN)
         psnr[told] = each.mean().item()
     assert psnr["known"] > psnr["unknown"] + gain
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IMAGENET.is_dir(), reason="needs ../shared/data/imagenet-sample")
+def test_peers_and_images_of_signs(tmp_path: Path, attack: Run) -> None:
+    """The same photographs, of which an attack that knows of no defence counts hundreds."""
+    data = ImageFolder(root=IMAGENET, num_clients=5, images_per_client=2, image_size=32)
+    blind = {"labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred"}
+    rounds = ObservedRounds(Knowledge(**blind, defenses="known"), trained(Sign()), data, tmp_path)
+    rounds.prepare_data()
+    rounds.setup()
+    found = attack(FeatureInversion(), *rounds.rounds, steps=100)
+    result = found.reconstruction()
+    originals = torch.cat([peer.images for peer in data.clients[:4]])
+    order = match(result.images, originals)
+    psnr = -10 * (result.images[order] - originals).square().mean((1, 2, 3)).log10()
+    peers, seen = torch.arange(4).repeat_interleave(2), found.leakage.peers[order]
+    assert torch.equal(seen[:, None] == seen, peers[:, None] == peers)
+    assert psnr.mean() > 15

@@ -1,0 +1,201 @@
+"""Features where each peer sent signs alone, times one size for each layer (1-bit compression).
+
+Notation as in `analytic.leak`. The sum of the peers' layers is `Z = sum_c s_c sign(G_c)`, and each peer has a size
+`s_c` of its own, so the entries of Z have few values, from which the sizes follow, and with them the signs of every
+single peer: the aggregation is undone. Then, peer by peer:
+
+1. A hidden unit that is active for none of a peer's images has no sign in its row of the first layer.
+2. In the last layer, the row of a held class is negative at the units that are active for its image, positive at the
+   others that are active for any image: gates, and whose image it is.
+3. `sign(Delta_c^T f)`, of one feature f of the peer's images, are as many bits as there are units for as many unknowns
+   as it has images: its direction is the least-squares solution (Plan and Vershynin 2013). Its size shows in no sign:
+   it is taken from typical features, then from the features of the images found so far.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations, product
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from attack_modules.analytic.defended_head import (
+    DefendedFeatures,
+    DefendedReading,
+    Expected,
+    HeadRound,
+    UnreadableDefense,
+)
+from attack_modules.analytic.leak_defended import TYPICAL
+from fl_lightning.defenses import Defense, Sign
+from fl_lightning.loss import logit_errors
+
+MOST_PEERS = 5
+"""Number of peers up to which sizes are searched: sums of more come too close to each other."""
+FINE = 0.06
+"""Share of the entries, those of the smallest weights, that the models' rounding leaves fine enough to tell sizes."""
+WIDTH = 2.5
+"""Width of a histogram's bin over the rounding of these weights."""
+LEAST_COUNT = 2e-4
+"""Share of the entries from which they are a level."""
+AMBIGUOUS = 0.2
+"""Share of the sums of signs that coincide from which the peers' signs do not follow from them."""
+ACTIVE = 0.3
+"""Share of signs in a unit's row from which it is active for an image of the peer. Measured: up to 0.3 where it is not,
+0.5 and more where it is."""
+ERROR = 0.25
+"""Error of the features, which no quantity shows: one at which the expected PSNR is the measured one, some 19 dB.
+Measured: 0.3 with sizes of typical features, 0.18 at the end."""
+
+
+class SignedUpdate(DefendedReading):
+    """Reads updates of which every peer sent the signs, times a size of its own."""
+
+    def __init__(self) -> None:
+        self._found: tuple[HeadRound, Tensor, Tensor, Tensor, float] | None = None  # it is read again and again
+
+    @classmethod
+    def against(cls, defenses: Sequence[Defense]) -> Self | None:
+        return cls() if any(isinstance(one, Sign) and one.scale is None for one in defenses) else None
+
+    @property
+    def resolves(self) -> int:
+        return 12  # each time features get a little smaller, since the prior makes images flatter
+
+    @property
+    def shows_rank(self) -> bool:
+        return False
+
+    @property
+    def single_step(self) -> bool:
+        return True
+
+    def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:
+        (seen,) = rounds
+        if self._found is None or self._found[0] is not seen:
+            self._found = (seen, *directions_of_signs(seen))
+        _, gated, directions, peers, residual = self._found
+        positive = expected.features.min() >= 0
+        features = torch.empty_like(directions)
+        for peer in peers.unique():
+            own = directions[peers == peer]
+            own = own.clamp_min(0) if positive else own
+            size = own.square().sum(0).clamp_min(torch.finfo(own.dtype).tiny)
+            wanted = expected.features[peers == peer].to(own)
+            if expected.of_images:
+                along = ((own * wanted).sum(0) / size).clamp_min(0)
+            else:
+                along = (wanted.square().sum(0) / size).sqrt() / TYPICAL
+            features[peers == peer] = along * own
+        return DefendedFeatures(
+            features=features,
+            gated=gated,
+            uncertainty=torch.full((len(peers),), ERROR),
+            peers=peers,
+            residual=residual,
+        )
+
+
+def directions_of_signs(seen: HeadRound) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(N, H) gated errors, (N, D) features whose columns are right up to their size, (N,) peers, and the residual.
+
+    The residual is the relative Frobenius norm of what the features' own signs leave of the update, which does not
+    depend on the sizes of columns.
+    """
+    last = seen.last
+    sizes = sizes_of_levels(seen.update, seen.weight, last.scale)
+    signs = signs_of_peers(seen.update, sizes)
+    active = ((signs != 0).double().mean(2) > ACTIVE).double()  # (P, H)
+    rows = last.gradient[last.labels, : active.shape[1]]
+    share = rows.abs().quantile(0.99) * sizes / sizes.sum()  # sizes of the last layer
+    others = (share[:, None] * active).sum(0) - share[:, None] * active  # (P, H)
+    own = rows[:, None] - others  # (N, P, H), if an image is of this peer
+    gates = (own < -share[:, None] / 2).double() * active
+    errors = logit_errors(last.probabilities.expand_as(last.targets), last.targets) @ last.weight
+    gated = gates * errors[:, None, : active.shape[1]]
+    spaces = torch.stack([leading(peer.float(), math.ceil(len(rows) / len(sizes))) for peer in signs]).double()
+    inside = torch.einsum("nph,phk->npk", gated, spaces).norm(dim=2)
+    peers = (inside / gated.norm(dim=2).clamp_min(torch.finfo(inside.dtype).tiny)).argmax(1)
+    gated = gated[torch.arange(len(rows)), peers]
+    features, left = gated.new_empty(len(gated), seen.update.shape[1]), seen.update.clone()
+    for peer in peers.unique():
+        own = gated[peers == peer].T
+        features[peers == peer] = torch.linalg.pinv(own) @ signs[peer].double()
+        left -= (sizes[peer] * (own @ features[peers == peer]).sign()).to(left)
+    return gated, features, peers, (left.norm() / seen.update.norm()).item()
+
+
+def leading(rows: Tensor, count: int) -> Tensor:
+    """(H, count) leading directions of the column space of (H, D)."""
+    return torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -count:]
+
+
+def sizes_of_levels(update: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    """(P,) falling sizes of the peers' entries, from the values that sums of their signs have.
+
+    The largest value is the sum of all sizes. Where a single peer's entry is 0, or negative, it is less by once or
+    twice its size; the sizes are those of such differences that sum to the largest value, as many as possible.
+
+    Args:
+        update: (H, D) sum of the peers' layers.
+        weight: (H, D) of the layer, in float32, from the rounding of which the update is off.
+        scale: by which the update was multiplied since.
+
+    Raises:
+        UnreadableDefense: no sizes explain the values, or they leave open which peer sent what, as equal ones do.
+    """
+    limit = weight.abs().flatten().kthvalue(max(int(FINE * weight.numel()), 1)).values
+    values = update[weight.abs() <= limit].double().abs()
+    width = WIDTH * torch.finfo(weight.dtype).eps * limit.item() * scale
+    levels, counts = levels_of(values, width)
+
+    def seen(size: Tensor) -> bool:
+        return bool((levels - size.abs()).abs().min() < 1.5 * width)
+
+    top = levels[-1]
+    steps = [(size, count) for size, count in zip(top - levels, counts, strict=True) if size > 2 * width]
+    steps = [(size.item(), int(count)) for size, count in steps if seen(top - 2 * size)]
+    for number in range(min(MOST_PEERS, len(steps)), 0, -1):
+        fitting = [
+            chosen
+            for chosen in combinations(steps, number)
+            if abs(sum(size for size, _ in chosen) - top.item()) < 3 * width
+        ]
+        if fitting:
+            best = max(fitting, key=lambda chosen: min(count for _, count in chosen))
+            sizes = torch.tensor([size for size, _ in best], dtype=values.dtype)
+            if (sums_of_signs(sizes)[1].diff() < width).double().mean() < AMBIGUOUS:
+                return sizes
+            break
+    raise UnreadableDefense(
+        f"The peers are said to send signs, but the {len(levels)} sizes of the update's entries are not sums of up to "
+        f"{MOST_PEERS} different ones."
+    )
+
+
+def levels_of(values: Tensor, width: float) -> tuple[Tensor, Tensor]:
+    """Ascending values (L,) that many entries have, and their numbers (L,); `width` is that of a histogram's bin."""
+    bins = (values / width).round().long()
+    counts = bins.bincount(minlength=int(bins.max()) + 2)
+    sums = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, bins, values)
+    padded = torch.nn.functional.pad(counts, (1, 1))
+    before, after = padded[:-2], padded[2:]
+    peaks = ((counts >= before) & (counts > after) & (counts >= LEAST_COUNT * len(values))).nonzero().flatten()
+    around = torch.nn.functional.pad(sums, (1, 1))
+    number = (before + counts + after)[peaks]
+    return (around[peaks] + around[peaks + 1] + around[peaks + 2]) / number, number
+
+
+def signs_of_peers(update: Tensor, sizes: Tensor) -> Tensor:
+    """(P, H, D) int8: the signs whose sum, times the sizes, is nearest to each entry."""
+    every, levels = sums_of_signs(sizes)
+    nearest = torch.bucketize(update.to(sizes).flatten(), (levels[1:] + levels[:-1]) / 2)
+    return every[nearest].T.reshape(len(sizes), *update.shape)
+
+
+def sums_of_signs(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """(3^P, P) int8: all signs that peers of such sizes (P,) can send for an entry; and (3^P,) their ascending sums."""
+    every = torch.tensor(list(product((-1, 0, 1), repeat=len(sizes))), dtype=torch.int8)
+    sums, order = (every.to(sizes) @ sizes).sort()
+    return every[order], sums
