@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fl_lightning.errors import MissingFile
+from fl_lightning.errors import MissingFile, in_short
 from fl_lightning.storage import StorageError, load_checkpoint
 
 LISTED = 4
@@ -38,7 +38,7 @@ def read_weights(path: Path, source: str, parts: tuple[str, ...] = ()) -> dict[s
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise StorageError(
-                f"'{path}' cannot be read as safetensors: {error}. Get it again from {source}."
+                f"'{path}' cannot be read as safetensors ({in_short(error)}). Get it again from {source}."
             ) from error
     state = load_checkpoint(path)
     if isinstance(state, Mapping):

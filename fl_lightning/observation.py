@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from fl_lightning.client import Tensors, parameters
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, in_short
 from fl_lightning.models import Arguments, ImageClassifier, ImageShape, WrappedClassifier
 from fl_lightning.models.freezing import freeze
 from fl_lightning.models.wrapped import Prototype
@@ -246,8 +246,8 @@ def build_on_meta(description: dict[str, Any]) -> ImageClassifier:
         return copy.deepcopy(_built_on_meta(Arguments(model_class, description["init_args"])))
     except (KeyError, TypeError) as error:
         raise StorageError(
-            f"{model_class.__name__} cannot be built from the Observation's `model`: {error}. Its `init_args` are the "
-            "arguments of the class's constructor, with `num_classes` and `image_shape`."
+            f"{model_class.__name__} cannot be built from the Observation's `model` ({in_short(error)}). Its "
+            "`init_args` are the arguments of the class's constructor, with `num_classes` and `image_shape`."
         ) from error
 
 

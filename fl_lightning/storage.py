@@ -151,7 +151,9 @@ def load_record(stem: Path, version: int) -> tuple[dict[str, Tensor], dict[str, 
             )
         return load_file(path), facts
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"'{path}' cannot be read as safetensors: {error}. Restore or recreate it.") from error
+        raise StorageError(
+            f"'{path}' cannot be read as safetensors ({in_short(error)}). Restore or recreate it."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(f"'{path}' cannot be read as JSON: {error}. Restore or recreate it.") from error
+        raise StorageError(f"'{path}' cannot be read as JSON ({in_short(error)}). Restore or recreate it.") from error
     if not isinstance(content, dict):
         raise StorageError(f"'{path}' contains a JSON {type(content).__name__}, but an object is needed. Restore it.")
     return content
@@ -187,7 +189,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many exception types for truncated or foreign files
         raise StorageError(
-            f"'{path}' cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"'{path}' cannot be read as a checkpoint ({in_short(error)}). "
             "Specify another checkpoint, or none to start from the beginning."
         ) from error
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from attack_modules.attack import Reconstruction
 from attack_modules.enhance.enhancer import Enhancer
 from attack_modules.weights import read_weights
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, in_short
 from fl_lightning.storage import StorageError
 
 
@@ -42,7 +42,7 @@ class Restoration(Enhancer):
             self.network = ModelLoader(device="cpu").load_from_state_dict(state)
         except Exception as error:  # architecture constructors raise many exception types
             raise StorageError(
-                f"'{weights}' holds no network that spandrel supports ({type(error).__name__}: {error}). Give the "
+                f"'{weights}' holds no network that spandrel supports ({in_short(error)}). Give the "
                 "weights of a restoration network, for example ESRGAN, SwinIR or NAFNet."
             ) from error
         channels = {self.network.input_channels, self.network.output_channels}

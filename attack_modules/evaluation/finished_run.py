@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attack_modules.evaluation.strangers import Strangers
 from fl_lightning.data.images import read_image, read_size
+from fl_lightning.errors import in_short
 from fl_lightning.record import Record
 from fl_lightning.storage import StorageError, has_record, read_json
 from fl_lightning.truth import Truth
@@ -91,7 +92,7 @@ class FinishedRun:
             stems = [record.truth(*view) for view in zip(rounds, clients, strict=True)]
         except (OSError, KeyError, ValueError) as error:
             raise StorageError(
-                f"The results in '{directory}' are incomplete ({type(error).__name__}: {error}). Delete the folder, "
+                f"The results in '{directory}' are incomplete ({in_short(error)}). Delete the folder, "
                 "and run the cell again."
             ) from error
         truth = Truth.union([Truth.load(stem) for stem in stems]) if all(map(has_record, stems)) else None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.models import AlexNet_Weights
 
 from fl_lightning.download import CHECKPOINTS
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, in_short
 from fl_lightning.storage import load_checkpoint
 
 
@@ -38,7 +38,7 @@ class Lpips:
             slices.load_state_dict({key: weights[f"features.{key.partition('.')[2]}"] for key in slices.state_dict()})
         except (KeyError, TypeError, RuntimeError) as error:
             raise SettingError(
-                f"'{backbone}' does not hold torchvision's AlexNet ({error}). Replace it by "
+                f"'{backbone}' does not hold torchvision's AlexNet ({in_short(error)}). Replace it by "
                 f"{AlexNet_Weights.IMAGENET1K_V1.url}, or delete it to evaluate without LPIPS."
             ) from error
 

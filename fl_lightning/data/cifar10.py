@@ -13,7 +13,7 @@ from fl_lightning.data.catalogue import Catalogue, label_indices
 from fl_lightning.data.downloadable import DownloadableData
 from fl_lightning.data.image_folder import folder_catalogue
 from fl_lightning.data.images import is_image_name, read_image, readable_name, to_pixels
-from fl_lightning.errors import MissingFile, SettingError
+from fl_lightning.errors import MissingFile, SettingError, in_short
 from fl_lightning.models.classifier import ImageShape
 
 
@@ -81,7 +81,8 @@ def tar_catalogue(tar_path: Path, split: str, image_shape: ImageShape) -> Catalo
                     content[parts[-2], parts[-1]] = tar.extractfile(member).read()
     except Exception as error:  # for damaged files the decompressors raise many exception types
         raise SettingError(
-            f"'{tar_path}' cannot be read as a tar file ({error}). Download it again, or set `data.root` to a folder."
+            f"'{tar_path}' cannot be read as a tar file ({in_short(error)}). Download it again, or set "
+            "`data.root` to a folder."
         ) from error
     if not content:
         raise SettingError(

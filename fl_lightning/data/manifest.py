@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fl_lightning.data.catalogue import Catalogue, label_indices
 from fl_lightning.data.images import PathLike, UnreadableImage, read_image, readable_name
-from fl_lightning.errors import AuditError, MissingFile, SettingError
+from fl_lightning.errors import AuditError, MissingFile, SettingError, in_short
 from fl_lightning.models.classifier import ImageShape
 
 ATTACKER = "attacker"
@@ -121,8 +121,8 @@ def _read_text(path: Path) -> tuple[bytes, str]:
             raise ValueError("it contains null characters")
     except ValueError as error:
         raise SettingError(
-            f"'{path}' is not text in UTF-8 or UTF-16 ({error}). `data.csv` is a CSV file with columns path,label that "
-            "lists images. Save it as CSV in UTF-8."
+            f"'{path}' is not text in UTF-8 or UTF-16 ({in_short(error)}). `data.csv` is a CSV file with "
+            "columns path,label that lists images. Save it as CSV in UTF-8."
         ) from error
     if not text.strip():
         raise SettingError(f"'{path}' is empty. List one image per line, below a first line path,label.")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import pil_to_tensor
 
 from fl_lightning.data.images import PathLike, UnreadableImage, is_image_name, read_image
-from fl_lightning.errors import MissingFile, SettingError, positive
+from fl_lightning.errors import MissingFile, SettingError, in_short, positive
 from fl_lightning.seeds import seed_of
 
 LONGEST_SHORT_SIDE = 512
@@ -235,7 +235,7 @@ def read_photograph(path: PathLike) -> Image.Image:
             photograph = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly any exception on invalid data
         raise UnreadableImage(
-            f"The photograph '{path}' cannot be read ({error}). Replace it or remove it from the folder."
+            f"The photograph '{path}' cannot be read ({in_short(error)}). Replace it or remove it from the folder."
         ) from error
     factor = LONGEST_SHORT_SIDE / min(photograph.size)
     if factor < 1:

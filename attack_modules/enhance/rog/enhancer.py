@@ -13,7 +13,7 @@ from attack_modules.enhance.rog.networks import NUM_CLASSES, Generator, RogDenoi
 from attack_modules.enhance.rog.usrnet import USRNet
 from attack_modules.weights import load_strictly, read_weights
 from fl_lightning.download import CHECKPOINTS
-from fl_lightning.errors import MissingFile, SettingError
+from fl_lightning.errors import MissingFile, SettingError, in_short
 from fl_lightning.models import ImageShape
 from fl_lightning.storage import StorageError
 
@@ -112,6 +112,6 @@ def read_kernel(path: Path, factor: int) -> Tensor:
         return torch.tensor(kernel.astype("float32"))
     except Exception as error:  # scipy raises many exception types for other files
         raise StorageError(
-            f"'{path}' does not hold blur kernels in a MATLAB variable `kernels` ({type(error).__name__}: {error}). "
+            f"'{path}' does not hold blur kernels in a MATLAB variable `kernels` ({in_short(error)}). "
             f"Get the file again from {MODEL_ZOO}."
         ) from error
