@@ -217,7 +217,7 @@ class Evaluation(Callback):
         peers = f" Its {len(truth.clients.unique())} peers hold {len(truth.labels)} images." if truth else ""
         return (
             f"Attacker: {seat.words}{who}; observed round {rounds}.{peers}\n"
-            f"{trainer.datamodule.knowledge.introduction()}\n{attack.introduction()}"
+            f"{attack.observed_rounds[-1].assumptions.introduction()}\n{attack.introduction()}"
         )
 
     def _report(self, trainer: Trainer, attack: Attack, reconstruction: Reconstruction) -> None:

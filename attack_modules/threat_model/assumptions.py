@@ -70,6 +70,12 @@ class Assumptions:
                 guessed = getattr(self, item.name) is not None or item.name in ("batch_size", "class_weights")
                 self.sources.setdefault(item.name, "guessed" if guessed else "inferred")
 
+    def introduction(self) -> str:
+        """What the attacker is told, in one line."""
+        told = [name for name, source in self.sources.items() if source == "known"]
+        rest = [f"{name} ({source})" for name, source in self.sources.items() if source != "known"]
+        return f"Told to the attacker: {', '.join(told) or 'nothing'}; not told: {', '.join(rest) or 'nothing'}."
+
     @property
     def loss(self) -> CrossEntropy:
         """What the peers minimise."""

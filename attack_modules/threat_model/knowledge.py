@@ -92,12 +92,6 @@ class Knowledge:
             flags["num_images"] = "known"
         return flags
 
-    def introduction(self) -> str:
-        """What the attacker is told, in one line."""
-        told = [name for name, source in self.sources.items() if source == "known"]
-        rest = [f"{name} ({source})" for name, source in self.sources.items() if source != "known"]
-        return f"Told to the attacker: {', '.join(told) or 'nothing'}; not told: {', '.join(rest) or 'nothing'}."
-
     def assumptions(self, truth: Truth | None) -> Assumptions:
         """What the attacker acts on.
 

@@ -116,6 +116,7 @@ def test_foreign_rounds_need_guesses_and_no_data(noise_images: type, tmp_path: P
     rounds.prepare_data()
     rounds.setup()
     assert rounds.rounds[0].assumptions.momentum == 0
+    assert rounds.rounds[0].assumptions.introduction().startswith("Told to the attacker: nothing; not told: labels")
     assert rounds.summary().dataset is None
     with pytest.raises(ValueError, match="no truth"):
         ObservedRounds(Knowledge(), Federation(), data, tmp_path / "foreign").setup()
