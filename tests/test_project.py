@@ -116,6 +116,13 @@ def test_the_readme_fits_one_sitting() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+def test_weights_lie_in_checkpoints_alone() -> None:
+    """Runs of notebooks once left 42 MB of their own checkpoints beside themselves, which were committed."""
+    folders = ("attack_modules", "configs", "fl_lightning", "notebooks", "tests")
+    suffixes = {".ckpt", ".pt", ".pth", ".safetensors"}
+    assert not [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_the_code_the_weights_the_configurations_and_the_program(tmp_path: Path) -> None:
     source = tmp_path / "source"
