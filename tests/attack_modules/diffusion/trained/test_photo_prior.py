@@ -30,6 +30,7 @@ def folders(tmp_path: Path) -> Path:
 def fit(folders: Path, name: str, epochs: int, *more: str, verb: str = "fit") -> DiffusionPrior:
     model = [
         f"--config={ROOT / 'configs/prior_photos.yaml'}",
+        "--trainer.precision=32-true",  # the file's bf16 is refused where the processor does not compute in it
         f"--data.roots=[{folders / 'photos'}]",
         f"--data.validation={folders / 'validation.txt'}",
         f"--data.left_out=[{folders / 'evaluation.txt'}]",
