@@ -287,8 +287,8 @@ class Federation:
         with running, Progress() as progress:
             task = progress.add_task("Federation, rounds", total=self.rounds, completed=start)
             for round_ in range(start, self.rounds):
-                receivers = self._receivers(round_, data)
-                self.engine.announce(model, round_, [c for c in receivers if c not in self._training(round_, data)])
+                receivers, training = self._receivers(round_, data), self._training(round_, data)
+                self.engine.announce(model, round_, [client for client in receivers if client not in training])
                 model, observations = self._round(round_, model, data, kept_buffers, server_memory, kept_memory)
                 self.engine.announce(model, round_ + 1, receivers)
                 if round_ in recorded:
@@ -398,7 +398,7 @@ class Federation:
     def _peers(self, round_: int, data: FederatedData) -> list[int]:
         """The clients that train in a round, without those that look."""
         members = self.seat.members(data.num_clients)
-        return [c for c in self._sample(round_, data) if c not in members and len(data.clients[c])]
+        return [client for client in self._training(round_, data) if client not in members]
 
     def _reaches_observer(self, round_: int, data: FederatedData) -> bool:
         """Whether the seat receives a round's models."""

@@ -8,7 +8,7 @@ import torch
 from fl_lightning.defenses.adaptive_clipping import AdaptiveClipping
 from fl_lightning.defenses.clipping import clipped
 from fl_lightning.defenses.defense import Occasion, ServerDefense
-from fl_lightning.defenses.privacy import Privacy, epsilon_of, refuse_delta, refuse_without_opacus
+from fl_lightning.defenses.privacy import Privacy, epsilon_of, refuse_unaccountable
 from fl_lightning.errors import SettingError, positive
 from fl_lightning.state_files import Tensors
 
@@ -35,8 +35,7 @@ class DPFedAvg(ServerDefense):
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
-        refuse_without_opacus("DPFedAvg")
-        refuse_delta(self.delta, "DPFedAvg")
+        refuse_unaccountable("DPFedAvg", self.delta)
         if not positive(self.norm, self.noise_multiplier):
             raise SettingError(
                 f"DPFedAvg needs norm > 0 and noise_multiplier > 0, but got {self.norm} and {self.noise_multiplier}."

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fl_lightning.defenses.defense import ClientDefense, Occasion
 from fl_lightning.defenses.mixup import Mixup
-from fl_lightning.defenses.privacy import Privacy, epsilon_of, refuse_delta, refuse_without_opacus
+from fl_lightning.defenses.privacy import Privacy, epsilon_of, refuse_unaccountable
 from fl_lightning.errors import SettingError, in_short, positive
 from fl_lightning.models import ImageClassifier
 
@@ -37,8 +37,7 @@ class DPSGD(ClientDefense):
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
-        refuse_without_opacus("DPSGD")
-        refuse_delta(self.delta, "DPSGD")
+        refuse_unaccountable("DPSGD", self.delta)
         if not positive(self.max_grad_norm, self.noise_multiplier):
             raise SettingError(
                 f"DPSGD needs max_grad_norm > 0 and noise_multiplier > 0, but got {self.max_grad_norm} and "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fl_lightning.defenses.clipping import clipped
 from fl_lightning.defenses.defense import ClientDefense, Occasion
-from fl_lightning.defenses.privacy import Privacy, epsilon_of, refuse_delta, refuse_without_opacus
+from fl_lightning.defenses.privacy import Privacy, epsilon_of, refuse_unaccountable
 from fl_lightning.errors import SettingError, positive
 from fl_lightning.state_files import Tensors
 
@@ -31,8 +31,7 @@ class LocalDP(ClientDefense):
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
-        refuse_without_opacus("LocalDP")
-        refuse_delta(self.delta, "LocalDP")
+        refuse_unaccountable("LocalDP", self.delta)
         if not positive(self.norm, self.epsilon):
             raise SettingError(f"LocalDP needs norm > 0 and epsilon > 0, but got {self.norm} and {self.epsilon}.")
 

@@ -46,21 +46,13 @@ def epsilon_of(noise_multiplier: float, steps: int, delta: float) -> float:
         return accountant.get_epsilon(delta, alphas=orders)
 
 
-def refuse_without_opacus(name: str) -> None:
+def refuse_unaccountable(name: str, delta: float) -> None:
     """Refuse a defence whose privacy cannot be accounted for.
 
     Raises:
-        SettingError: Opacus is not installed.
+        SettingError: Opacus is not installed, or delta is no probability between 0 and 1.
     """
     if find_spec("opacus") is None:
         raise SettingError(f"{name} needs Opacus, which is not installed: `pip install 'curious-client[dp]'`.")
-
-
-def refuse_delta(delta: float, name: str) -> None:
-    """Refuse what is no probability of failure.
-
-    Raises:
-        SettingError: it is not between 0 and 1.
-    """
     if not 0 < delta < 1:
         raise SettingError(f"{name} needs delta between 0 and 1, below one over the number of units, but got {delta}.")

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from attack_modules import FeatureInversion
 from attack_modules.analytic.defended_head import DefendedFeatures, DefendedReading, Expected, HeadRound
@@ -121,23 +123,30 @@ def test_defences_that_cannot_be_read_are_left_out_with_a_warning() -> None:
     assert torch.equal(found.features, leak_rounds(update, weights, training).features)
 
 
+def of_photographs(
+    folder: Path, attack: Run, defense: ClientDefense, told: Literal["known", "unknown"]
+) -> tuple[Attack, Tensor, Tensor]:
+    """8 photographs of 4 peers at 32 pixels: the attack, which image matches each original, and its PSNR in dB."""
+    data = ImageFolder(root=IMAGENET, num_clients=5, images_per_client=2, image_size=32)
+    blind = {"labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred"}
+    rounds = ObservedRounds(Knowledge(**blind, defenses=told), trained(defense), data, folder)
+    rounds.prepare_data()
+    rounds.setup()
+    found = attack(FeatureInversion(), *rounds.rounds, steps=100)
+    images, originals = found.reconstruction().images, torch.cat([peer.images for peer in data.clients[:4]])
+    order = match(images, originals)
+    return found, order, -10 * (images[order] - originals).square().mean((1, 2, 3)).log10()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not IMAGENET.is_dir(), reason="needs ../shared/data/imagenet-sample")
 @pytest.mark.parametrize(("defense", "gain"), [(GaussianNoise(rho=1.0), 1.5), (TopK(0.1), 1.0), (Mixup(lam=0.4), 4.0)])
 def test_who_knows_the_defence_sees_more(tmp_path: Path, attack: Run, defense: ClientDefense, gain: float) -> None:
-    """8 photographs of 4 peers at 32 pixels; nothing is certain that is not so."""
-    data = ImageFolder(root=IMAGENET, num_clients=5, images_per_client=2, image_size=32)
-    blind = {"labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred"}
+    """Nothing is certain that is not so."""
     psnr = {}
     for told in ("unknown", "known"):
-        rounds = ObservedRounds(Knowledge(**blind, defenses=told), trained(defense), data, tmp_path)
-        rounds.prepare_data()
-        rounds.setup()
-        found = attack(FeatureInversion(), *rounds.rounds, steps=100)
+        found, order, each = of_photographs(tmp_path, attack, defense, told)
         result = found.reconstruction()
-        originals = torch.cat([peer.images for peer in data.clients[:4]])
-        order = match(result.images, originals)
-        each = -10 * (result.images[order] - originals).square().mean((1, 2, 3)).log10()
         levels = found.verdict(found.misfit(result.images, result.labels)).levels
         assert all(each[i] > 20 for i, image in enumerate(order) if levels[image] is Level.CERTAIN)
         psnr[told] = each.mean().item()
@@ -148,16 +157,7 @@ def test_who_knows_the_defence_sees_more(tmp_path: Path, attack: Run, defense: C
 @pytest.mark.skipif(not IMAGENET.is_dir(), reason="needs ../shared/data/imagenet-sample")
 def test_peers_and_images_of_signs(tmp_path: Path, attack: Run) -> None:
     """The same photographs, of which an attack that knows of no defence counts hundreds."""
-    data = ImageFolder(root=IMAGENET, num_clients=5, images_per_client=2, image_size=32)
-    blind = {"labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred"}
-    rounds = ObservedRounds(Knowledge(**blind, defenses="known"), trained(Sign()), data, tmp_path)
-    rounds.prepare_data()
-    rounds.setup()
-    found = attack(FeatureInversion(), *rounds.rounds, steps=100)
-    result = found.reconstruction()
-    originals = torch.cat([peer.images for peer in data.clients[:4]])
-    order = match(result.images, originals)
-    psnr = -10 * (result.images[order] - originals).square().mean((1, 2, 3)).log10()
+    found, order, psnr = of_photographs(tmp_path, attack, Sign(), "known")
     peers, seen = torch.arange(4).repeat_interleave(2), found.leakage.peers[order]
     assert torch.equal(seen[:, None] == seen, peers[:, None] == peers)
     assert psnr.mean() > 15
