@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from attack_modules.audit.conclusions import Conclusions
 from attack_modules.audit.forecast import Forecast, Work
 from attack_modules.audit.readings import Reading
 from attack_modules.audit.redaction import redacted, refuse_names, without_names
-from attack_modules.audit.report import Report
+from attack_modules.audit.report import NO_JINJA2, Report
 from attack_modules.audit.study import NO_DEFENCE, Cell, Defence, Scenario, Study
 from attack_modules.audit.workers import CellRecord, Run, Workers, in_words, threads_each
 from attack_modules.evaluation.finished_run import StrangersOf
@@ -101,6 +102,8 @@ def audit(
     parsed = _checked(cells, check)
     forecast = Forecast(out, cells, {cell.name: Work.of(parsed[_kind(cell)]) for cell in cells})
     print(_plan(study, cells, forecast, out, workers), flush=True)
+    if find_spec("jinja2") is None:
+        print(f"Warning: {NO_JINJA2}", flush=True)
     if dry_run:
         return "Nothing was run, because of `--dry_run`."
     compared = StrangersOf(strangers)

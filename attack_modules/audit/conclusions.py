@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from scipy.stats import binom, t
 
@@ -21,6 +21,12 @@ NO_PROOF = (
     "That no image was reconstructed says how hard this tool tried; it is no proof that nothing leaks, and other "
     "attacks may do better."
 )
+
+
+@cache
+def _quantile(freedom: int) -> float:
+    """Of Student's distribution, for an interval on both sides."""
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Interval:
         mean, count = statistics.fmean(known), len(known)
         if count < FEWEST_SEEDS:
             return cls(mean, min(known), max(known), count)
-        half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(known) / math.sqrt(count)
+        half = _quantile(count - 1) * statistics.stdev(known) / math.sqrt(count)
         return cls(mean, max(least, mean - half), min(most, mean + half), count)
 
 
@@ -85,7 +91,7 @@ class Group:
         cells = [(of(reading), len(reading.rows)) for reading in self.done]
         return Interval.of([n / size for n, size in cells if n is not None and size], 0.0, 1.0)
 
-    @property
+    @cached_property
     def leaked_share(self) -> Interval | None:
         """Share of the images that leaked, over seeds; None without originals."""
         return self.share(lambda reading: reading.leaked)
@@ -96,7 +102,7 @@ class Group:
         share = self.share(lambda reading: reading.copies)
         return share.mean if share else math.nan
 
-    @property
+    @cached_property
     def above_chance(self) -> bool:
         """Whether more images leaked than chance explains (binomial, 1 %)."""
         if not self.images:
@@ -111,7 +117,7 @@ class Group:
             [reading.persons and reading.persons_seen / reading.persons for reading in self.done], 0.0, 1.0
         )
 
-    @property
+    @cached_property
     def accuracy(self) -> Interval | None:
         """Of the global model, over seeds."""
         return Interval.of([reading.accuracy and reading.accuracy[1] for reading in self.done], 0.0, 1.0)
@@ -125,7 +131,7 @@ class Group:
         """The group in words."""
         return f"{self.scenario.name}, defence: {self.defence.name}"
 
-    @property
+    @cached_property
     def severity(self) -> tuple[float, float, float]:
         """By which the worst group is found."""
         copies, psnr = self.share(lambda reading: reading.copies), self.mean_score("psnr_mean")

@@ -38,6 +38,10 @@ LETTERS = {
     "H": "likewise, who also chooses the clients: not tried here",
 }
 """Threat models of Carletti et al. (USENIX Security 2025), each with what it adds to the one before."""
+NO_JINJA2 = (
+    "report.html needs Jinja2, which is not installed: `pip install 'curious-client[audit]'`, then the same command "
+    "again."
+)
 PACKAGES = ("torch", "lightning", "torchvision", "jinja2")
 
 
@@ -132,10 +136,7 @@ class Report:
         try:
             from jinja2 import Environment, StrictUndefined
         except ImportError as error:
-            raise SettingError(
-                "The report needs Jinja2, which is not installed: `pip install curious-client[audit]`, then the same "
-                "command again."
-            ) from error
+            raise SettingError(NO_JINJA2) from error
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         environment.filters |= {
             "share": _share, "number": _number, "words": in_words, "interval": _vars, "counted": counted,

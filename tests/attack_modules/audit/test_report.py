@@ -1,11 +1,14 @@
 """The report of made-up runs: right numbers, readable by machines and people, and never more than was shown."""
 
 import csv
+import errno
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from threading import Event
@@ -22,6 +25,7 @@ from attack_modules.audit.workers import Run
 from attack_modules.evaluation.finished_run import StrangersOf
 from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.record import Record
+from fl_lightning.storage import StorageError
 from fl_lightning.truth import Truth, chosen
 
 VOID = {"meta", "img", "br", "line", "circle"}
@@ -233,13 +237,53 @@ def test_what_a_server_saw_of_each_client_is_compared_with_that_clients_original
 
 
 def test_a_missing_template_engine_leaves_the_tables(
-    study: Study, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
     with pytest.raises(SettingError, match=r"curious-client\[audit\]"):
         run(study, fake, tmp_path)
+    said = capsys.readouterr().out
+    assert said.index("Warning: report.html needs Jinja2") < said.index("[1/12]")  # before the work, not after it
     assert (tmp_path / "cells.csv").exists()
     assert json.loads((tmp_path / "report.json").read_text())["verdict"]
+
+
+def test_a_full_disk_leaves_the_report_as_far_as_it_goes(
+    study: Study, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = replace(study, seeds=[0])
+    run(study, fake, tmp_path)
+    before = (tmp_path / "report.html").read_text()
+
+    def full(source: Path, target: Path, last: str, replace: Callable = os.replace) -> None:
+        if last in target.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    for last, left in (("report.html", "cells.csv, report.json"), ("", "nothing")):
+        monkeypatch.setattr(os, "replace", partial(full, last=last))
+        with pytest.raises(AuditError, match=f"No space left on device.*Written all the same: {left}"):
+            run(study, fake, tmp_path)
+        assert "6 of 6 images" in capsys.readouterr().out.replace("\n", " ")  # the verdict is said all the same
+    assert (tmp_path / "report.html").read_text() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_study_that_breaks_off_is_reported(
+    study: Study, fake: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(place: Path) -> Run:
+        def one(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
+            if cell.seed == 1:
+                raise StorageError("Could not write.")
+            return fake(place)(cell, folder, threads, stop)
+
+        return one
+
+    with pytest.raises(StorageError, match="Could not write"):
+        run(study, breaks, tmp_path, workers=1)
+    assert "4 of 12 runs have a result. The report:" in capsys.readouterr().out.replace("\n", " ")
+    assert (tmp_path / "report.html").exists()
 
 
 def test_nothing_is_run_of_a_study_that_cannot_be_read(study: Study, fake: Callable, tmp_path: Path) -> None:
