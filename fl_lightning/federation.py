@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
 
 from fl_lightning.aggregation import aggregate, server_step
-from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, buffers, parameters
+from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, parameters
 from fl_lightning.data import FederatedData
 from fl_lightning.defenses import (
     ServerDefense,
@@ -326,7 +326,6 @@ class Federation:
     ) -> tuple[ImageClassifier, dict[View, Observation]]:
         """The next global model, and what the seat sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        new_buffers = {name: before[name] for name in buffers(model)}  # of a client that has none of its own yet
         training = self._training(round_, data)
         seed = seed_of(self.seed, round_)
         at_server = occasions(self.server_defenses, parameters(model), seed, kept_memory.get(SERVER, {}))
@@ -336,8 +335,8 @@ class Federation:
         def tasks() -> Iterator[ClientTask]:
             for client in training:
                 own_seed, own_memory = seed_of(self.seed, round_, client), kept_memory.get(str(client), {})
-                model.load_state_dict(kept_buffers.get(str(client), new_buffers), strict=False)
-                yield ClientTask(model, data.clients[client], own_seed, own_memory, client, round_)
+                own_buffers = None if self.share_buffers else kept_buffers.get(str(client), {})
+                yield ClientTask(model, data.clients[client], own_seed, own_memory, client, round_, own_buffers)
 
         def updates() -> Iterator[ClientUpdate]:
             for client, result in zip(training, self.engine.train(tasks(), self.client, self.accelerator), strict=True):

@@ -29,17 +29,26 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     return max(float((found[name].double() - tensor.double()).abs().max()) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("own_buffers", [None, {}, {"features.1.running_mean": torch.full((8,), 5.0)}])
 def test_a_device_gives_the_result_of_local_update(
-    tmp_path: Path, noise_images: type[FederatedData], batch_norm_classifier: type[ImageClassifier]
+    tmp_path: Path,
+    noise_images: type[FederatedData],
+    batch_norm_classifier: type[ImageClassifier],
+    own_buffers: dict[str, torch.Tensor] | None,
 ) -> None:
+    """Statistics that a client keeps cross the wire neither way."""
     data = noise_images(num_clients=2, images_per_client=4, image_size=16)
     data.setup()
-    task = ClientTask(batch_norm_classifier(10, (3, 16, 16)), data.clients[1], 7, client=1)
+    model = batch_norm_classifier(10, (3, 16, 16))
+    task = ClientTask(model, data.clients[1], 7, client=1, own_buffers=own_buffers)
     training = replace(TRAINING, batch_size=2)
     received = Private(tmp_path / "1").give(task, training, "cpu")
     sent, num_examples = Private(tmp_path / "1").train(received)
     found = Private(tmp_path / "1").take(received, sent, dict(task.model.named_parameters()).keys())
     expected = local_update(task, training)
+    assert difference({name: torch.from_numpy(array) for name, array in received.items()}, model.state_dict()) == 0
+    assert ("features.1.running_mean" in sent) == (own_buffers is None)
+    assert (expected.buffers["features.1.running_mean"].mean() > 2) == bool(own_buffers)
     assert found.num_examples == num_examples == 4
     assert difference(found.update, expected.update) < 1e-6
     assert difference(found.buffers, expected.buffers) < 1e-6
