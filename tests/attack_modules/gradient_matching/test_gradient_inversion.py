@@ -180,5 +180,5 @@ def test_a_head_that_the_closed_form_cannot_read_is_matched(observe: Observe, at
 def test_half_precision_is_refused() -> None:
     attack = GradientInversion()
     attack.trainer = SimpleNamespace(precision="16-mixed")
-    with pytest.raises(SettingError, match="16-mixed.*Choose bf16-mixed"):
+    with pytest.raises(SettingError, match=r"16-mixed.* Choose bf16-mixed"):
         attack.setup("fit")
