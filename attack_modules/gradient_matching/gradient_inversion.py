@@ -133,9 +133,15 @@ class GradientInversion(Attack):
         )
         return super().least_memory(rounds) + simulated
 
-    def configure_model(self) -> None:
-        if hasattr(self, "starts"):
-            return
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision == "16-mixed":
+            raise SettingError(
+                "Gradient matching finds nothing in `trainer.precision: 16-mixed`, whose range is too small for second "
+                "derivatives (20 steps on a GPU: 13 dB, in the others 20). Choose bf16-mixed or 32-true."
+            )
+        super().setup(stage)
+
+    def prepare(self) -> None:
         (seen,) = self.observed_rounds
         device = self.trainer.strategy.root_device
         update = self.update_of(seen)
