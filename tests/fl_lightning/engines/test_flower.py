@@ -72,10 +72,10 @@ def test_models_are_announced_to_those_that_receive_them(
     engine = Announced()
     federation = Federation(linear_classifier, rounds=2, clients_per_round=2, broadcast="all", engine=engine)
     federation.run(data, tmp_path)
-    idle = [sorted({0, 1, 2} - set(federation._sample(round_, data))) for round_ in range(2)]
+    idle = [sorted({0, 1, 2} - set(federation.participation(data).sampled(round_))) for round_ in range(2)]
     assert engine.calls == [(0, idle[0]), (1, [0, 1, 2]), (1, idle[1]), (2, [0, 1, 2])]
-    sampled = Federation(linear_classifier, rounds=2, clients_per_round=2)
-    assert [sampled._receivers(round_, data) for round_ in range(2)] == [sampled._sample(r, data) for r in range(2)]
+    sampled = Federation(linear_classifier, rounds=2, clients_per_round=2).participation(data)
+    assert [sampled.receivers(round_) for round_ in range(2)] == [sampled.sampled(round_) for round_ in range(2)]
 
 
 def test_without_flower_it_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
