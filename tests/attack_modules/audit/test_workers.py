@@ -203,11 +203,12 @@ def test_a_full_disk_ends_the_study_in_a_sentence_and_loses_no_run(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun: Counter = Counter()
-    other_ends, space = Event(), {"free": LEAST_FREE, "records": 2}
+    fourth_began, other_ends, space = Event(), Event(), {"free": LEAST_FREE, "records": 2}
 
     def run(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
         begun[cell.name] += 1
         if sum(begun.values()) == 4:  # it is at work while the record of the other cannot be written
+            fourth_began.set()
             other_ends.wait(20)
             assert not stop.is_set()
         write_json(folder / "run/results.json", {"finished": True, "complete": cell.seed < 2, "seconds": 7.0})
@@ -216,6 +217,7 @@ def test_a_full_disk_ends_the_study_in_a_sentence_and_loses_no_run(
     def written(path: Path, content: dict) -> None:
         space["records"] -= 1
         if space["records"] == -1:
+            fourth_began.wait(20)
             other_ends.set()
             raise StorageError("Could not write: No space left on device.")
         write_json(path, content)
