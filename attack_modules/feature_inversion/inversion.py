@@ -150,9 +150,7 @@ class FeatureInversion(Attack):
         first = rounds.model.head[0].weight.numel() * torch.finfo(torch.float64).bits // 8
         return (len(rounds.assumptions) + 1) * super().least_memory(rounds) + 2 * first
 
-    def configure_model(self) -> None:
-        if hasattr(self, "images"):
-            return
+    def prepare(self) -> None:
         seen, device = self.observed_rounds, self.trainer.strategy.root_device
         updates = [self.update_of(observed) for observed in seen]
         model, assumptions = seen[0].observation.build_model(), seen[0].assumptions
@@ -196,7 +194,7 @@ class FeatureInversion(Attack):
         if self.refinement:
             self.refinement.start(self.leakage.features, self.labels)
         if self.guidance:
-            self.guidance.start(self.images.detach(), device)
+            self.guidance.start(self.images.detach())
 
     def _warn_of_mixed_images(self, model: ImageClassifier) -> None:
         found = self.leakage.diagnosis

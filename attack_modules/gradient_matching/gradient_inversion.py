@@ -133,9 +133,7 @@ class GradientInversion(Attack):
         )
         return super().least_memory(rounds) + simulated
 
-    def configure_model(self) -> None:
-        if hasattr(self, "starts"):
-            return
+    def prepare(self) -> None:
         (seen,) = self.observed_rounds
         device = self.trainer.strategy.root_device
         update = self.update_of(seen)
