@@ -12,6 +12,7 @@ from attack_modules.attack import Attack, Level, Reconstruction, Verdict
 from attack_modules.feature_inversion.verdict import LEAST_PSNR
 from attack_modules.threat_model.requirements import LabelsOrLinearHead, Requirement, TrainedHead
 from fl_lightning.errors import counted
+from fl_lightning.seats import View
 
 MOST_SPECTRUM = 2.0
 """`Control.spectrum` from which an update is not that of one image."""
@@ -44,29 +45,25 @@ class PatchInversion(Attack):
     def requirements(self, processes: int) -> list[Requirement]:
         return [TrainedPatchEmbedding(), OneImage(), LabelsOrLinearHead(), TrainedHead()]
 
-    def configure_model(self) -> None:
-        if hasattr(self, "images"):
-            return
-        seen = self.observed_rounds
+    def prepare(self) -> None:
+        seen, shape = self.observed_rounds, self.observed_rounds[0].observation.image_shape
         model = seen[0].observation.build_model(shared=True)
         embedding = PatchEmbedding.of(model)
-        self.clients = list(dict.fromkeys(observed.client for observed in seen))
-        updates = [(observed, self.update_of(observed)) for observed in seen]
-        self.readings = []
-        labels = []
-        for client in self.clients:
-            own = [(observed, update) for observed, update in updates if observed.client == client]
-            made = [PatchUpdate.of(observed, update, embedding) for observed, update in own]
-            shape = seen[0].observation.image_shape
-            self.readings.append(PatchReading(embedding, made, model.mean.double(), model.std.double(), shape))
-            told = own[-1][0].assumptions.labels
-            last = [name for name in model.head_parameters if own[-1][1][name].ndim > 1][-1]
-            labels.append(told[0] if told else int(own[-1][1][last].norm(dim=1).argmax()))
+        last = [name for name in model.head_parameters if name.endswith("weight")][-1]
+        shown: dict[View, list[PatchUpdate]] = {}
+        labels: dict[View, int] = {}
+        for observed in seen:
+            update, told = self.update_of(observed), observed.assumptions.labels
+            shown.setdefault(observed.client, []).append(PatchUpdate.of(observed, update, embedding))
+            # of a single image, the row of its own class is the largest: the others sum up to it
+            labels[observed.client] = told[0] if told else int(update[last].norm(dim=1).argmax())
+        mean, std = model.mean.double(), model.std.double()
+        self.readings = [PatchReading(embedding, updates, mean, std, shape) for updates in shown.values()]
         starts = [reading.start() for reading in self.readings]
-        self.images = nn.Parameter(torch.stack([start.image for start in starts]).float())
-        self.register_buffer("labels", torch.tensor(labels))
-        self.register_buffer("smoothness", torch.tensor([start.smoothness for start in starts], dtype=torch.float64))
-        self.register_buffer("noise", torch.zeros(len(starts), dtype=torch.float64))
+        self.images = nn.Parameter(torch.stack([start.image for start in starts]).to(torch.get_default_dtype()))
+        self.register_buffer("labels", torch.tensor(list(labels.values())))
+        self.register_buffer("smoothness", torch.tensor([start.smoothness for start in starts]))
+        self.register_buffer("noise", torch.zeros(len(starts)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.images], lr=1.0)
@@ -83,10 +80,7 @@ class PatchInversion(Attack):
         optimizer.step()
         self.smoothness.copy_(torch.tensor([known.smoothness for known in found]))
         self.noise.copy_(torch.tensor([known.noise for known in found]))
-        self.log("residual", max(map(self._residual, range(len(found)))), prog_bar=True)
-
-    def _residual(self, index: int) -> float:
-        return self.readings[index].residual(self._estimate(index).image)
+        self.log("residual", self.misfit(self.images, self.labels).max(), prog_bar=True)
 
     @torch.no_grad()
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -95,12 +89,12 @@ class PatchInversion(Attack):
         return torch.tensor([reading.residual(image) for reading, image in pairs])
 
     def reconstruction(self) -> Reconstruction:
-        several = len(self.clients) > 1
+        several = len(self.labels) > 1
         return Reconstruction(
-            self.images.detach().clamp(0, 1),
+            self.images.detach().float().clamp(0, 1),
             self.labels,
             num_classes=self.observed_rounds[0].observation.num_classes,
-            peers=torch.arange(len(self.clients)) if several else None,
+            peers=torch.arange(len(self.labels)) if several else None,
         )
 
     def diagnosis(self) -> dict[str, Any]:
