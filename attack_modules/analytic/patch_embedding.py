@@ -88,20 +88,22 @@ def _found(built_from: Arguments) -> PatchEmbedding | None:
         calls: list[tuple[nn.Conv2d, Tensor]] = []
 
         def collect(layer: nn.Conv2d, seen: tuple[Tensor], outputs: Tensor) -> None:
-            if same(seen[0], inputs):
+            if outputs.requires_grad and same(seen[0], inputs):
                 outputs.retain_grad()
                 calls.append((layer, outputs))
 
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
                 layer.register_forward_hook(collect)
-        F.cross_entropy(model(images), torch.zeros(PROBES, dtype=torch.long)).backward()
+        loss = F.cross_entropy(model(images), torch.zeros(PROBES, dtype=torch.long))
+        if calls and loss.requires_grad:
+            loss.backward()
         return next((made for layer, outputs in calls if (made := _embedding(model, layer, outputs.grad))), None)
 
 
 def _embedding(model: ImageClassifier, layer: nn.Conv2d, slopes: Tensor | None) -> PatchEmbedding | None:
     """What a convolution of the image is part of, from the loss's gradient (N, D, h, w) at its outputs."""
-    if slopes is None or isinstance(layer.padding, str):
+    if slopes is None or not slopes.any() or isinstance(layer.padding, str):
         return None
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     errors = slopes.sum(0).flatten(1).T  # of a parameter that all images share

@@ -14,6 +14,8 @@ from attack_modules.threat_model.requirements import LabelsOrLinearHead, Require
 from fl_lightning.errors import counted
 from fl_lightning.seats import View
 
+SETTLED = 1e-3
+"""Relative change of smoothness and noise below which a step is the last that computes anything."""
 MOST_SPECTRUM = 2.0
 """`Control.spectrum` from which an update is not that of one image."""
 MARGIN = 5.0
@@ -64,6 +66,7 @@ class PatchInversion(Attack):
         self.register_buffer("labels", torch.tensor(list(labels.values())))
         self.register_buffer("smoothness", torch.tensor([start.smoothness for start in starts]))
         self.register_buffer("noise", torch.zeros(len(starts)))
+        self.register_buffer("settled", torch.tensor(False))  # further steps would change nothing
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.images], lr=1.0)
@@ -74,12 +77,17 @@ class PatchInversion(Attack):
 
     @torch.no_grad()
     def training_step(self, batch: int, batch_idx: int) -> None:
-        found = [reading.step(self._estimate(index)) for index, reading in enumerate(self.readings)]
+        known = [self._estimate(index) for index in range(len(self.readings))]
+        if not self.settled:
+            pairs = zip(self.readings, list(known), strict=True)
+            known = [reading.step(estimate) for reading, estimate in pairs]
+        smoothness, noise = (torch.tensor([getattr(one, name) for one in known]) for name in ("smoothness", "noise"))
+        self.settled.fill_(all(map(_close, (smoothness, noise), (self.smoothness.cpu(), self.noise.cpu()))))
+        self.smoothness.copy_(smoothness)
+        self.noise.copy_(noise)
         optimizer = self.optimizers()
-        self.images.grad = self.images - torch.stack([known.image for known in found]).to(self.images)
+        self.images.grad = self.images - torch.stack([estimate.image for estimate in known]).to(self.images)
         optimizer.step()
-        self.smoothness.copy_(torch.tensor([known.smoothness for known in found]))
-        self.noise.copy_(torch.tensor([known.noise for known in found]))
         self.log("residual", self.misfit(self.images, self.labels).max(), prog_bar=True)
 
     @torch.no_grad()
@@ -135,6 +143,10 @@ class PatchInversion(Attack):
             f"{counted(len(self.labels), 'image')} by least squares under a prior of smooth images, "
             f"{self.trainer.max_steps} steps."
         )
+
+
+def _close(found: Tensor, before: Tensor) -> bool:
+    return torch.allclose(found, before, rtol=SETTLED, atol=0)
 
 
 def _limits(reading: PatchReading, control: Control, noise: float, misfit: float) -> list[tuple[Level, str, str]]:
