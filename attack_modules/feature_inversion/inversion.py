@@ -29,7 +29,7 @@ from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
 from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.requirements import LinearHead, NoRandomLayers, Requirement, TrainedHead
-from fl_lightning.errors import SettingError, non_negative, positive
+from fl_lightning.errors import SettingError, counted, non_negative, positive
 from fl_lightning.models import ImageClassifier
 
 ERROR_FLOOR = 1e-10
@@ -499,9 +499,9 @@ class FeatureInversion(Attack):
         parts = [part.introduction() for part in (self.rounds, self.refinement, self.guidance) if part]
         return (
             f"Closed form: the head's {subject} {found.num_images} images, {found.disentangled} disentangled, of "
-            f"{len(self.leakage.peers.unique())} peer(s); labels {assumptions.sources['labels']}. Singular value gap "
-            f"{found.gap:.3g}, residual {found.residual:.2%}, condition number {found.conditioning:.3g}, drift "
-            f"{found.drift:.2%}, outside {found.outside:.2%}.\n"
+            f"{counted(len(self.leakage.peers.unique()), 'peer')}; labels {assumptions.sources['labels']}. "
+            f"Singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "
+            f"{found.conditioning:.3g}, drift {found.drift:.2%}, outside {found.outside:.2%}.\n"
             f"Feature inversion: {self.images[0].numel():,} pixels an image from {self.features.shape[1]:,} features, "
             f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}."
             + self._defense_introduction()

@@ -31,7 +31,7 @@ from attack_modules.threat_model.requirements import (
     SingleRound,
     TwiceDifferentiable,
 )
-from fl_lightning.errors import SettingError, positive
+from fl_lightning.errors import SettingError, counted, positive
 from fl_lightning.models import ImageClassifier
 
 FINAL_RATE = 0.1
@@ -286,6 +286,6 @@ class GradientInversion(Attack):
             f"It simulates {clients} (lr {assumptions.client_lr:g}, {assumptions.local_epochs} local epochs) and "
             f"minimises {type(self.objective).__name__}"
             + "".join(f" + {prior.weight:g} {type(prior).__name__}" for prior in self.priors)
-            + f" by Adam at rate {self.lr:g}, {self.trainer.max_steps} steps, {self.restarts} start(s).\n"
+            + f" by Adam at rate {self.lr:g}, {self.trainer.max_steps} steps, {counted(self.restarts, 'start')}.\n"
             f"{self.peers.introduction()}"
         )

@@ -7,7 +7,7 @@ from torch import nn
 
 from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.trial import Trial, no_second_derivative
-from fl_lightning.errors import AuditError
+from fl_lightning.errors import AuditError, counted
 from fl_lightning.models.freezing import batch_statistics
 
 
@@ -222,8 +222,9 @@ class KnownClientSizes(Requirement):
                 )
             if len(assumptions.client_sizes) < self.processes:
                 return (
-                    f"{len(assumptions.client_sizes)} peer(s) cannot be divided among {self.processes} processes. Set "
-                    "`model.merged: true`, whose batches are divided instead, or lower `trainer.devices`."
+                    f"{counted(len(assumptions.client_sizes), 'peer')} cannot be divided among "
+                    f"{self.processes} processes. Set `model.merged: true`, whose batches are divided instead, or "
+                    "lower `trainer.devices`."
                 )
         return None
 

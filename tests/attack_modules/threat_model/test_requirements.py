@@ -72,7 +72,7 @@ def test_each_names_what_is_missing_and_what_to_do(
     batches = changed(met, batch_size=1, client_sizes=[2, 2])
     refused(FullBatches(), batches, "they train in batches of 1.*`model.refinement: null`")
     refused(KnownClientSizes(), changed(met, client_sizes=None), "knows neither.*`knowledge.num_clients`")
-    refused(KnownClientSizes(3), met, r"2 peer\(s\) cannot be divided among 3 processes")
+    refused(KnownClientSizes(3), met, r"2 peers cannot be divided among 3 processes")
     unknown = changed(met, sources={"labels": "inferred", "label_counts": "known"})
     refused(KnownLabelsByPeer(), unknown, "only their counts are known.*`model.merged: true`, or `knowledge.labels")
     normed = RoundsSummary.of([observe(Federation(model=batch_norm_classifier))])
