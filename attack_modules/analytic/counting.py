@@ -30,6 +30,8 @@ MOST_OF_RANK = 0.97
 """Singular values beyond this share of the rank are not searched."""
 SIZE_WIDTH = 0.01
 """Relative to the median, width within which entries are of one size."""
+ROUNDED = 64
+"""Median entry of an update, in spacings of its weights, below which their rounding leaves few sizes."""
 MOST_OF_COMPRESSED = 0.85
 """The same under pruning and quantisation, which end in a fall."""
 
@@ -59,7 +61,7 @@ def read_counts(
     held, distinct = held_classes(gradients[0], hidden, typical, smoothing)
     num_held = int(held.sum())
     noise, above = noise_floor(first.singular, tuple(first.update.shape)) or (None, 1)
-    compressed, epochs = is_compressed(first.update), training.epochs or training.steps
+    compressed, epochs = is_compressed(first.update, first.spacing), training.epochs or training.steps
     found, clear, views = count_images(first.singular, num_held, epochs, distinct, above, compressed)
     told = training.num_images or (None if training.labels is None else len(training.labels))
     num_images = told or found
@@ -188,20 +190,28 @@ def counts_to_try(singular: Tensor, count: ImageCount, training: TrainingKnowled
     return [number, number - 1] if falls else [number]
 
 
-def is_compressed(update: Tensor, zeros: float = 0.2, values: int = 32, most_entries: int = 10**6) -> bool:
+def is_compressed(
+    update: Tensor, spacing: float = 0.0, zeros: float = 0.2, values: int = 32, most_entries: int = 10**6
+) -> bool:
     """Whether entries of an update were pruned or quantised: many are 0, or most have one of few sizes.
+
+    Where an update is small beside its weights, their rounding leaves zeros and few sizes as well.
 
     Args:
         update: (H, D). Rows and columns that are 0 throughout, of inactive units and features, do not count.
+        spacing: of floating-point numbers as large as the weights, see `float_spacing`.
         zeros: share of zeros from which it counts as compressed. Measured: at most 0.07 by the rounding of the weights,
             0.10 at 8 bits, which changes little, 0.35 at 4 bits, 0.43 where 10 % of the entries are kept.
         values: number of sizes that count as few: the mean of the signs of five clients has 32 at most.
         most_entries: number of entries, evenly spread, that are looked at.
     """
     entries = update[(update != 0).any(1)][:, (update != 0).any(0)].flatten().abs()
-    entries = entries[:: math.ceil(len(entries) / most_entries)]
-    if (entries == 0).double().mean() > zeros:
+    entries = entries[:: math.ceil(len(entries) / most_entries)].double()
+    steps = entries[entries != 0].median().item() / spacing if spacing else math.inf
+    if (entries == 0).double().mean() > zeros + 1 / steps:
         return True
+    if steps < ROUNDED:
+        return False
     sizes = (entries / entries.median() / SIZE_WIDTH).round().clamp_max(10 / SIZE_WIDTH).long().bincount()
     return bool(sizes.sort(descending=True).values[:values].sum() > 0.8 * len(entries))
 
@@ -275,7 +285,8 @@ def class_evidence(gradient: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Evidence (C,), and whether any peer holds the class (C,).
     """
-    direction = torch.linalg.svd(gradient, full_matrices=False).Vh[0]
+    direction = gradient.T @ torch.linalg.eigh(gradient @ gradient.T).eigenvectors[:, -1]
+    direction = direction / direction.norm()
     along = -gradient @ direction * (1 if direction.sum() > 0 else -1)
     evidence = along - along.median()
     scatter = 1.4826 * evidence.abs().median()

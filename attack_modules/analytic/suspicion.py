@@ -3,6 +3,7 @@
 import torch
 
 from attack_modules.analytic.counting import is_compressed
+from attack_modules.analytic.row_space import float_spacing
 from attack_modules.threat_model.plausibility import looks_like_signs
 from fl_lightning.client import Tensors
 
@@ -10,24 +11,26 @@ MANY_ZEROS = 0.2
 """Share of zeros beyond that of rounding, see `is_compressed`."""
 
 
-def suspected_defenses(update: Tensors) -> list[str]:
+def suspected_defenses(update: Tensors, before: Tensors) -> list[str]:
     """What an update looks like, each a clause; noise, clipping and views are told by what is read from it.
 
     Args:
         update: parameters before minus after, by name.
+        before: the same parameters before.
     """
     found = []
     still = [name for name, tensor in update.items() if not tensor.any()]
     if still and len(still) < len(update):
         shown = ", ".join(still[:3]) + (", ..." if len(still) > 3 else "")
         found.append(f"{shown} did not change, as if clients kept them for themselves or did not train them")
-    matrices = [tensor.flatten(1) for tensor in update.values() if tensor.ndim > 1 and tensor.any()]
+    matrices = {name: tensor.flatten(1) for name, tensor in update.items() if tensor.ndim > 1 and tensor.any()}
     if not matrices:  # the few entries of biases show nothing
         return found
-    weights = max(matrices, key=torch.Tensor.numel)
+    largest = max(matrices, key=lambda name: matrices[name].numel())
+    weights = matrices[largest]
     if looks_like_signs(update):
         found.append("the update's entries are nearly of one size, as by signs, few levels, or Adam at the clients")
-    elif is_compressed(weights):
+    elif is_compressed(weights, float_spacing(before[largest])):
         active = weights[(weights != 0).any(1)][:, (weights != 0).any(0)]
         if (active == 0).double().mean() > MANY_ZEROS:
             found.append("many of the update's entries are 0, as by top-k or random sparsification, or by few levels")

@@ -482,7 +482,8 @@ class FeatureInversion(Attack):
         if self.unmixing is not None:  # as if the images that are added up were wrong independently
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
-        suspected = suspected_defenses(self.update_of(self.observed_rounds[0]))
+        seen = self.observed_rounds[0]
+        suspected = suspected_defenses(self.update_of(seen), seen.observation.before)
         return judge(evidence, psnr, best, self.model).suspecting(suspected)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

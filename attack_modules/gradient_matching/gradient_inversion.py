@@ -264,7 +264,8 @@ class GradientInversion(Attack):
         }
 
     def verdict(self, misfit: Tensor) -> Verdict:
-        suspected = suspected_defenses(self.update_of(self.observed_rounds[0]))
+        seen = self.observed_rounds[0]
+        suspected = suspected_defenses(self.update_of(seen), seen.observation.before)
         return judge(misfit.item(), len(self.labels)).suspecting(suspected)
 
     def introduction(self) -> str:
