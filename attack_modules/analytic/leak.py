@@ -40,6 +40,9 @@ from attack_modules.analytic.shared_classes import read_shared
 from attack_modules.analytic.uncertainty import feature_uncertainty
 from attack_modules.attack import AttackError
 
+CLEAR = 5.0
+"""Standard deviations from which a feature was surely not dropped."""
+
 
 def leak(
     updates: Mapping[str, Tensor], weights: Mapping[str, Tensor], training: TrainingKnowledge, iterations: int = 5
@@ -117,9 +120,17 @@ def leak_rounds(
     width, singular = wide[0], space.singular
     at, below = (singular[i].item() if i < len(singular) else space.floor for i in (num_images - 1, num_images))
     vectors = space.vectors(found.coordinates).float()
+    uncertainty = feature_uncertainty(
+        space.rows * scale, found.errors, found.coordinates, space.rest * scale**2
+    ).float()
+    features, seen = vectors[:, :width], None
+    if training.dropout and training.dropout[0]:
+        noise = uncertainty * features.square().mean(1).sqrt()
+        seen = features.abs() > CLEAR * noise[:, None]
+        features = torch.where(seen, (1 - training.dropout[0]) * features, 0.0)
     return Leakage(
         labels=labels,
-        features=vectors[:, :width],
+        features=features,
         peers=found.peers,
         diagnosis=Diagnosis(
             **vars(count),
@@ -130,10 +141,9 @@ def leak_rounds(
             drift=found.drift,
             outside=found.outside,
         ),
-        uncertainty=feature_uncertainty(
-            space.rows * scale, found.errors, found.coordinates, space.rest * scale**2
-        ).float(),
+        uncertainty=uncertainty,
         ones=vectors[:, width] if vectors.shape[1] > width else None,
+        seen=seen,
     )
 
 

@@ -20,7 +20,7 @@ from attack_modules.analytic.head_training import (
 )
 from attack_modules.analytic.one_layer import head_inputs
 from attack_modules.analytic.results import Reading, TrainingKnowledge
-from attack_modules.analytic.row_space import RowSpace, times, transposed_times
+from attack_modules.analytic.row_space import RowSpace, transposed_times
 from fl_lightning.loss import logit_errors
 
 
@@ -224,7 +224,8 @@ def read_stack(
         throughout = (path.preactivations > 0).all(0)
         off = (path.activations - first.activations)[throughout].square().mean().sqrt()
         mismatch = off / first.activations[throughout].abs().mean()
-        return Reading(first.inputs, first.gated, peers, space.residual(first.gated, first.inputs, scale), mismatch.item())
+        residual = space.residual(first.gated, first.inputs, scale)
+        return Reading(first.inputs, first.gated, peers, residual, mismatch.item())
 
     paths, path = simulated()
     readings = [reading(path)]

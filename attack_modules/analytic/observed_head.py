@@ -15,6 +15,7 @@ from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.analytic.signed_update import SignedUpdate
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.threat_model.observed import ObservedRound
+from attack_modules.threat_model.trial import Trial
 from fl_lightning.client import Tensors
 from fl_lightning.models import ImageClassifier
 
@@ -45,6 +46,7 @@ def training_knowledge(seen: ObservedRound, model: ImageClassifier) -> TrainingK
         known.loss,
         known.client_sizes if ordered else None,
         reading,
+        dropout if any(dropout := Trial.of(model).dropout or ()) else (),
     )
 
 

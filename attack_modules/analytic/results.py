@@ -116,6 +116,8 @@ class Leakage:
         defended: the first layer of an update under a known defence, which can be read again; None without.
         mixing: (N, N) share of the image of each label, by columns, in the image that each row of `features` is of;
             None if images were not mixed.
+        seen: (N, D) bool, features that dropout left to be seen and that are not 0; the others are 0 in `features`.
+            None without dropout in front of the head.
     """
 
     labels: Tensor
@@ -127,6 +129,7 @@ class Leakage:
     noisy: bool = False
     defended: DefendedLayer | None = None
     mixing: Tensor | None = None
+    seen: Tensor | None = None
 
 
 @dataclass(frozen=True)

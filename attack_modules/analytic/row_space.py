@@ -72,12 +72,14 @@ class RowSpace:
         if min(update.shape) <= WIDE:
             rows, mixing = row_coordinates(update.double(), precision)
             within = weight.double() @ update.double().T @ mixing.T
-            return cls(update, mixing, rows, within, precision * rows.norm().item(), torch.zeros_like(rows[:, 0]), spacing)
-        mixing, basis = leading_directions(update)
-        rows, within = times(update, basis), times(weight, basis)
-        squares = torch.cat([part.square().sum(1) for part in chunks(update)])
-        floor = precision * squares.sum().sqrt().item()
-        return cls(update, mixing, rows, within, floor, (squares - rows.square().sum(1)).clamp_min(0), spacing)
+            rest = torch.zeros_like(rows[:, 0])
+        else:
+            mixing, basis = leading_directions(update)
+            rows, within = times(update, basis), times(weight, basis)
+            squares = torch.cat([part.square().sum(1) for part in chunks(update)])
+            rest = (squares - rows.square().sum(1)).clamp_min(0)
+        floor = precision * (rows.square().sum() + rest.sum()).sqrt().item()
+        return cls(update, mixing, rows, within, floor, rest, spacing)
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """(N, r) coordinates -> (N, D) vectors."""
@@ -141,8 +143,9 @@ def leading_directions(update: Tensor) -> tuple[Tensor, Tensor]:
         sketch = torch.randn(update.shape[1], count, generator=generator, dtype=torch.float64)
         for _ in range(POWER_ITERATIONS):
             columns = torch.linalg.qr(times(update, sketch)).Q
-            sketch, triangle = torch.linalg.qr(transposed_times(update, columns))  # update ~ columns triangle^T sketch^T
+            sketch, triangle = torch.linalg.qr(transposed_times(update, columns))
         left, singular, right = torch.linalg.svd(triangle.T, full_matrices=False)
+        # the update is nearly `columns @ triangle.T @ sketch.T`
         if count == most or singular[count // 2] < FLAT * singular[-1]:
             break
         count = min(2 * count, most)

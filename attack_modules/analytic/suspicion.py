@@ -1,8 +1,6 @@
 """Which defence an update looks like: what an attacker who is told of none should suspect."""
 
-import torch
-
-from attack_modules.analytic.counting import is_compressed
+from attack_modules.analytic.counting import active_entries, is_compressed
 from attack_modules.analytic.row_space import float_spacing
 from attack_modules.threat_model.plausibility import looks_like_signs
 from fl_lightning.client import Tensors
@@ -27,12 +25,12 @@ def suspected_defenses(update: Tensors, before: Tensors) -> list[str]:
     if not matrices:  # the few entries of biases show nothing
         return found
     largest = max(matrices, key=lambda name: matrices[name].numel())
-    weights = matrices[largest]
+    spacing = float_spacing(before[largest])
+    entries = active_entries(matrices[largest], spacing)
     if looks_like_signs(update):
         found.append("the update's entries are nearly of one size, as by signs, few levels, or Adam at the clients")
-    elif is_compressed(weights, float_spacing(before[largest])):
-        active = weights[(weights != 0).any(1)][:, (weights != 0).any(0)]
-        if (active == 0).double().mean() > MANY_ZEROS:
+    elif is_compressed(entries, spacing):
+        if (entries == 0).double().mean() > MANY_ZEROS:
             found.append("many of the update's entries are 0, as by top-k or random sparsification, or by few levels")
         else:
             found.append("the update's entries have few values, as by quantisation")
