@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.special import ndtr
 
 from attack_modules.analytic.gates import Gates, mean_activation, probably_active
+from attack_modules.analytic.row_space import times, transposed_times
 from fl_lightning.loss import logit_errors
 
 
@@ -71,7 +72,7 @@ class _Layer:
     def forward(self, activations: Tensor, influence: Tensor, lr: float) -> Tensor:
         """(N, H) activations below -> (N, K) outputs, for each image in the model of its own peer."""
         inputs = F.pad(activations, (0, self.weight.shape[1] - activations.shape[1]), value=1.0)  # a bias
-        outputs = inputs @ self.weight.T
+        outputs = times(self.weight, inputs.T).T
         for earlier, error in zip(self.inputs, self.errors, strict=True):
             outputs = outputs - lr * (inputs @ earlier.T * influence) @ error
         self.inputs.append(inputs)
@@ -79,7 +80,7 @@ class _Layer:
 
     def backward(self, errors: Tensor, width: int, influence: Tensor, lr: float) -> Tensor:
         """(N, K) errors at the outputs -> (N, width) errors at the activations below, without gates."""
-        found = errors @ self.weight[:, :width]
+        found = transposed_times(self.weight, errors.T).T[:, :width]
         for earlier, error in zip(self.inputs[:-1], self.errors, strict=True):
             found = found - lr * (errors @ error.T * influence) @ earlier[:, :width]
         self.errors.append(errors)

@@ -1,6 +1,7 @@
 """The closed form: labels, counts, features and peers of all images from the update of a classifier's linear head.
 
-The head is `features f (D) -> W1 (H x D) -> ReLU -> W2 (C x H) -> softmax cross entropy`, or `W2` alone. N images are
+The head is `features f (D) -> W1 (H x D) -> ReLU -> W2 (C x H) -> softmax cross entropy`, or `W2` alone; of more layers,
+each is read like the first of two, with what the layer above shows (`linear_stack`). N images are
 spread over an unknown number of peers. Each peer takes `steps` full-batch SGD steps of rate `lr`, and the server
 averages the peers weighted by their numbers of images. The head's *update* (before minus after) times
 `N / (lr * steps)` is the sum over the images of the time-mean gradient, `G1 = Delta^T F` and `G2 = (P - Y)^T H`. Both
@@ -18,7 +19,8 @@ are solved for the rows:
    time. Images of one peer move each other's activations, so the difference between the activations that `G2` shows and
    `W1 f` tells which images were trained together, that is, how the aggregate divides into peers.
 
-No image is needed anywhere. Everything is float64 and in coordinates of the row space of `G1` (D may be 1e5, H is 500).
+No image is needed anywhere. Everything is float64 and in coordinates of the row space of `G1` (D may be 1e5, H 500), or
+of its leading part where H and D are large (`row_space`).
 A bias is one more feature that is always 1. Features come out as their mean over the local steps; seen from the model
 half way (`threat_model.assumptions.half_way`) they are the images' features to second order.
 
@@ -70,8 +72,8 @@ def leak_rounds(
         iterations: rounds of features -> simulated training -> gates -> features.
 
     Raises:
-        AttackError: the head is not one or two linear layers, the number of images cannot be read, or the rounds do not
-            hold the same images.
+        AttackError: there are several rounds of one linear layer, the number of images cannot be read, the rounds do
+            not hold the same images, or images share classes where the head has more than two layers.
     """
     layers, before = [linear_layers(update) for update in updates], [linear_layers(weight) for weight in weights]
     depth, wide = len(layers[0]), [layer[0].shape[1] for layer in before[0]]

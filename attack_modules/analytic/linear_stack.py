@@ -65,9 +65,9 @@ class _HiddenLayer:
         """Set the gates and inputs that the layer above shows: `activations` and ungated `errors`, both (N, H)."""
         self.activations, self.errors = activations, errors
         if self.steps == 1:
-            kept = 1 / (1 - self.dropped)
-            self.errors = errors * kept
-            open_, self.inputs = binary_gates(self.space, self.scale, self.errors, activations / kept, self.dropped)
+            kept = 1 - self.dropped  # what dropout keeps counts 1 / kept times, on the way up and down
+            self.activations, self.errors = activations * kept, errors / kept
+            open_, self.inputs = binary_gates(self.space, self.scale, self.errors, self.activations, self.dropped)
             self.gates = Gates(open_, torch.zeros_like(open_))
             return
         start = errors.square().sum() / self.rows.square().sum() * self.regression.noise * self.num_images
@@ -209,7 +209,7 @@ def read_stack(
     first.read(*shown())
     influence = torch.full((len(targets), len(targets)), 1 / len(targets), dtype=space.rows.dtype)
     peers = torch.zeros(len(targets), dtype=torch.long)
-    weights = [[layer.weight.double() for layer in layers] for layers in upper]
+    weights = [[layer.weight for layer in layers] for layers in upper]
 
     def simulated() -> tuple[list[list[Trajectory]], Trajectory]:
         """Of each round all hidden layers, and the first one of all rounds side by side."""
@@ -222,6 +222,8 @@ def read_stack(
 
     def reading(path: Trajectory) -> Reading:
         throughout = (path.preactivations > 0).all(0)
+        if first.dropped:
+            throughout &= first.gates.mean > 0
         off = (path.activations - first.activations)[throughout].square().mean().sqrt()
         mismatch = off / first.activations[throughout].abs().mean()
         residual = space.residual(first.gated, first.inputs, scale)

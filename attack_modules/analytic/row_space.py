@@ -16,7 +16,7 @@ FLAT = 2.0
 fall by less than 1.1 there."""
 POWER_ITERATIONS = 2
 """Of the randomised range finder (Halko, Martinsson, Tropp 2011); images lie far above the rounding."""
-CHUNK = 2**24
+CHUNK = 2**22
 """Entries that are held in float64 at once."""
 
 Layer = tuple[Tensor, ...]
@@ -106,7 +106,7 @@ class RowSpace:
 
 def float_spacing(weight: Tensor) -> float:
     """Typical distance of neighbouring floating-point numbers at the size of a tensor's entries."""
-    return torch.finfo(weight.dtype).eps * weight.abs().mean().item()
+    return torch.finfo(weight.dtype).eps * (torch.linalg.vector_norm(weight, 1) / weight.numel()).item()
 
 
 def row_coordinates(update: Tensor, precision: float | None = None) -> tuple[Tensor, Tensor]:
