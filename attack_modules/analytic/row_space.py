@@ -109,6 +109,15 @@ def float_spacing(weight: Tensor) -> float:
     return torch.finfo(weight.dtype).eps * (torch.linalg.vector_norm(weight, 1) / weight.numel()).item()
 
 
+def space_bytes(weight: Tensor) -> int:
+    """Bytes that `RowSpace.of` certainly holds at once of such a layer, which may be on the meta device.
+
+    The update in float64 and its QR decomposition; of a wide layer, the update and the weight, each with its bias.
+    """
+    precise = torch.finfo(torch.float64).bits // 8
+    return 2 * weight.numel() * (precise if min(weight.shape) <= WIDE else weight.element_size())
+
+
 def row_coordinates(update: Tensor, precision: float | None = None) -> tuple[Tensor, Tensor]:
     """An update in coordinates of its own row space: `rows` (out, r), and `mixing` (r, out).
 

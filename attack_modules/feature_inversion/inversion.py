@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attack_modules.analytic.defended_head import Expected
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
+from attack_modules.analytic.row_space import space_bytes
 from attack_modules.analytic.suspicion import suspected_defenses
 from attack_modules.attack import Attack, Reconstruction, Verdict
 from attack_modules.feature_inversion.controls import ERRORS, expected_psnr
@@ -147,9 +148,8 @@ class FeatureInversion(Attack):
         return [LinearHead(), TrainedHead(), ReadableDropout(), *of_parts]
 
     def least_memory(self, rounds: RoundsSummary) -> int:
-        """The updates of all rounds, a model, and the first layer's update in float64 with its QR decomposition."""
-        first = rounds.model.head[0].weight.numel() * torch.finfo(torch.float64).bits // 8
-        return (len(rounds.assumptions) + 1) * super().least_memory(rounds) + 2 * first
+        """The updates of all rounds, a model, and what the closed form makes of the head's first layer."""
+        return (len(rounds.assumptions) + 1) * super().least_memory(rounds) + space_bytes(rounds.model.head[0].weight)
 
     def configure_model(self) -> None:
         if hasattr(self, "images"):
