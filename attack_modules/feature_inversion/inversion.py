@@ -523,13 +523,17 @@ class FeatureInversion(Attack):
             f"Closed form: the head's {subject} {found.num_images} images, {found.disentangled} disentangled, of "
             f"{len(self.leakage.peers.unique())} peer(s); labels {assumptions.sources['labels']}. Singular value gap "
             f"{found.gap:.3g}, residual {found.residual:.2%}, condition number {found.conditioning:.3g}, drift "
-            f"{found.drift:.2%}, outside {found.outside:.2%}.\n"
+            f"{found.drift:.2%}, outside {found.outside:.2%}.{self._dropout_introduction()}\n"
             f"Feature inversion: {self.images[0].numel():,} pixels an image from {self.features.shape[1]:,} features, "
             f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}."
             + self._defense_introduction()
             + "".join(f"\n{part}" for part in parts if part)
             + (REFINE if found.drift > DRIFTING and refinable else "")
         )
+
+    def _dropout_introduction(self) -> str:
+        """How many features there are to be seen, in a sentence; empty if all are."""
+        return "" if self.seen is None else f" Dropout left {self.seen.double().mean():.0%} of the features to be seen."
 
     def _defense_introduction(self) -> str:
         """How a known defence is read, in one line; empty without."""
