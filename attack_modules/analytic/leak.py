@@ -1,10 +1,10 @@
 """The closed form: labels, counts, features and peers of all images from the update of a classifier's linear head.
 
 The head is `features f (D) -> W1 (H x D) -> ReLU -> W2 (C x H) -> softmax cross entropy`, or `W2` alone; of more layers
-each is read like the first of two, with what the layer above shows (`linear_stack`). N images are spread over an unknown
-number of peers. Each peer takes `steps` full-batch SGD steps of rate `lr`, and the server averages the peers weighted by
-their numbers of images. The head's *update* (before minus after) times `N / (lr * steps)` is the sum over the images of
-the time-mean gradient, `G1 = Delta^T F` and `G2 = (P - Y)^T H`. Both are solved for the rows:
+each is read like the first of two, with what the layer above shows (`linear_stack`). N images are spread over an
+unknown number of peers. Each peer takes `steps` full-batch SGD steps of rate `lr`, and the server averages the peers
+weighted by their numbers of images. The head's *update* (before minus after) times `N / (lr * steps)` is the sum over
+the images of the time-mean gradient, `G1 = Delta^T F` and `G2 = (P - Y)^T H`. Both are solved for the rows:
 
 1. The rank of `G1` is N; the row sums of `G2` give the label counts (`counting`).
    With label smoothing or class weights, `P - Y` is what `fl_lightning.loss.logit_errors` says.

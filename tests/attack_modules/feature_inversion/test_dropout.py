@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from attack_modules import FeatureInversion
 from attack_modules.analytic.typical_head import pink_noise
