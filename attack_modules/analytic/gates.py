@@ -111,7 +111,7 @@ def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: floa
     eps = torch.finfo(rows.dtype).eps
     noise = noise + eps * rows.square().mean().item()
     residual = variance.sum(0) * spread
-    identity = torch.eye(count, dtype=rows.dtype)
+    identity = torch.eye(count).to(rows)
     for _ in range(iterations + 1):
         weight = (noise + residual).rsqrt()
         weighted = errors * weight
