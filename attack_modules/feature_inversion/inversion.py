@@ -15,7 +15,7 @@ from attack_modules.analytic.observed_head import head_parameters, training_know
 from attack_modules.analytic.row_space import space_bytes
 from attack_modules.analytic.suspicion import suspected_defenses
 from attack_modules.attack import Attack, Reconstruction, Verdict
-from attack_modules.feature_inversion.controls import ERRORS, expected_psnr
+from attack_modules.feature_inversion.controls import ERRORS, expected_psnr, mean_colour_psnr
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
@@ -502,7 +502,7 @@ class FeatureInversion(Attack):
             psnr = (-10 * wrong.log10()).tolist()
         seen = self.observed_rounds[0]
         suspected = suspected_defenses(self.update_of(seen), seen.observation.before, seen.assumptions)
-        return judge(evidence, psnr, best, self.model).suspecting(suspected)
+        return judge(evidence, psnr, best, self.model, mean_colour_psnr(shape)).suspecting(suspected)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
