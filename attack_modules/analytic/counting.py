@@ -225,8 +225,9 @@ def is_compressed(entries: Tensor, spacing: float = 0.0, zeros: float = 0.2, val
         values: number of sizes that count as few: the mean of the signs of five clients has 32 at most.
     """
     entries = entries.flatten().abs()
-    steps = entries[entries != 0].median().item() / spacing if spacing else math.inf
-    if (entries == 0).double().mean() > zeros + 1 / steps:
+    some = entries[entries != 0]
+    steps = some.median().item() / spacing if spacing and len(some) else math.inf
+    if 1 - len(some) / len(entries) > zeros + 1 / steps:
         return True
     if steps < ROUNDED:
         return False

@@ -149,7 +149,7 @@ def leading_directions(update: Tensor) -> tuple[Tensor, Tensor]:
     count, most = LEADING, min(update.shape)
     generator = torch.Generator().manual_seed(0)
     while True:
-        sketch = torch.randn(update.shape[1], count, generator=generator, dtype=torch.float64)
+        sketch = torch.randn(update.shape[1], count, generator=generator, dtype=torch.float64).to(update.device)
         for _ in range(POWER_ITERATIONS):
             columns = torch.linalg.qr(times(update, sketch)).Q
             sketch, triangle = torch.linalg.qr(transposed_times(update, columns))
