@@ -271,7 +271,7 @@ class GradientInversion(Attack):
 
     def verdict(self, misfit: Tensor) -> Verdict:
         seen = self.observed_rounds[0]
-        suspected = suspected_defenses(self.update_of(seen), seen.assumptions)
+        suspected = suspected_defenses(self.update_of(seen), seen.observation.before, seen.assumptions)
         return judge(misfit.item(), len(self.labels)).suspecting(suspected)
 
     def introduction(self) -> str:
