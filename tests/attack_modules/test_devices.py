@@ -41,7 +41,9 @@ class NewTensorsElsewhere(SingleDeviceStrategy):
 def test_an_attack_is_prepared_on_the_cpu(make: Callable[[], Attack], observe: Callable[..., ObservedRound]) -> None:
     seen = observe(Federation(client=TRAINING))
     expected = images_of(make(), seen, "64-true", accelerator="cpu")
-    assert torch.equal(images_of(make(), seen, "64-true", strategy=NewTensorsElsewhere("cpu")), expected)
+    assert torch.equal(
+        images_of(make(), seen, "64-true", accelerator="cpu", strategy=NewTensorsElsewhere("cpu")), expected
+    )
 
 
 def images_of(attack: Attack, seen: ObservedRound, precision: str = "32-true", **where: object) -> Tensor:
