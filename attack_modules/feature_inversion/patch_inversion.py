@@ -129,8 +129,8 @@ class PatchInversion(Attack):
         if not reasons and any(level is not Level.CERTAIN for level in levels):
             reasons["the models' rounding hides details: the update is small, or its errors are alike"] = None
             advice["More rounds of the same images, or rounds at a larger rate, show more."] = None
-        (seen,) = self.observed_rounds
         seen = self.observed_rounds[0]
+        suspected = suspected_defenses(self.update_of(seen), seen.assumptions)
         return Verdict(levels, reasons=list(reasons), advice=list(advice), expected_psnr=psnr).suspecting(suspected)
 
     def introduction(self) -> str:
