@@ -51,6 +51,9 @@ CERTAIN = 0.05
 """Largest expected relative error of the features of a certified image."""
 TRIES = 30
 """Raises of the damping before an iteration is given up."""
+STEPS = 24
+"""Most steps of the conjugate gradients for each image: with 10, 64 images were not solved within 200 iterations, with
+24 within 141."""
 LEAST_DAMPING = 1e-16
 """Float64 resolves no less beside the normal matrix."""
 PROBES = 4
@@ -300,6 +303,14 @@ class JointProblem:
         by_ones = self.weight * ones[:, None] * (at.coordinates @ self.one)
         return self.softened(at.probabilities, mixed).T @ at.logits + at.errors.T @ mixed + by_ones
 
+    def normal(self, at: Point, step: Tensor, gram: Tensor) -> Tensor:
+        """(N, N): `backward` of `forward`, with the inner products (N, N) of the coordinates."""
+        changed = self.softened(at.probabilities, at.logits @ step.T)
+        mixed = torch.addmm(changed @ gram, at.errors, step @ gram)
+        ones = at.coordinates @ self.one
+        by_ones = self.weight * (step @ ones)[:, None] * ones
+        return self.softened(at.probabilities, mixed).T @ at.logits + at.errors.T @ mixed + by_ones
+
     def normal_matrix(self, at: Point) -> Tensor:
         """(N^2, N^2) of `forward`, exactly."""
         n, shape = self.size, (-1, self.classes)
@@ -316,8 +327,8 @@ class JointProblem:
         return matrix.view(n * n, n * n)
 
 
-Solve = Callable[[Tensor, float], tuple[Tensor, bool]]
-"""Right-hand side (N, N) and damping -> solution of the damped normal equations, and whether it is accurate."""
+Solve = Callable[[Tensor, float], Tensor]
+"""Right-hand side (N, N) and damping -> solution of the damped normal equations; not a number where there is none."""
 
 
 def direct_solve(problem: JointProblem, at: Point) -> Solve:
@@ -325,26 +336,28 @@ def direct_solve(problem: JointProblem, at: Point) -> Solve:
     matrix = problem.normal_matrix(at)
     gram = at.coordinates @ at.coordinates.T
     metric = torch.kron(torch.eye(len(gram)).to(gram), gram) * gram.diagonal().mean()
-    factors: dict[float, tuple[Tensor, bool]] = {}
+    factors: dict[float, Tensor] = {}
 
-    def solve(right: Tensor, damping: float) -> tuple[Tensor, bool]:
+    def solve(right: Tensor, damping: float) -> Tensor:
         if damping not in factors:
             factors.clear()
             factor, failed = torch.linalg.cholesky_ex(matrix + damping * metric)
-            factors[damping] = factor, not failed
-        factor, accurate = factors[damping]
-        return torch.cholesky_solve(right.reshape(-1, 1), factor).view_as(right), accurate
+            factors[damping] = factor.fill_(math.nan) if failed else factor
+        return torch.cholesky_solve(right.reshape(-1, 1), factors[damping]).view_as(right)
 
     return solve
 
 
-def iterative_solve(problem: JointProblem, at: Point, steps: int = 600, tolerance: float = 1e-2) -> Solve:
+def iterative_solve(problem: JointProblem, at: Point, steps: int | None = None, tolerance: float = 1e-2) -> Solve:
     """By conjugate gradients, preconditioned by the two Kronecker products of the normal matrix without their mixture.
+
+    Where the steps end first, what they have not reached is damped more than was asked for. That is a good step of
+    Levenberg and Marquardt's method all the same, since both leave the same flat directions out.
 
     Args:
         problem: the equations.
         at: where they are linearised.
-        steps: upper limit.
+        steps: upper limit; `STEPS` for each image by default.
         tolerance: norm of the residual in the metric of the preconditioner, relative to that at the beginning.
     """
     n, shape = problem.size, (-1, problem.classes, problem.size)
@@ -360,7 +373,7 @@ def iterative_solve(problem: JointProblem, at: Point, steps: int = 600, toleranc
     right, columns = _pencil(softened, gram)
     values = left[:, None] + right
 
-    def solve(target: Tensor, damping: float) -> tuple[Tensor, bool]:
+    def solve(target: Tensor, damping: float) -> Tensor:
         def precondition(vector: Tensor) -> Tensor:
             return rows @ ((rows.T @ vector @ columns) / (values + damping)) @ columns.T
 
@@ -368,17 +381,17 @@ def iterative_solve(problem: JointProblem, at: Point, steps: int = 600, toleranc
         preconditioned = precondition(rest)
         direction, product = preconditioned.clone(), (rest * preconditioned).sum()
         least = tolerance**2 * product
-        for _ in range(steps):
-            image = problem.backward(at, *problem.forward(at, direction)) + damping * (gram @ direction @ gram)
+        for _ in range(steps or STEPS * n):
+            image = problem.normal(at, direction, gram) + damping * (gram @ direction @ gram)
             length = product / (direction * image).sum()
             solution += length * direction
             rest -= length * image
             preconditioned = precondition(rest)
             before, product = product, (rest * preconditioned).sum()
             if product < least:
-                return solution, True
+                break
             direction = preconditioned + product / before * direction
-        return solution, False
+        return solution
 
     return solve
 
@@ -410,7 +423,7 @@ def minimise(
         solve = solver(problem, at)
         slope = -problem.backward(at, at.residual, at.ones)
         for _ in range(TRIES):
-            step, accurate = solve(slope, damping)
+            step = solve(slope, damping)
             moved = step @ at.coordinates
             ahead = problem.point(at.coordinates + probe * moved)
             linear = problem.forward(at, step)
@@ -420,7 +433,7 @@ def minimise(
                     (ahead.residual, ahead.ones), (at.residual, at.ones), linear, strict=True
                 )
             ]
-            correction = solve(-problem.backward(at, *bent), damping)[0] @ at.coordinates
+            correction = solve(-problem.backward(at, *bent), damping) @ at.coordinates
             ratio = (correction.norm() / moved.norm()).item()
             candidate = problem.point(at.coordinates + moved + correction / 2)
             if ratio < MOST_BENT and candidate.cost < at.cost:
@@ -432,7 +445,7 @@ def minimise(
         report(at.cost)
         if at.cost <= goal:
             return at
-        if ratio < MOST_BENT / 2 and accurate:
+        if ratio < MOST_BENT / 2:
             damping = max(damping / 5, LEAST_DAMPING)
     return at
 
@@ -512,7 +525,7 @@ def expected_errors(problem: JointProblem, at: Point, rounds: StackedRounds, gen
     squares = torch.zeros(problem.size).to(at.coordinates)
     for _ in range(PROBES):
         noise = rounds.noise * torch.randn(at.residual.shape, generator=generator, dtype=torch.float64)
-        step, _ = solve(problem.backward(at, noise, torch.zeros_like(at.ones)), LEAST_DAMPING)
+        step = solve(problem.backward(at, noise, torch.zeros_like(at.ones)), LEAST_DAMPING)
         squares += (step @ at.coordinates).square().sum(1) / PROBES
     outside = rounds.basis.shape[1] - problem.size
     squares += outside * rounds.noise**2 * torch.linalg.pinv(at.errors).square().sum(1)

@@ -84,11 +84,13 @@ def test_the_derivatives_are_right_and_both_solvers_agree(nine: tuple) -> None:
     torch.testing.assert_close(problem.normal_matrix(at) @ step.reshape(-1), back.reshape(-1))
     metric = at.coordinates @ at.coordinates.T
     right = problem.backward(at, at.residual, at.ones)
-    solution, accurate = iterative_solve(problem, at, tolerance=1e-8)(right, 1e-3)
-    assert accurate
+    torch.testing.assert_close(problem.normal(at, step, metric), back)
+    solution = iterative_solve(problem, at, tolerance=1e-8)(right, 1e-3)
     exact = problem.backward(at, *problem.forward(at, solution)) + 1e-3 * metric @ solution @ metric
     torch.testing.assert_close(exact, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
-    assert direct_solve(problem, at)(right, 1e-3)[1]
+    factorised = direct_solve(problem, at)(right, 1e-3)
+    exact = problem.backward(at, *problem.forward(at, factorised)) + 1e-3 * factorised @ metric * metric.trace() / 9
+    torch.testing.assert_close(exact, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
 
 
 def test_expected_errors_grow_with_the_noise(nine: tuple) -> None:
