@@ -25,6 +25,7 @@ _HOMES = {
     "LinearBetas": "diffusion.schedules",
     "MDTv2": "diffusion.released.mdt",
     "OpenAIDenoiser": "diffusion.released.openai",
+    "PatchInversion": "feature_inversion.patch_inversion",
     "ReconstructedImage": "enhance.semantic.reconstructed_image",
     "RefinedInversion": "feature_inversion.aliases",
     "Refinement": "feature_inversion.refinement",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -189,8 +189,8 @@ class AttackError(AuditError):
 class Attack(LightningModule, ABC):
     """An attack on the peers of an honest-but-curious client. Its data module is `ObservedRounds`.
 
-    A subclass declares its `requirements`, creates its parameters in `configure_model`, and implements
-    `reconstruction`, `misfit` and `introduction`.
+    A subclass declares its `requirements`, creates its parameters in `prepare`, and implements `reconstruction`,
+    `misfit` and `introduction`.
 
     A run goes on from a checkpoint as if it had not been interrupted. With a larger `trainer.max_steps` than before,
     what depends on the share of steps done (the learning rate, weights that are annealed, simulations at even
@@ -217,6 +217,13 @@ class Attack(LightningModule, ABC):
     @abstractmethod
     def requirements(self, processes: int) -> list[Requirement]:
         """What the observed rounds must be like for this attack to run in so many processes."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Read the observed rounds, and create the parameters; Lightning then moves those to the device.
+
+        New tensors are on the CPU; what else is to compute on `trainer.strategy.root_device` is moved there explicitly.
+        """
 
     @abstractmethod
     def reconstruction(self) -> Reconstruction:
@@ -278,17 +285,19 @@ class Attack(LightningModule, ABC):
         observations = [observation] if isinstance(observation, Observation) else list(observation)
         attack = copy.deepcopy(self)
         with quiet():
-            silent_trainer(max_steps=steps, accelerator=accelerator).fit(
-                attack,
-                datamodule=GivenRounds(
-                    [ObservedRound(seen, assumptions, [*earlier, *observations]) for seen in observations]
-                ),
-            )
-        found = attack.reconstruction()
+            trainer = silent_trainer(max_steps=steps, accelerator=accelerator)
+            trainer.callbacks.append(ending := _Ending())
+            rounds = [ObservedRound(seen, assumptions, [*earlier, *observations]) for seen in observations]
+            trainer.fit(attack, datamodule=GivenRounds(rounds))
+        return ending.result
+
+    def result(self) -> Result:
+        """What was found; to be called before the trainer moves the parameters away from the device."""
+        found = self.reconstruction()
         images, labels = found.images.detach(), found.labels
-        misfit = attack.misfit(images, labels).cpu()
+        misfit = self.misfit(images, labels).cpu()
         peers = None if found.peers is None else found.peers.cpu()
-        return Result(images.cpu().contiguous(), labels.cpu(), peers, misfit, attack.verdict(misfit))
+        return Result(images.cpu().contiguous(), labels.cpu(), peers, misfit, self.verdict(misfit))
 
     @property
     def title(self) -> str:
@@ -329,6 +338,12 @@ class Attack(LightningModule, ABC):
         path = Path(self.trainer.ckpt_path or "")
         if path.is_file():  # before the closed form is computed; an address is checked when Lightning has loaded it
             self._refuse_checkpoint(load_checkpoint(path), path)
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "_prepared"):  # Lightning calls this anew for each use of the attack
+            with torch.device("cpu"):  # else every new tensor would lie on the device, beside the rounds' on the CPU
+                self.prepare()
+            self._prepared = True
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -443,3 +458,12 @@ class Attack(LightningModule, ABC):
         }
         settings = {name: value for name, value in describe(self).items() if name not in (*OF_NO_EFFECT, "class")}
         return {"attack": self.title, "rounds": probe, "model": settings, "knowledge": knowledge}
+
+
+class _Ending(Callback):
+    """Takes an attack's result while its parameters are still on the device."""
+
+    result: Result
+
+    def on_train_end(self, trainer: Trainer, pl_module: Attack) -> None:
+        self.result = pl_module.result()

@@ -165,6 +165,8 @@ class ClientTask:
         memory: what the client's defences kept of its former round.
         client: its number in the federation.
         round: of the federation, from 0.
+        own_buffers: BatchNorm's running statistics that the client keeps to itself, empty before its first round; None
+            where they are shared as the model's other tensors are.
     """
 
     model: ImageClassifier
@@ -173,6 +175,7 @@ class ClientTask:
     memory: Tensors = field(default_factory=dict)
     client: int = 0
     round: int = 0
+    own_buffers: Tensors | None = None
 
 
 def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "cpu") -> ClientUpdate:
@@ -184,6 +187,7 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         accelerator: where Lightning trains (`cpu`, `gpu`, `auto`).
     """
     model = copy.deepcopy(task.model)
+    model.load_state_dict(task.own_buffers or {}, strict=False)
     defenses = occasions(training.defenses, trained_parameters(task.model), task.seed, task.memory)
     client = ClientModule(model, training, defenses)
     with isolate_rng(), quiet():
@@ -198,7 +202,8 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
     after = parameters(model.cpu())
     client.model = client.images = None  # a Trainer refers to itself, and would keep both until the next collection
     trainer.strategy.optimizers = []
-    update = {name: tensor - after[name] for name, tensor in trained_parameters(task.model).items()}
+    update = trained_parameters(task.model)
+    update = {name: torch.sub(before, after[name], out=after[name]) for name, before in update.items()}  # of 100 MB
     for defense, occasion in defenses:
         update = defense.on_update(update, occasion)
     return ClientUpdate(update, buffers(model), len(task.images), memory_of(defenses))

@@ -1,8 +1,8 @@
 """The federation: rounds of client sampling, local training and aggregation (FedAvg)."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
 
 from fl_lightning.aggregation import aggregate, server_step
-from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, buffers, parameters
+from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, parameters
 from fl_lightning.data import FederatedData
 from fl_lightning.defenses import (
     ServerDefense,
@@ -27,6 +27,7 @@ from fl_lightning.errors import SettingError, positive
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trainable
 from fl_lightning.models.freezing import batch_statistics, freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
+from fl_lightning.participation import Participation, listed
 from fl_lightning.record import Record, describe
 from fl_lightning.scores import scores_of
 from fl_lightning.seats import CuriousClient, Seat, View
@@ -38,6 +39,26 @@ from fl_lightning.truth import Truth
 
 SERVER = "server"
 """Where the memory of the server's defences is kept, among those of the clients, which go by numbers."""
+
+
+@dataclass
+class Kept:
+    """What is kept from round to round beside the global model, changed in place.
+
+    Attributes:
+        kept_buffers: BatchNorm's statistics, by client, where they are not shared.
+        server_memory: of the server's optimiser, by parameter.
+        kept_memory: of defences, by client or `SERVER`.
+    """
+
+    kept_buffers: dict[str, Tensors] = field(default_factory=dict)
+    server_memory: dict[str, Tensors] = field(default_factory=dict)
+    kept_memory: dict[str, Tensors] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any]) -> "Kept":
+        """What a checkpoint holds of it; those of earlier versions have less."""
+        return cls(**{item.name: checkpoint[item.name] for item in fields(cls) if item.name in checkpoint})
 
 
 class Federation:
@@ -102,7 +123,7 @@ class Federation:
             )
         if observed_rounds is not None and not (observed_rounds and set(observed_rounds) <= set(range(rounds))):
             raise SettingError(
-                f"`federation.observed_rounds` is [{_listed(observed_rounds)}], but rounds go from 0 to {rounds - 1}. "
+                f"`federation.observed_rounds` is [{listed(observed_rounds)}], but rounds go from 0 to {rounds - 1}. "
                 "Name rounds among them, or null for the last, or raise `federation.rounds`."
             )
         self.model = model
@@ -144,6 +165,13 @@ class Federation:
             source = f"`federation.initial_weights` '{path}'"
             model.load_state_dict(fitted(read_state(path), model.state_dict(), source))
         return freeze(model, frozen_names(model, self.trainable))
+
+    def participation(self, data: FederatedData) -> Participation:
+        """Who takes part in the rounds (after `data.setup()`)."""
+        return Participation(
+            [len(images) for images in data.clients], self.seat, self.rounds, self.clients_per_round, self.broadcast,
+            self.observed_rounds, self.server, self.seed,
+        )  # fmt: skip
 
     def settings(self, data: FederatedData) -> dict[str, Any]:
         """Everything that determines the federation's course and what is observed of it, as plain JSON types.
@@ -188,7 +216,7 @@ class Federation:
             "server_defenses": describe_defenses(self.server_defenses),
             "share_buffers": self.share_buffers,
             "seat": describe(self.seat),
-            "observed_rounds": self.rounds_to_observe(data),
+            "observed_rounds": self.participation(data).observed(),
             "seed": self.seed,
             "data": data.describe() | {"content": data.content},
         }
@@ -233,63 +261,58 @@ class Federation:
             StorageError: the disk is full, or the directory is not writable.
         """
         settings = json.loads(json.dumps(self.settings(data)))
-        record, recorded = Record(directory), self.rounds_to_record(data)
+        record, takes_part, observed = Record(directory), self.participation(data), settings["observed_rounds"]
         if record.settings.exists():
             record.claim(settings)
-            if self._is_complete(data, record, settings["observed_rounds"], recorded):
+            if self._is_complete(takes_part, record, observed):
                 return  # without a lock, for which the folder would have to be writable
         with record.locked():
             record.claim(settings)
-            if self._is_complete(data, record, settings["observed_rounds"], recorded):
+            if self._is_complete(takes_part, record, observed):
                 return
             try:
-                self._run(data, record, settings["observed_rounds"])
+                self._run(data, takes_part, record, observed)
             except (KeyboardInterrupt, SystemExit):  # a client's Trainer turns the first into the second
                 print("Interrupted. Finished rounds are kept, and the same command goes on after them.", flush=True)
                 raise KeyboardInterrupt from None
 
-    def _is_complete(self, data: FederatedData, record: Record, observed: list[int], recorded: list[int]) -> bool:
+    def _is_complete(self, takes_part: Participation, record: Record, observed: list[int]) -> bool:
         if not record.checkpoint.exists() or load_checkpoint(record.checkpoint)["rounds_done"] < self.rounds:
             return False
         stems = [
-            *(record.observation(*view) for view in self.views(recorded, data)),
-            *(record.truth(*view) for view in self.views(observed, data)),
+            *(record.observation(*view) for view in takes_part.views(takes_part.recorded())),
+            *(record.truth(*view) for view in takes_part.views(observed)),
         ]
         return all(map(has_record, stems))
 
-    def _run(self, data: FederatedData, record: Record, observed: list[int]) -> None:
-        for view in self.views(observed, data):
+    def _run(self, data: FederatedData, takes_part: Participation, record: Record, observed: list[int]) -> None:
+        for view in takes_part.views(observed):
             if not has_record(record.truth(*view)):
                 self.truth(view[0], data, view[1]).save(record.truth(*view))
         model = self.initial_model(data)
-        kept_buffers: dict[str, Tensors] = {}  # by client, where they are not shared
-        server_memory: dict[str, Tensors] = {}  # of the server's optimiser, by parameter
-        kept_memory: dict[str, Tensors] = {}  # of defences, by client
-        recorded = self.rounds_to_record(data)
-        start = 0
+        kept, recorded, start = Kept(), takes_part.recorded(), 0
         if record.checkpoint.exists():
             state = load_checkpoint(record.checkpoint)
-            done = self.views([r for r in recorded if r < state["rounds_done"]], data)
+            done = takes_part.views([r for r in recorded if r < state["rounds_done"]])
             lost = sorted({view[0] for view in done if not has_record(record.observation(*view))})
             if lost:
                 print(
-                    f"'{record.directory}' lacks observed round {_listed(lost)}: all rounds are run again.", flush=True
+                    f"'{record.directory}' lacks observed round {listed(lost)}: all rounds are run again.", flush=True
                 )
             else:
                 model.load_state_dict(state["model"])
-                start, kept_buffers = state["rounds_done"], state["kept_buffers"]
-                server_memory, kept_memory = state.get("server_memory", {}), state.get("kept_memory", {})
+                start, kept = state["rounds_done"], Kept.of(state)
         _ = data.test_set  # one that cannot be read is refused before the rounds, not after the first
         logger = TensorBoardLogger(record.directory, name="", version="tensorboard")
         # several clients, a server, and defences on arrival know more than what crosses one client's wire
-        one_wire = len(self.seat.members(data.num_clients)) == 1 and not self.server_defenses
+        one_wire = len(takes_part.members) == 1 and not self.server_defenses
         running = self.engine.running(data.num_clients, data.attacker, record.directory)
         with running, Progress() as progress:
             task = progress.add_task("Federation, rounds", total=self.rounds, completed=start)
             for round_ in range(start, self.rounds):
-                receivers, training = self._receivers(round_, data), self._training(round_, data)
+                receivers, training = takes_part.receivers(round_), takes_part.training(round_)
                 self.engine.announce(model, round_, [client for client in receivers if client not in training])
-                model, observations = self._round(round_, model, data, kept_buffers, server_memory, kept_memory)
+                model, observations = self._round(round_, model, data, training, kept)
                 self.engine.announce(model, round_ + 1, receivers)
                 if round_ in recorded:
                     for client, observation in observations.items():
@@ -298,13 +321,7 @@ class Federation:
                         observation.save(record.observation(round_, client))
                 save_checkpoint(
                     record.checkpoint,
-                    {
-                        "rounds_done": round_ + 1,
-                        "model": model.state_dict(),
-                        "kept_buffers": kept_buffers,
-                        "server_memory": server_memory,
-                        "kept_memory": kept_memory,
-                    },
+                    {"rounds_done": round_ + 1, "model": model.state_dict(), **vars(kept)},
                 )
                 scores = scores_of(model, data, self.share_buffers)
                 logger.log_metrics(scores, step=round_ + 1)
@@ -320,31 +337,28 @@ class Federation:
         round_: int,
         model: ImageClassifier,
         data: FederatedData,
-        kept_buffers: dict[str, Tensors],
-        server_memory: dict[str, Tensors],
-        kept_memory: dict[str, Tensors],
+        training: list[int],
+        kept: Kept,
     ) -> tuple[ImageClassifier, dict[View, Observation]]:
         """The next global model, and what the seat sees of the round if it receives its models."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        new_buffers = {name: before[name] for name in buffers(model)}  # of a client that has none of its own yet
-        training = self._training(round_, data)
         seed = seed_of(self.seed, round_)
-        at_server = occasions(self.server_defenses, parameters(model), seed, kept_memory.get(SERVER, {}))
+        at_server = occasions(self.server_defenses, parameters(model), seed, kept.kept_memory.get(SERVER, {}))
         members = self.seat.members(data.num_clients)
         known: dict[int, ClientUpdate] = {}
 
         def tasks() -> Iterator[ClientTask]:
             for client in training:
-                own_seed, own_memory = seed_of(self.seed, round_, client), kept_memory.get(str(client), {})
-                model.load_state_dict(kept_buffers.get(str(client), new_buffers), strict=False)
-                yield ClientTask(model, data.clients[client], own_seed, own_memory, client, round_)
+                own_seed, own_memory = seed_of(self.seed, round_, client), kept.kept_memory.get(str(client), {})
+                own_buffers = None if self.share_buffers else kept.kept_buffers.get(str(client), {})
+                yield ClientTask(model, data.clients[client], own_seed, own_memory, client, round_, own_buffers)
 
         def updates() -> Iterator[ClientUpdate]:
             for client, result in zip(training, self.engine.train(tasks(), self.client, self.accelerator), strict=True):
                 if not self.share_buffers:
-                    kept_buffers[str(client)] = result.buffers
+                    kept.kept_buffers[str(client)] = result.buffers
                 if result.memory:
-                    kept_memory[str(client)] = result.memory
+                    kept.kept_memory[str(client)] = result.memory
                 sent = result if self.share_buffers else replace(result, buffers={})
                 for defense, occasion in at_server:
                     arrived = defense.on_arrival(result.update, result.num_examples, occasion)
@@ -361,77 +375,14 @@ class Federation:
         for defense, occasion in at_server:
             update = defense.on_mean(update, occasion)
         if self.server_defenses:
-            kept_memory[SERVER] = memory_of(at_server)
-        parameters_after = server_step(parameters(model), update, self.server_lr, self.server, server_memory, round_)
+            kept.kept_memory[SERVER] = memory_of(at_server)
+        parameters_after = server_step(
+            parameters(model), update, self.server_lr, self.server, kept.server_memory, round_
+        )
         model.load_state_dict({**before, **parameters_after, **(mean.buffers if self.share_buffers else {})})
         after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         whole = Observation(round_, before, after, {}, 0.0, describe_model(model))
         return model, self.seat.observe(whole, known, mean.num_examples)
-
-    def views(self, rounds: list[int], data: FederatedData) -> list[tuple[int, View]]:
-        """The Observations of rounds: the number of the round, and of the client if they are of single clients."""
-        return [(round_, client) for round_ in rounds for client in self.seat.views(self._peers(round_, data))]
-
-    def _sample(self, round_: int, data: FederatedData) -> list[int]:
-        """The clients of a round, in ascending order: of those with images, and the observer."""
-        members = self.seat.members(data.num_clients)
-        able = [client for client, images in enumerate(data.clients) if len(images) or client in members]
-        if self.clients_per_round is None:
-            return able
-        if self.clients_per_round > len(able):
-            raise SettingError(
-                f"`federation.clients_per_round` is {self.clients_per_round}, but only {len(able)} clients can take "
-                "part: those with images, and the attacker. Lower it, or raise `data.num_clients`."
-            )
-        generator = torch.Generator().manual_seed(seed_of(self.seed, round_))
-        chosen = torch.randperm(len(able), generator=generator)[: self.clients_per_round]
-        return sorted(able[i] for i in chosen.tolist())
-
-    def _training(self, round_: int, data: FederatedData) -> list[int]:
-        """The sampled clients that have images."""
-        return [client for client in self._sample(round_, data) if len(data.clients[client])]
-
-    def _receivers(self, round_: int, data: FederatedData) -> Sequence[int]:
-        """The clients that receive the models before and after a round."""
-        return range(data.num_clients) if self.broadcast == "all" else self._sample(round_, data)
-
-    def _peers(self, round_: int, data: FederatedData) -> list[int]:
-        """The clients that train in a round, without those that look."""
-        members = self.seat.members(data.num_clients)
-        return [client for client in self._training(round_, data) if client not in members]
-
-    def _reaches_observer(self, round_: int, data: FederatedData) -> bool:
-        """Whether the seat receives a round's models."""
-        return self.seat.receives(self._receivers(round_, data), data.num_clients)
-
-    def rounds_to_observe(self, data: FederatedData) -> list[int]:
-        """The rounds that are written to the record, ascending (after `data.setup()`).
-
-        Raises:
-            SettingError: the observer does not receive the models of one of them.
-        """
-        reached = [round_ for round_ in range(self.rounds) if self._reaches_observer(round_, data)]
-        unseen = sorted(set(self.observed_rounds or []) - set(reached))
-        if self.observed_rounds is not None and not unseen:
-            return self.observed_rounds
-        seen = [round_ for round_ in reached if self._peers(round_, data)]
-        if self.observed_rounds is None and seen:
-            return seen[-1:]
-        wanted = f"round {_listed(unseen)} of `federation.observed_rounds`" if unseen else "any round with peers"
-        instead = f"observe round {_listed(seen)}, " if seen else ""
-        raise SettingError(
-            f"The attacker does not take part in {wanted}, so it does not receive the models. To change that, {instead}"
-            f"raise `federation.clients_per_round` ({self.clients_per_round}) or `federation.rounds` ({self.rounds}), "
-            "or set `federation.broadcast: all` if your system sends every round's model to all clients."
-        )
-
-    def rounds_to_record(self, data: FederatedData) -> list[int]:
-        """The observed rounds, and earlier ones that tell what the server's optimiser kept, if they are received."""
-        observed = self.rounds_to_observe(data)
-        if None not in self.seat.views([0]):  # it has the clients' own updates
-            return observed
-        needed = {earlier for round_ in observed for earlier in self.server.needed(round_)}
-        return sorted({*observed, *(round_ for round_ in needed if self._reaches_observer(round_, data))})
 
     def truth(self, round_: int, data: FederatedData, client: View = None) -> Truth:
         """The ground truth of a round, or of one client's update in it, which is known before the round is run.
@@ -439,7 +390,7 @@ class Federation:
         Raises:
             SettingError: no peer of the observing client takes part in the round.
         """
-        peers = self._peers(round_, data) if client is None else [client]
+        peers = self.participation(data).peers(round_) if client is None else [client]
         sets = [data.clients[peer] for peer in peers]
         if not sets:
             raise SettingError(
@@ -459,7 +410,3 @@ class Federation:
             sources=[source for images in sets for source in images.sources],
             persons=[person for images in sets for person in images.persons],
         )
-
-
-def _listed(rounds: list[int], most: int = 8) -> str:
-    return ", ".join(map(str, rounds[:most])) + (f", ... ({len(rounds)} in all)" if len(rounds) > most else "")

@@ -101,10 +101,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically; infinite and NaN numbers, which JSON cannot represent, become null."""
-    write_text(path, _strict_json(content))
+    write_text(path, strict_json(content))
 
 
-def _strict_json(content: Any) -> str:
+def strict_json(content: Any) -> str:
+    """JSON text; infinite and NaN numbers, which JSON cannot represent, become null."""
     strict = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return json.dumps(strict, indent=2, allow_nan=False) + "\n"
 
@@ -117,7 +118,7 @@ def save_record(stem: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -
     described, path = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
     with atomic_path(described) as new_facts, atomic_path(path) as new_tensors:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new_tensors)
-        new_facts.write_text(_strict_json({**facts, "sha256": sha256_of(new_tensors)}), encoding="utf-8")
+        new_facts.write_text(strict_json({**facts, "sha256": sha256_of(new_tensors)}), encoding="utf-8")
         described.unlink(missing_ok=True)
 
 

@@ -107,6 +107,7 @@ SECTIONS = {
         ("model.guidance", attack_modules.DiffusionGuidance),
         ("model.rounds", attack_modules.SameImages),
         ("model.rounds", attack_modules.ChangingParticipants),
+        ("model", attack_modules.PatchInversion),
         ("model", attack_modules.GradientInversion),
         ("model.objective", attack_modules.SquaredL2),
         ("model.objective", attack_modules.Cosine),

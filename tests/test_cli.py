@@ -175,13 +175,13 @@ def test_an_enhancement_that_fails_leaves_the_attacks_results(monkeypatch: pytes
 
 
 def test_the_time_of_an_attack_includes_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    configure = FeatureInversion.configure_model
+    prepare = FeatureInversion.prepare
 
     def slowly(self: FeatureInversion) -> None:
         time.sleep(2.0)
-        configure(self)
+        prepare(self)
 
-    monkeypatch.setattr(FeatureInversion, "configure_model", slowly)
+    monkeypatch.setattr(FeatureInversion, "prepare", slowly)
     main(DEMO)
     assert results(0, "demo")["seconds"] > 2.0
 

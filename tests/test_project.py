@@ -41,6 +41,7 @@ ROOMS = [
     ["fl_lightning.client"],
     ["fl_lightning.aggregation", "fl_lightning.observation", "fl_lightning.truth"],
     ["fl_lightning.engines", "fl_lightning.record", "fl_lightning.scores", "fl_lightning.seats"],
+    ["fl_lightning.participation"],
     ["fl_lightning.federation"],
     ["fl_lightning"],
     ["attack_modules.threat_model", "attack_modules.panels"],

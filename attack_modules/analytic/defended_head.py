@@ -148,8 +148,26 @@ class DefendedReading(ABC):
         """
 
 
+class Rereadable(ABC):
+    """What was read under a defence, and can be read again.
+
+    Attributes:
+        reading: of the defence.
+    """
+
+    reading: DefendedReading
+
+    @abstractmethod
+    def again(self, expected: Expected) -> tuple[Tensor, Tensor]:
+        """(N, D) features of the images, without the 1 of a bias, and (N,) their uncertainty.
+
+        Args:
+            expected: of the features.
+        """
+
+
 @dataclass(frozen=True)
-class DefendedLayer:
+class DefendedLayer(Rereadable):
     """A first layer that is solved under a defence, and can be solved again.
 
     Attributes:
@@ -165,3 +183,7 @@ class DefendedLayer:
         width = self.rounds[0].update.shape[1]
         ones = expected.features.new_ones(len(expected.features), width - expected.features.shape[1])
         return self.reading.solve(self.rounds, replace(expected, features=torch.cat([expected.features, ones], 1)))
+
+    def again(self, expected: Expected) -> tuple[Tensor, Tensor]:
+        found = self.solve(expected)
+        return found.features[:, : expected.features.shape[1]], found.uncertainty

@@ -59,7 +59,7 @@ class GateRegression:
         violation = (prior.mean * errors) @ self.outside
         pull = violation.gather(1, units)[..., None] * spread
         total = (violation * prior.mean * errors).sum(1)
-        identity = torch.eye(count, dtype=gram.dtype)
+        identity = torch.eye(count).to(gram)
         noise = noise.clamp_min(1e-12 * errors.square().mean().item())  # what float64 resolves
         for _ in range(3):
             factor = torch.linalg.cholesky(gram / noise[:, None, None] + identity)
@@ -108,7 +108,7 @@ def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: floa
     eps = torch.finfo(rows.dtype).eps
     noise = noise + eps * rows.square().mean().item()
     residual = variance.sum(0) * spread
-    identity = torch.eye(count, dtype=rows.dtype)
+    identity = torch.eye(count).to(rows)
     for _ in range(iterations + 1):
         weight = (noise + residual).rsqrt()
         weighted = errors * weight

@@ -8,7 +8,7 @@ local steps, if there are several (`Leakage.peers`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -16,6 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
+from attack_modules.analytic.defended_head import DefendedReading, Expected, Rereadable
 from attack_modules.analytic.results import Leakage
 
 
@@ -74,13 +75,49 @@ def attribute(leakages: Sequence[Leakage]) -> Attribution:
     return Attribution(identities, presence, _group(leakages, identities, presence), alike, different)
 
 
-def joined_features(leakages: Sequence[Leakage], attribution: Attribution) -> Tensor:
-    """(M, D) mean of each image's features over the rounds that show it."""
-    shape = (attribution.presence.shape[1], leakages[0].features.shape[1])
-    total = leakages[0].features.new_zeros(shape)
-    for leakage, identity in zip(leakages, attribution.identities, strict=True):
-        total[identity] += leakage.features
+def joined_features(features: Sequence[Tensor], attribution: Attribution) -> Tensor:
+    """(M, D) mean of each image's features over the rounds that show it.
+
+    Args:
+        features: (N_r, D) of each round.
+        attribution: of its images.
+    """
+    total = features[0].new_zeros(attribution.presence.shape[1], features[0].shape[1])
+    for found, identity in zip(features, attribution.identities, strict=True):
+        total[identity] += found
     return total / attribution.presence.sum(0)[:, None]
+
+
+def joined_uncertainty(uncertainty: Sequence[Tensor], attribution: Attribution) -> Tensor:
+    """(M,) the largest of each image over the rounds that show it; arguments as above, (N_r,)."""
+    largest = torch.zeros(attribution.presence.shape[1], dtype=uncertainty[0].dtype)
+    return largest.index_reduce(0, torch.cat(attribution.identities), torch.cat([*uncertainty]), "amax")
+
+
+@dataclass(frozen=True)
+class JoinedRounds(Rereadable):
+    """Rounds with different participants under a defence, each of which is read by itself.
+
+    Attributes:
+        rounds: as they were read.
+        attribution: of their images.
+    """
+
+    rounds: Sequence[Rereadable]
+    attribution: Attribution
+
+    @property
+    def reading(self) -> DefendedReading:
+        """Of the defence, which is the same in all rounds."""
+        return self.rounds[0].reading
+
+    def again(self, expected: Expected) -> tuple[Tensor, Tensor]:
+        found = [
+            round_.again(replace(expected, features=expected.features[shown], error=expected.error[shown]))
+            for round_, shown in zip(self.rounds, self.attribution.identities, strict=True)
+        ]
+        features, uncertainty = zip(*found, strict=True)
+        return joined_features(features, self.attribution), joined_uncertainty(uncertainty, self.attribution)
 
 
 def joined_labels(leakages: Sequence[Leakage], attribution: Attribution) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attack_modules.analytic.defended_head import DefendedLayer, DefendedReading
+from attack_modules.analytic.defended_head import DefendedReading, Rereadable
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.threat_model.assumptions import half_way
 from fl_lightning.loss import CrossEntropy
@@ -107,7 +107,7 @@ class Leakage:
         ones: (N,) the input of a bias, which is 1, as it was read; None without a bias. The features are off by the
             same factor.
         noisy: whether a known defence leaves noise on the features, of the size of `uncertainty`.
-        defended: the first layer of an update under a known defence, which can be read again; None without.
+        defended: what was read under a known defence, and can be read again; None without.
         mixing: (N, N) share of the image of each label, by columns, in the image that each row of `features` is of;
             None if images were not mixed.
     """
@@ -119,7 +119,7 @@ class Leakage:
     uncertainty: Tensor
     ones: Tensor | None = None
     noisy: bool = False
-    defended: DefendedLayer | None = None
+    defended: Rereadable | None = None
     mixing: Tensor | None = None
 
 

@@ -1,36 +1,55 @@
-"""Which defence an update looks like: what an attacker who is told of none should suspect."""
+"""What an attacker should suspect behind an update, where nobody has told it."""
 
 import torch
 
 from attack_modules.analytic.counting import is_compressed
+from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.plausibility import looks_like_signs
 from fl_lightning.client import Tensors
+from fl_lightning.defenses import QSGD, HalfPrecision, PartialSharing, Quantization, RandomK, Sign, TopK
 
 MANY_ZEROS = 0.2
 """Share of zeros beyond that of rounding, see `is_compressed`."""
+FEW_LEVELS = (Quantization, QSGD)
 
 
-def suspected_defenses(update: Tensors) -> list[str]:
+def suspected_defenses(update: Tensors, assumptions: Assumptions) -> list[str]:
     """What an update looks like, each a clause; noise, clipping and views are told by what is read from it.
+
+    What is assumed anyway is not suspected, and no defence is where all are told.
 
     Args:
         update: parameters before minus after, by name.
+        assumptions: what the attacker is told of the round, and guesses.
     """
+    assumed = [*assumptions.defenses, *assumptions.server_defenses]
+    told = assumptions.sources.get("defenses") == "known"
+
+    def explained(*kinds: type) -> bool:
+        return any(isinstance(defense, kinds) for defense in assumed)
+
     found = []
+    if assumptions.optimizer == "Adam":
+        found.append("the peers train by Adam, which no attack simulates")
     still = [name for name, tensor in update.items() if not tensor.any()]
-    if still and len(still) < len(update):
+    if still and len(still) < len(update) and not explained(PartialSharing):
         shown = ", ".join(still[:3]) + (", ..." if len(still) > 3 else "")
-        found.append(f"{shown} did not change, as if clients kept them for themselves or did not train them")
+        kept = "" if told else "kept them for themselves or "
+        found.append(f"{shown} did not change, as if clients {kept}did not train them")
     matrices = [tensor.flatten(1) for tensor in update.values() if tensor.ndim > 1 and tensor.any()]
     if not matrices:  # the few entries of biases show nothing
         return found
     weights = max(matrices, key=torch.Tensor.numel)
     if looks_like_signs(update):
-        found.append("the update's entries are nearly of one size, as by signs, few levels, or Adam at the clients")
-    elif is_compressed(weights):
+        causes = [] if told else ["signs", "few levels"]
+        causes += [] if assumptions.sources.get("optimizer") == "known" else ["Adam at the clients"]
+        if causes and assumptions.optimizer != "Adam" and not explained(Sign, *FEW_LEVELS):
+            found.append(f"the update's entries are nearly of one size, as by {' or '.join(causes)}")
+    elif is_compressed(weights) and not told:
         active = weights[(weights != 0).any(1)][:, (weights != 0).any(0)]
-        if (active == 0).double().mean() > MANY_ZEROS:
+        if (active == 0).double().mean() <= MANY_ZEROS:
+            if not explained(HalfPrecision, *FEW_LEVELS):
+                found.append("the update's entries have few values, as by quantisation")
+        elif not explained(TopK, RandomK, *FEW_LEVELS):
             found.append("many of the update's entries are 0, as by top-k or random sparsification, or by few levels")
-        else:
-            found.append("the update's entries have few values, as by quantisation")
     return found

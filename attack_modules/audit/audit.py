@@ -1,8 +1,10 @@
 """The command `audit`: plan a study, run its cells, and write the report."""
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +13,8 @@ from rich.progress import track
 from attack_modules.audit.conclusions import Conclusions
 from attack_modules.audit.forecast import Forecast, Work
 from attack_modules.audit.readings import Reading
-from attack_modules.audit.report import Report
+from attack_modules.audit.redaction import redacted, refuse_names, without_names
+from attack_modules.audit.report import NO_JINJA2, Report
 from attack_modules.audit.study import NO_DEFENCE, Cell, Defence, Scenario, Study
 from attack_modules.audit.workers import CellRecord, Run, Workers, in_words, threads_each
 from attack_modules.evaluation.finished_run import StrangersOf
@@ -66,7 +69,8 @@ def audit(
         dry_run: only say what would be run, and how long it may take.
         retry: run again what failed.
         report_only: run nothing, and report what is there, also while other commands run.
-        redact: leave originals and file names out of the report, for circulation.
+        redact: leave originals, and names of files, classes and persons out of the report, for circulation. What the
+            study itself says (title, names, descriptions) stays.
         strangers: folder of public images, `FOLDER/<class>/<name>`, with which reconstructions are compared; null for
             crops of the photographs in scikit-image and scikit-learn.
         observation: rounds of another system to attack, as of `fit`; null for those that are simulated.
@@ -82,6 +86,9 @@ def audit(
     seconds = None if budget is None else seconds_of(budget)
     if observation is not None and not observation.is_dir():
         raise MissingFile(f"There is no folder '{observation}'. Correct `--observation`.")
+    if redact:
+        for scenario in scenarios:
+            refuse_names(scenario.grid, scenario.name)
     common, defences = {**(settings or {}), **given}, defences or [NO_DEFENCE]
     if observation is not None:
         common["observation"] = str(observation)
@@ -95,6 +102,8 @@ def audit(
     parsed = _checked(cells, check)
     forecast = Forecast(out, cells, {cell.name: Work.of(parsed[_kind(cell)]) for cell in cells})
     print(_plan(study, cells, forecast, out, workers), flush=True)
+    if find_spec("jinja2") is None:
+        print(f"Warning: {NO_JINJA2}", flush=True)
     if dry_run:
         return "Nothing was run, because of `--dry_run`."
     compared = StrangersOf(strangers)
@@ -111,24 +120,33 @@ def audit(
         record = CellRecord.load(cell.folder(out))
         return "done" if record is not None and record.status == "done" else f"failed: {record and record.sentence}"
 
+    def report() -> str:
+        readings, origins, made_by = _read(cells, out, compared), compared.origins, command
+        if redact:
+            readings, made_by = redacted(readings), shlex.join(without_names(shlex.split(command)))
+            origins = origins if strangers is None else ["public images of a folder"]
+        found = Conclusions.of(study, readings)
+        done = sum(reading.status == "done" for reading in readings)
+        said = "\n".join([*found.verdict(), f"{done} of {len(cells)} runs have a result."])
+        try:
+            path = Report(found, lambda reading: parsed.get(_kind(reading.cell)), origins, redact, made_by).write(out)
+        except AuditError:
+            print(said, flush=True)
+            raise
+        return f"{said} The report: {path}"
+
     try:
         if not report_only:
             Workers(workers, run(out), out, forecast.seconds, seconds).work(cells, ended)
-    except KeyboardInterrupt:
-        print("Interrupted. What ended is kept, and the same command goes on.", flush=True)
+    except BaseException as error:  # what is there is reported, whatever ended the work
+        if isinstance(error, KeyboardInterrupt):
+            print("Interrupted. What ended is kept, and the same command goes on.", flush=True)
+        try:
+            print(report(), flush=True)
+        except AuditError as second:
+            print(f"The report could not be written: {second}", flush=True)
         raise
-    finally:  # what is there is reported, whatever ended the work
-        readings = _read(cells, out, compared, redact)
-        report = Report(
-            Conclusions.of(study, readings),
-            lambda reading: parsed.get(_kind(reading.cell)),
-            compared.origins,
-            redact,
-            command,
-        )
-        path = report.write(out)
-    done = sum(reading.status == "done" for reading in readings)
-    return "\n".join([*report.conclusions.verdict(), f"{done} of {len(cells)} runs have a result. The report: {path}"])
+    return report()
 
 
 def seconds_of(budget: str) -> float:
@@ -224,11 +242,11 @@ def _plan(study: Study, cells: Sequence[Cell], forecast: Forecast, out: Path, wo
     return "\n".join(lines)
 
 
-def _read(cells: Sequence[Cell], out: Path, compared: StrangersOf, redact: bool) -> list[Reading]:
+def _read(cells: Sequence[Cell], out: Path, compared: StrangersOf) -> list[Reading]:
     """All cells; pictures of the first one of each scenario and defence that has a result."""
     found, pictured = [], set()
     for cell in track(cells, "Reading results", transient=True):
-        reading = Reading.of(cell, out, compared, _kind(cell) not in pictured, redact)
+        reading = Reading.of(cell, out, compared, _kind(cell) not in pictured)
         if reading.worst:
             pictured.add(_kind(cell))
         found.append(reading)

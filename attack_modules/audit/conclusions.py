@@ -1,15 +1,17 @@
 """What the cells of a study say together: intervals over seeds, a verdict in words, and what to do."""
 
+import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from scipy.stats import binom, t
 
 from attack_modules.audit.readings import COPY, Reading
 from attack_modules.audit.study import Defence, Scenario, Study
+from fl_lightning.errors import counted
 
 CONFIDENCE = 0.95
 BY_CHANCE = 0.01
@@ -19,6 +21,12 @@ NO_PROOF = (
     "That no image was reconstructed says how hard this tool tried; it is no proof that nothing leaks, and other "
     "attacks may do better."
 )
+
+
+@cache
+def _quantile(freedom: int) -> float:
+    """Of Student's distribution, for an interval on both sides."""
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Interval:
         mean, count = statistics.fmean(known), len(known)
         if count < FEWEST_SEEDS:
             return cls(mean, min(known), max(known), count)
-        half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(known) / math.sqrt(count)
+        half = _quantile(count - 1) * statistics.stdev(known) / math.sqrt(count)
         return cls(mean, max(least, mean - half), min(most, mean + half), count)
 
 
@@ -83,7 +91,7 @@ class Group:
         cells = [(of(reading), len(reading.rows)) for reading in self.done]
         return Interval.of([n / size for n, size in cells if n is not None and size], 0.0, 1.0)
 
-    @property
+    @cached_property
     def leaked_share(self) -> Interval | None:
         """Share of the images that leaked, over seeds; None without originals."""
         return self.share(lambda reading: reading.leaked)
@@ -94,7 +102,7 @@ class Group:
         share = self.share(lambda reading: reading.copies)
         return share.mean if share else math.nan
 
-    @property
+    @cached_property
     def above_chance(self) -> bool:
         """Whether more images leaked than chance explains (binomial, 1 %)."""
         if not self.images:
@@ -103,6 +111,13 @@ class Group:
         return bool(binom.sf(self.leaked - 1, self.images, chance) < BY_CHANCE)
 
     @property
+    def persons_seen(self) -> Interval | None:
+        """Share of the persons of whom an image is recognisable, over seeds; None where the data names none."""
+        return Interval.of(
+            [reading.persons and reading.persons_seen / reading.persons for reading in self.done], 0.0, 1.0
+        )
+
+    @cached_property
     def accuracy(self) -> Interval | None:
         """Of the global model, over seeds."""
         return Interval.of([reading.accuracy and reading.accuracy[1] for reading in self.done], 0.0, 1.0)
@@ -116,7 +131,7 @@ class Group:
         """The group in words."""
         return f"{self.scenario.name}, defence: {self.defence.name}"
 
-    @property
+    @cached_property
     def severity(self) -> tuple[float, float, float]:
         """By which the worst group is found."""
         copies, psnr = self.share(lambda reading: reading.copies), self.mean_score("psnr_mean")
@@ -161,10 +176,19 @@ class Conclusions:
         compared = [group for group in self.groups if group.compared]
         return max(compared, key=lambda group: group.severity, default=None)
 
+    @cached_property
+    def scenarios(self) -> list[Scenario]:
+        """Of the study, one for each value of their grids."""
+        return self.study.expanded()
+
+    @cached_property
+    def _undefended(self) -> dict[str, Group]:
+        first = self.study.defences[0].name
+        return {group.scenario.name: group for group in self.groups if group.defence.name == first}
+
     def undefended(self, scenario: Scenario) -> Group | None:
         """The group of a scenario that the defended ones are compared with: that of the study's first defence."""
-        first = self.study.defences[0].name
-        return next((g for g in self.groups if g.scenario.name == scenario.name and g.defence.name == first), None)
+        return self._undefended.get(scenario.name)
 
     def verdict(self) -> list[str]:
         """The answer in a few sentences, for a reader who reads nothing else."""
@@ -252,25 +276,26 @@ class Conclusions:
     def comparisons(self) -> list[tuple[Group, Group, dict[str, tuple[str, str]]]]:
         """Pairs of undefended scenarios that differ only in what the attacker is told, with the items that differ.
 
-        The first of a pair is told more.
+        Each scenario is paired with the one before it from which it differs in the fewest items. The first of a pair is
+        told more.
         """
         found = []
-        groups = [group for s in self.study.expanded() if (group := self.undefended(s)) and group.done]
-        for index, one in enumerate(groups):
-            for other in groups[index + 1 :]:
-                if _but_told(one.scenario) != _but_told(other.scenario):
-                    continue
-                a, b = one.done[0].told, other.done[0].told
-                differing = {item: (a[item], b[item]) for item in a if item in b and a[item] != b[item]}
-                if differing:
-                    more = sum(first == "known" for first, _ in differing.values())
-                    less = sum(second == "known" for _, second in differing.values())
-                    if more < less:
-                        one_, other_ = other, one
-                        differing = {item: (second, first) for item, (first, second) in differing.items()}
-                    else:
-                        one_, other_ = one, other
-                    found.append((one_, other_, differing))
+        alike: dict[str, dict[tuple, Group]] = {}  # the first group of each kind of knowledge, where all else is equal
+        for scenario in self.scenarios:
+            group = self.undefended(scenario)
+            if group is None or not group.done:
+                continue
+            kinds = alike.setdefault(_but_told(scenario), {})
+            pairs = [(other, _differing(other, group)) for other in kinds.values()]
+            pairs = [(other, items) for other, items in pairs if items]
+            kinds.setdefault(tuple(sorted(group.done[0].told.items())), group)
+            if pairs:
+                other, items = min(pairs, key=lambda pair: len(pair[1]))
+                known = [sum(side == "known" for side in sides) for sides in zip(*items.values(), strict=True)]
+                if known[0] < known[1]:
+                    found.append((group, other, {item: pair[::-1] for item, pair in items.items()}))
+                else:
+                    found.append((other, group, items))
         return found
 
     def actions(self) -> list[Action]:
@@ -326,7 +351,7 @@ class Conclusions:
         if worst is None or not worst.above_chance:
             return []
         found = []
-        for scenario in self.study.expanded():
+        for scenario in self.scenarios:
             group = self.undefended(scenario)
             told_less = group is not None and _but_told(scenario) == _but_told(worst.scenario)
             if group is None or group is worst or told_less or not group.compared:
@@ -363,7 +388,7 @@ class Conclusions:
             Action(
                 "Finish the study: run the same command again, with `--retry` for what failed, after mending its "
                 "cause.",
-                f"{len(failed)} runs failed or cannot be read, {len(missing) - len(failed)} were not run.",
+                f"{counted(len(failed), 'run')} failed or cannot be read, {len(missing) - len(failed)} not run.",
             )
         ]
 
@@ -374,12 +399,18 @@ class Conclusions:
         return [
             Action(
                 f"Run at least {FEWEST_SEEDS} seeds before a number here is relied on.",
-                f"Some settings have {fewest} run(s), so their spread is not known.",
+                f"Some settings have {counted(fewest, 'run')}, so their spread is not known.",
             )
         ]
 
 
-def _but_told(scenario: Scenario) -> tuple[Mapping[str, object], object]:
+def _but_told(scenario: Scenario) -> str:
     """What makes a scenario, without what the attacker is told."""
     settings = {key: value for key, value in scenario.settings.items() if not key.startswith("knowledge.")}
-    return settings, (scenario.base, scenario.configs)
+    return json.dumps([settings, scenario.base, scenario.configs], sort_keys=True, default=str)
+
+
+def _differing(one: Group, other: Group) -> dict[str, tuple[str, str]]:
+    """What the attacker is told differently in two groups, by item."""
+    a, b = one.done[0].told, other.done[0].told
+    return {item: (a[item], b[item]) for item in a if item in b and a[item] != b[item]}

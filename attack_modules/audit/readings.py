@@ -15,6 +15,7 @@ from attack_modules.audit.study import Cell
 from attack_modules.audit.workers import CellRecord
 from attack_modules.evaluation.finished_run import FinishedRun, ImageRow, StrangersOf
 from attack_modules.evaluation.persons import RECOGNISABLE
+from attack_modules.evaluation.strangers import Confirmed
 from attack_modules.panels import to_pil
 from fl_lightning.errors import AuditError, in_short
 
@@ -57,6 +58,7 @@ class Reading:
         rows: see `FinishedRun`.
         strangers: that each reconstruction was compared with; 0 without originals.
         chance: share of the images that count as leaked at most where reconstructions have nothing of their originals.
+        confirmed: see `FinishedRun`.
         accuracy: of the global model, see `FinishedRun`.
         worst: pictures of what leaked most; empty but for one seed.
         middle: pictures of the median.
@@ -71,12 +73,13 @@ class Reading:
     rows: Sequence[ImageRow] = ()
     strangers: int = 0
     chance: float = 1.0
+    confirmed: Confirmed | None = None
     accuracy: tuple[str, float] | None = None
     worst: Sequence[Picture] = ()
     middle: Sequence[Picture] = ()
 
     @classmethod
-    def of(cls, cell: Cell, out: Path, strangers_of: StrangersOf, pictures: bool, redact: bool) -> "Reading":
+    def of(cls, cell: Cell, out: Path, strangers_of: StrangersOf, pictures: bool) -> "Reading":
         """Read a cell.
 
         Args:
@@ -84,7 +87,6 @@ class Reading:
             out: the study's folder.
             strangers_of: what reconstructions are compared with.
             pictures: whether to keep some.
-            redact: leave originals out.
         """
         record = CellRecord.load(cell.folder(out))
         if record is None:
@@ -98,10 +100,10 @@ class Reading:
             return cls(cell, "unreadable", str(error), **ran)
         except Exception as error:  # a damaged file must not cost the report of all others
             return cls(cell, "unreadable", f"Its results cannot be read ({in_short(error)}).", **ran)
-        worst, middle = _pictures(run, redact) if pictures else ((), ())
+        worst, middle = _pictures(run) if pictures else ((), ())
         return cls(
             cell, "done", "", **ran, results=run.results, rows=run.rows, strangers=run.strangers, chance=run.chance,
-            accuracy=run.accuracy, worst=worst, middle=middle,
+            confirmed=run.confirmed, accuracy=run.accuracy, worst=worst, middle=middle,
         )  # fmt: skip
 
     @property
@@ -140,6 +142,17 @@ class Reading:
         """Images of which the attack itself says that it has them, certainly or likely."""
         return sum(row.verdict in (Level.CERTAIN.value, Level.LIKELY.value) for row in self.rows)
 
+    @property
+    def persons(self) -> int | None:
+        """Whom the originals show; None where the data does not tell."""
+        return len({row.person for row in self.rows if row.person}) or None
+
+    @property
+    def persons_seen(self) -> int | None:
+        """Persons of whom at least one image is recognisable."""
+        seen = {row.person for row in self.rows if row.person and row.psnr >= RECOGNISABLE}
+        return len(seen) if self.persons else None
+
     def score(self, name: str) -> float | None:
         """One of the scores of `results.json`, None where it is missing."""
         value = (self.results.get("scores") or {}).get(name)
@@ -170,7 +183,12 @@ class Reading:
             "features_error": self.diagnosis("uncertainty"),
             "leaked": self.leaked,
             "leaked_by_chance": round(self.chance * len(self.rows), 3) if self.compared else None,
+            "confirmed_at_1_percent": self.confirmed and self.confirmed.rate,
+            "confirmed_by_others": self.confirmed and self.confirmed.by_others,
+            "confirmation_area": self.confirmed and self.confirmed.area,
             "recognisable_20db": self.recognisable,
+            "persons": self.persons,
+            "persons_seen": self.persons_seen,
             "classified": self.classified,
             "copies_30db": self.copies,
             "claimed": self.claimed if self.status == "done" else None,
@@ -206,16 +224,15 @@ def letter(settings: Mapping[str, Any], told: Mapping[str, str]) -> str:
     return "C" if "known" in (told.get("client_lr"), told.get("local_epochs"), told.get("batch_size")) else "B"
 
 
-def _pictures(run: FinishedRun, redact: bool) -> tuple[list[Picture], list[Picture]]:
+def _pictures(run: FinishedRun) -> tuple[list[Picture], list[Picture]]:
     """What leaked most, and what lies in the middle, by PSNR; in their order where there are no originals."""
     order = sorted(range(len(run.rows)), key=lambda row: _rank(run.rows[row]))
-    worst = order[:SHOWN]
-    start = max(0, min((len(order) - SHOWN) // 2, len(order) - SHOWN))
-    middle = [row for row in order[start : start + SHOWN] if row not in worst]
+    count = min(SHOWN, max(1, len(order) // 3))
+    worst, start = order[:count], (len(order) - count + 1) // 2
+    middle = order[start : start + count] if start >= count else []
 
     def picture(row: int) -> Picture:
-        known = run.originals is not None and not redact
-        original = _data_uri(run.originals[row]) if known else None
+        original = None if run.originals is None else _data_uri(run.originals[row])
         return Picture(
             run.rows[row], original, _data_uri(run.images[row]) if run.images[row].isfinite().all() else None
         )

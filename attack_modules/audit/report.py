@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from typing import Any
 from attack_modules.audit.conclusions import BY_CHANCE, CONFIDENCE, NO_PROOF, Conclusions, Group, Interval
 from attack_modules.audit.readings import COPY, Reading, letter
 from attack_modules.audit.workers import in_words
+from attack_modules.evaluation.finished_run import ImageRow
 from attack_modules.evaluation.persons import RECOGNISABLE
-from fl_lightning.errors import SettingError
-from fl_lightning.storage import write_json, write_text
+from attack_modules.evaluation.strangers import FALSE_ALARMS
+from fl_lightning.errors import AuditError, SettingError, counted
+from fl_lightning.storage import strict_json, write_text
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_BYTES = 10 * 2**20
 """Size of a report, beyond which pictures are left out."""
+MOST_LISTED = 40
+"""Items of a list in report.html; report.json has all."""
 LETTERS = {
     "A": "sees updates alone",
     "B": "and knows what images look like in general",
@@ -33,6 +38,10 @@ LETTERS = {
     "H": "likewise, who also chooses the clients: not tried here",
 }
 """Threat models of Carletti et al. (USENIX Security 2025), each with what it adds to the one before."""
+NO_JINJA2 = (
+    "report.html needs Jinja2, which is not installed: `pip install 'curious-client[audit]'`, then the same command "
+    "again."
+)
 PACKAGES = ("torch", "lightning", "torchvision", "jinja2")
 
 
@@ -62,20 +71,31 @@ class Report:
         self.command = command
 
     def write(self, out: Path) -> Path:
-        """Write `cells.csv`, `report.json` and `report.html`.
+        """Write `cells.csv`, `report.json` and `report.html`, each of them whatever becomes of the others.
 
         Returns:
             The path of the report.
 
         Raises:
-            StorageError: the folder cannot be written.
+            StorageError: a file cannot be written; those that can be are.
             SettingError: the template engine is not installed; the other two files are written.
         """
-        write_text(out / "cells.csv", self.cells())
-        write_json(out / "report.json", self.content())
-        path = out / "report.html"
-        write_text(path, self.page())
-        return path
+        files: dict[str, Callable[[], str]] = {  # the smallest first, so that a full disk has room for it
+            "cells.csv": self.cells,
+            "report.json": lambda: strict_json(self.content),
+            "report.html": self.page,
+        }
+        failed: dict[str, AuditError] = {}
+        for name, content in files.items():
+            try:
+                write_text(out / name, content())
+            except AuditError as error:
+                failed[name] = error
+        if failed:
+            first = next(iter(failed.values()))
+            written = [name for name in files if name not in failed]
+            raise type(first)(f"{first} Written all the same: {', '.join(written) or 'nothing'}.")
+        return out / "report.html"
 
     def cells(self) -> str:
         """One row a cell, empty where nothing is known."""
@@ -86,6 +106,7 @@ class Report:
         writer.writerows({key: _plain(value) for key, value in line.items()} for line in lines)
         return text.getvalue()
 
+    @cached_property
     def content(self) -> dict[str, Any]:
         """What the report says, in JSON types, without pictures."""
         found = self.conclusions
@@ -93,7 +114,8 @@ class Report:
             "title": found.study.title,
             "verdict": found.verdict(),
             "groups": [self._group(group) for group in found.groups],
-            "clients": self.clients(),
+            "clients": self.leaked_by(lambda row: row.client),
+            "persons": self.leaked_by(lambda row: row.person or None),
             "comparisons": [
                 {"more": one.title, "less": other.title, "told": {item: list(pair) for item, pair in items.items()}}
                 for one, other, items in found.comparisons()
@@ -114,27 +136,34 @@ class Report:
         try:
             from jinja2 import Environment, StrictUndefined
         except ImportError as error:
-            raise SettingError(
-                "The report needs Jinja2, which is not installed: `pip install curious-client[audit]`, then the same "
-                "command again. cells.csv and report.json are written."
-            ) from error
+            raise SettingError(NO_JINJA2) from error
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        environment.filters |= {"share": _share, "number": _number, "words": in_words, "plain": _plain}
+        environment.filters |= {
+            "share": _share, "number": _number, "words": in_words, "interval": _vars, "counted": counted,
+        }  # fmt: skip
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
         shown = self._pictured()
         while True:
             page = template.render(
-                found=self.conclusions, report=self, shown=shown, content=self.content(), letters=LETTERS,
-                no_proof=NO_PROOF, plot=self.plot(), made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+                found=self.conclusions, report=self, shown=shown, content=self.content, letters=LETTERS,
+                most=MOST_LISTED, no_proof=NO_PROOF, compared=self.conclusions.comparisons(), plot=self.plot(),
+                made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             )  # fmt: skip
             if len(page.encode()) <= MOST_BYTES or not shown:
                 return page
             shown = shown[: len(shown) // 2]
 
     def _pictured(self) -> list[tuple[Group, Reading]]:
-        """Groups with a reading that has pictures."""
+        """Groups with a reading that has pictures, the worst first, as many as a report has room for."""
         pairs = [(g, r) for g in self.conclusions.groups for r in g.done if r.worst]
-        return sorted(pairs, key=lambda pair: pair[0].severity, reverse=True)
+        kept, room = [], MOST_BYTES
+        for pair in sorted(pairs, key=lambda pair: pair[0].severity, reverse=True):
+            pictures = [*pair[1].worst, *pair[1].middle]
+            room -= sum(len(picture.original or "") + len(picture.reconstruction or "") for picture in pictures)
+            if room < 0:
+                break
+            kept.append(pair)
+        return kept
 
     def _group(self, group: Group) -> dict[str, Any]:
         claimed = group.share(lambda reading: reading.claimed)
@@ -166,8 +195,14 @@ class Report:
             "leaked_share": _vars(group.leaked_share),
             "above_chance": group.above_chance,
             "chance": max((reading.chance for reading in group.compared), default=None),
+            "confirmed": _vars(Interval.of([r.confirmed and r.confirmed.rate for r in group.done], 0.0, 1.0)),
+            "confirmed_by_others": _vars(
+                Interval.of([r.confirmed and r.confirmed.by_others for r in group.done], 0.0, 1.0)
+            ),
+            "confirmation_area": _vars(Interval.of([r.confirmed and r.confirmed.area for r in group.done], 0.0, 1.0)),
             "recognisable": _vars(group.share(lambda reading: reading.recognisable)),
             "classified": _vars(group.share(lambda reading: reading.classified)),
+            "persons_seen": _vars(group.persons_seen),
             "copies": _vars(group.share(lambda reading: reading.copies)),
             "psnr": _vars(group.mean_score("psnr_mean")),
             "ssim": _vars(group.mean_score("ssim_mean")),
@@ -179,19 +214,27 @@ class Report:
             "told": told,
         }
 
-    def clients(self) -> list[dict[str, Any]]:
-        """What of each client leaked in the worst group: over all seeds, by the client's number."""
+    def leaked_by(self, owner: Callable[[ImageRow], Any]) -> list[dict[str, Any]]:
+        """What of each owner leaked in the worst group, over all seeds, in the owners' order.
+
+        Args:
+            owner: of an image, such as its client; None where it is not known.
+        """
         worst = self.conclusions.worst
-        if worst is None:
-            return []
+        owned: dict[Any, list[ImageRow]] = {}
+        for reading in worst.compared if worst else ():
+            for row in reading.rows:
+                if (of := owner(row)) is not None:
+                    owned.setdefault(of, []).append(row)
         found = []
-        for client in sorted({row.client for reading in worst.compared for row in reading.rows}):
-            rows = [row for reading in worst.compared for row in reading.rows if row.client == client]
+        for of in sorted(owned):
+            rows = owned[of]
             psnr = [row.psnr for row in rows if not math.isnan(row.psnr)]
             names = [row.source or row.class_name for row in rows if row.nearer == 0]
             found.append(
                 {
-                    "client": client,
+                    "of": of,
+                    "clients": sorted({row.client for row in rows if row.client is not None}),
                     "images": len(rows),
                     "leaked": sum(row.nearer == 0 for row in rows),
                     "recognisable": sum(row.psnr >= RECOGNISABLE for row in rows),
@@ -208,6 +251,7 @@ class Report:
             "strangers": self.origins,
             "recognisable_db": RECOGNISABLE,
             "copy_db": COPY,
+            "false_alarms": FALSE_ALARMS,
             "confidence": CONFIDENCE,
             "by_chance": BY_CHANCE,
         }

@@ -201,24 +201,27 @@ class Study:
 
     def cells(self) -> list[Cell]:
         """All runs, the most telling first: every scenario and defence with the first seed, then the next seed."""
-        found = []
-        for seed in self.seeds:
-            for scenario in self.expanded():
-                for defence in self.defences:
-                    if scenario.defences is None or defence.name in scenario.defences:
-                        found.append(self._cell(scenario, defence, seed))
-        return found
+        scenarios, read = self.expanded(), {}
+        for path in {path for s in scenarios for d in self.defences for path in self._configs(s, d)}:
+            read[path] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return [
+            self._cell(scenario, defence, seed, read)
+            for seed in self.seeds
+            for scenario in scenarios
+            for defence in self.defences
+            if scenario.defences is None or defence.name in scenario.defences
+        ]
 
     def _configs(self, scenario: Scenario, defence: Defence) -> list[Path]:
         return [*(scenario.base or self.base), *scenario.configs, *defence.configs]
 
-    def _cell(self, scenario: Scenario, defence: Defence, seed: int) -> Cell:
+    def _cell(self, scenario: Scenario, defence: Defence, seed: int, read: dict[Path, dict[str, Any]]) -> Cell:
         base = self._configs(scenario, defence)
         settings = {**self.settings, **scenario.settings, **defence.settings, "seed_everything": seed}
         arguments = [word for path in base for word in ("--config", str(path))]
         arguments += [f"--{key}={_text(value)}" for key, value in settings.items()]
         # What the files hold is a part of what is run: a cell of an edited configuration is another cell.
-        contents = [yaml.safe_load(path.read_text(encoding="utf-8")) or {} for path in base]
+        contents = [read[path] for path in base]
         deciding = [{name: content.get(name) for name in OF_THE_FEDERATION} for content in contents]
         deciding.append({key: value for key, value in settings.items() if key.partition(".")[0] in OF_THE_FEDERATION})
         foreign = "observation" in settings

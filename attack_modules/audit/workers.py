@@ -1,5 +1,6 @@
 """Runs the cells of a study in processes of their own, each exactly once, whatever is killed meanwhile."""
 
+import math
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from attack_modules.audit import tied
 from attack_modules.audit.study import Cell
+from fl_lightning.errors import counted
 from fl_lightning.storage import StorageError, not_writable, read_json, write_json
 
 ATTEMPTS = 3
@@ -23,6 +25,8 @@ ATTEMPTS = 3
 POLL = 0.5
 """Seconds between looks at cells that another process holds, and at whether a run is to stop."""
 LONGEST_SENTENCE = 400
+LEAST_FREE = 100 * 2**20
+"""Bytes that must be free on the disk before a run is begun; its pictures and record take some 10 MB."""
 
 Run = Callable[[Cell, Path, int, threading.Event], tuple[int, str]]
 """Runs a cell, whose folder and number of threads are given, until the event asks it to stop -> exit status, and the
@@ -80,7 +84,11 @@ class Program:
         command = [sys.executable, tied.__file__, str(self.path), "fit", *cell.placed(self.out)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
         log = folder / "log.txt"
-        with log.open("wb") as output:
+        try:
+            output = log.open("wb")
+        except OSError as error:
+            raise not_writable(log, error) from error
+        with output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,  # never written to: that it ends is the sign to end
@@ -133,6 +141,7 @@ class Workers:
         self._here: set[str] = set()  # names of cells that a thread of this process holds
         self._done: set[str] = set()  # names of cells that were seen to have ended
         self._began = 0
+        self._left: tuple[float, float | None] = (-math.inf, None)  # when it was estimated, and the seconds
         self._stop = threading.Event()
         self._broken: BaseException | None = None
 
@@ -144,7 +153,8 @@ class Workers:
             describe: a cell that ended, in a few words.
 
         Raises:
-            StorageError: the study's folder cannot be written.
+            StorageError: the study's folder cannot be written, or its disk is nearly full. No run is begun then, but
+                those that are at work end; what they left is taken up by the next command.
         """
         self._start = time.monotonic()
         self._cells = list(cells)
@@ -176,8 +186,10 @@ class Workers:
 
     def remaining(self) -> float | None:
         """Seconds that the open cells are expected to take, None if nothing is known of one of them."""
-        left = [self.expected(cell) for cell in self._cells if cell.name not in self._done]
-        return None if None in left else sum(left) / self.number
+        if time.monotonic() - self._left[0] > POLL:  # not after each of a thousand short runs
+            left = [self.expected(cell) for cell in self._cells if cell.name not in self._done]
+            self._left = (time.monotonic(), None if None in left else sum(left) / self.number)
+        return self._left[1]
 
     def _ended(self, cell: Cell) -> bool:
         if cell.name not in self._done and (cell.folder(self.out) / "cell.json").exists():
@@ -186,10 +198,10 @@ class Workers:
 
     def _loop(self, tell: Callable[[Cell, float], None]) -> None:
         try:
-            while not self._stop.is_set():
+            while not self._is_over():
                 taken = False
                 for cell in [cell for cell in self._cells if cell.name not in self._done]:
-                    if self._is_late() or self._stop.is_set():
+                    if self._is_late() or self._is_over():
                         return
                     taken |= self._take(cell, tell)
                 open_ = [cell for cell in self._cells if not self._ended(cell)]
@@ -199,7 +211,13 @@ class Workers:
                     time.sleep(POLL)  # others hold them; if they are killed, these cells are taken up here
         except BaseException as error:
             self._broken = self._broken or error
-            self._stop.set()
+            with self._guard:
+                at_work = len(self._here)
+            if at_work:
+                print(f"No run is begun any more, {counted(at_work, 'run')} at work will end. {error}", flush=True)
+
+    def _is_over(self) -> bool:
+        return self._stop.is_set() or self._broken is not None
 
     def _is_late(self) -> bool:
         return self.budget is not None and time.monotonic() - self._start >= self.budget
@@ -214,7 +232,7 @@ class Workers:
         """Run a cell that nobody holds; whether it was run."""
         folder = cell.folder(self.out)
         with self._guard:
-            if cell.name in self._here or self._stop.is_set() or not self._fits(cell):
+            if cell.name in self._here or self._is_over() or not self._fits(cell):
                 return False
             self._here.add(cell.name)
         try:
@@ -245,6 +263,9 @@ class Workers:
 
     def _attempts(self, cell: Cell, folder: Path) -> CellRecord:
         threads, began = threads_each(self.number), time.time()
+        if (seconds := _left_complete(folder)) is not None:  # its record alone could not be written
+            return CellRecord("done", "", seconds, threads, platform.node(), began)
+        self._refuse_full_disk()
         for attempt in range(1, ATTEMPTS + 1):
             shutil.rmtree(folder / "run", ignore_errors=True)  # of a run that was killed
             started = time.monotonic()
@@ -253,10 +274,29 @@ class Workers:
             if status == 0 or not _was_killed(status) or self._stop.is_set():
                 break
             words = f"The run was killed {attempt} times (status {status}), perhaps because memory was short."
+        if status != 0:
+            self._refuse_full_disk()  # which is no fault of the cell, so it stays open
         sentence = "" if status == 0 else (words or f"The run ended with status {status}.")[:LONGEST_SENTENCE]
         return CellRecord(
             "done" if status == 0 else "failed", sentence, round(seconds, 2), threads, platform.node(), began
         )
+
+    def _refuse_full_disk(self) -> None:
+        free = shutil.disk_usage(self.out).free
+        if free < LEAST_FREE:
+            raise StorageError(
+                f"The disk of '{self.out}' is nearly full: {free >> 20} MiB are free, but a run needs "
+                f"{LEAST_FREE >> 20}. Free space, and the same command goes on; all runs that ended are kept."
+            )
+
+
+def _left_complete(folder: Path) -> float | None:
+    """Seconds of an attack whose results are all there, as after its record could not be written; else None."""
+    try:
+        results = read_json(folder / "run" / "results.json")
+    except StorageError:
+        return None
+    return float(results["seconds"]) if results.get("finished") and results.get("complete") else None
 
 
 def in_words(seconds: float) -> str:

@@ -251,6 +251,7 @@ class Evaluation(Callback):
             results["persons"] = persons
             print(f"{sum(bool(found['seen']) for found in persons.values())} of {len(persons)} persons can be seen.")
         _log(trainer, "final", raw)
+        results["complete"] = not (postprocessing.enhancers or postprocessing.compares)
         self._write(directory, truth, outcomes, results, reconstruction)  # now: an enhancement may fail
         self._reported = True
         for enhanced in enhancements:
@@ -268,7 +269,8 @@ class Evaluation(Callback):
         if postprocessing.compares:
             results["left_out"] = postprocessing.left_out
             write_text(directory / "comparison.csv", comparison(results, outcomes))
-        if len(outcomes) > 1 or postprocessing.compares:
+        if not results["complete"]:
+            results["complete"] = True
             self._write(directory, truth, outcomes, results, reconstruction)
         if not results["finished"]:
             print(f"Stopped at step {results['steps']} of {trainer.max_steps}. {self._way_on(trainer)}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attack_modules.evaluation.strangers import Strangers
+from attack_modules.evaluation.strangers import Confirmed, Strangers
 from fl_lightning.data.images import read_image, read_size
 from fl_lightning.errors import in_short
 from fl_lightning.record import Record
@@ -27,6 +27,7 @@ class ImageRow:
 
     Attributes:
         source: where the original comes from; empty if unknown.
+        person: whom the original shows; empty if unknown.
         client: that holds it; None without ground truth.
         class_name: of the original; of a reconstruction, the class that the attack infers.
         verdict: the attack's own; empty if the image was not found.
@@ -39,6 +40,7 @@ class ImageRow:
     """
 
     source: str
+    person: str
     client: int | None
     class_name: str
     verdict: str
@@ -59,6 +61,8 @@ class FinishedRun:
         images: (M, C, H, W) in [0, 1], the reconstruction of each row; NaN where there is none.
         strangers: how many were compared with; 0 where there is no ground truth.
         chance: see `Comparison`; 1 where there is no ground truth.
+        confirmed: how well originals are told from strangers; None where there is no ground truth, or nothing to
+            compare.
         accuracy: of the federation's global model after its last round, with what it was measured on (`test_accuracy`
             or `train_accuracy`); None where nothing is known.
     """
@@ -69,6 +73,7 @@ class FinishedRun:
     images: Tensor
     strangers: int
     chance: float
+    confirmed: Confirmed | None
     accuracy: tuple[str, float] | None
 
     @classmethod
@@ -99,19 +104,19 @@ class FinishedRun:
         originals = None if truth is None else truth.images
         images = _pictures(directory / "images", places, originals)
         nearer: list[int | None] = [None] * len(table)
-        count, chance = 0, 1.0
+        count, chance, confirmed = 0, 1.0, None
         if originals is not None and len(originals):
             strangers = strangers_of(tuple(originals.shape[1:]))
             count = len(strangers)
             found = [row for row, place in enumerate(places) if place >= 0]
-            sources = [table[row]["source"] for row in found]
-            known = sources if all(sources) else ()
-            comparison = strangers.compare(images[found], originals[found], known)
-            chance = comparison.chance
+            sources = [row["source"] for row in table]
+            known = sources if all(sources) else []
+            comparison = strangers.compare(images[found], originals[found], [known[row] for row in found if known])
+            chance, confirmed = comparison.chance, strangers.confirm(images, originals, known)
             for row, number in zip(found, comparison.nearer.tolist(), strict=True):
                 nearer[row] = number
         rows = [_row(row, number, truth is not None) for row, number in zip(table, nearer, strict=True)]
-        return cls(results, rows, originals, images, count, chance, _accuracy(record))
+        return cls(results, rows, originals, images, count, chance, confirmed, _accuracy(record))
 
 
 class StrangersOf:
@@ -160,6 +165,7 @@ def _row(row: dict[str, str], nearer: int | None, known: bool) -> ImageRow:
     recognised = number("recognised_top1")
     return ImageRow(
         source=row.get("source", ""),
+        person=row.get("person", ""),
         client=int(row["client"]) if known else None,
         class_name=row["class"] if known else f"class {row['inferred_label']}",
         verdict=row["verdict"],

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from attack_modules.evaluation.confirmation import Confirmation
 from fl_lightning.data.image_folder import folder_catalogue
 from fl_lightning.data.images import to_pixels
 from fl_lightning.data.photographs import PHOTOGRAPHS
@@ -25,6 +26,8 @@ MOST_STRANGERS = 1000
 """Images that are read of a folder, spread evenly over it."""
 SAME = 0.999
 """Correlation from which a stranger is the original itself, and is left out."""
+FALSE_ALARMS = 0.01
+"""Share of the strangers that may be taken for images of the training data."""
 
 
 class Comparison(NamedTuple):
@@ -40,6 +43,17 @@ class Comparison(NamedTuple):
     of the originals' kind. Whether they are of that kind shows in the reconstructions of the *other* originals: a share
     q of them is nearer to an original than to all strangers, and N q bounds the chance. So strangers of another kind
     (photographs for radiographs), and reconstructions that are all alike, show no leak."""
+
+
+class Confirmed(NamedTuple):
+    """How well an attacker who has the reconstructions tells the peers' images from strangers, when shown both."""
+
+    rate: float
+    """Share of the originals that are nearer to a reconstruction than all but 1 % of the strangers are."""
+    area: float
+    """Chance that an original is nearer than a stranger: 0.5 tells nothing, 1 everything."""
+    by_others: float
+    """The same rate of originals and the reconstructions of all *other* originals: what being alike explains."""
 
 
 class Strangers:
@@ -116,6 +130,35 @@ class Strangers:
             by_others += int((ranks == 0).sum()) - int(ranks[index] == 0)
         expected = by_others / (count - 1) if count > 1 else 0.0  # N times the share of N (N - 1) pairs
         return Comparison(nearer, min(1.0, max(expected, count / (count + len(self)))))
+
+    def confirm(self, reconstructions: Tensor, originals: Tensor, sources: Sequence[str] = ()) -> Confirmed | None:
+        """Confirm originals and strangers by their distances from the nearest reconstruction.
+
+        Strangers that equal an original, or come from where one does, are left out.
+
+        Args:
+            reconstructions: (M, C, H, W) in [0, 1], in the order of the originals; NaN where there is none.
+            originals: (M, C, H, W) in [0, 1].
+            sources: where each original comes from; empty if unknown.
+
+        Returns:
+            The rates; None where there is no reconstruction, or no stranger is left.
+        """
+        has_one = reconstructions.flatten(1).isfinite().all(1)
+        found, true = _normalised(reconstructions[has_one]), _normalised(originals)
+        foreign = ((true @ self.pixels.T).amax(0) < SAME) if len(true) else torch.zeros(len(self), dtype=torch.bool)
+        origins = set(sources)
+        foreign &= torch.tensor([source not in origins for source in self.sources])
+        if not len(found) or not foreign.any():
+            return None
+        strangers = 1 - (found @ self.pixels[foreign].T).amax(0)
+        near = 1 - found @ true.T  # by reconstruction and original
+        others = near.clone()
+        own = has_one.nonzero().flatten()
+        others[torch.arange(len(own)), own] = torch.inf
+        member = torch.cat([torch.ones(len(true), dtype=torch.bool), torch.zeros(len(strangers), dtype=torch.bool)])
+        shown, alike = (Confirmation(torch.cat([to.amin(0), strangers]), member) for to in (near, others))
+        return Confirmed(shown.true_positive_rate(FALSE_ALARMS), shown.area(), alike.true_positive_rate(FALSE_ALARMS))
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -63,9 +63,9 @@ class DiffusionGuidance(nn.Module):
         """Images that the denoiser accepts."""
         return [ImageSize(self.denoiser.multiple, rgb=True, reason="set `model.guidance: null`")]
 
-    def start(self, images: Tensor, device: torch.device) -> None:
-        """Begin with images (N, C, H, W) that were not denoised yet."""
-        self.denoiser.to(device)
+    def start(self, images: Tensor) -> None:
+        """Begin with images (N, C, H, W) that were not denoised yet, in their precision and where they lie."""
+        self.denoiser.to(images.device, images.dtype)
         self.register_buffer("denoised", images.clone())
         self.register_buffer("sigmas", torch.full((len(images),), torch.inf))  # of the last denoising
         self.register_buffer("errors", torch.ones(len(images)))  # relative squared feature errors of the last step

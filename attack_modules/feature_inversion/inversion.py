@@ -150,9 +150,7 @@ class FeatureInversion(Attack):
         first = rounds.model.head[0].weight.numel() * torch.finfo(torch.float64).bits // 8
         return (len(rounds.assumptions) + 1) * super().least_memory(rounds) + 2 * first
 
-    def configure_model(self) -> None:
-        if hasattr(self, "images"):
-            return
+    def prepare(self) -> None:
         seen, device = self.observed_rounds, self.trainer.strategy.root_device
         updates = [self.update_of(observed) for observed in seen]
         model, assumptions = seen[0].observation.build_model(), seen[0].assumptions
@@ -196,7 +194,7 @@ class FeatureInversion(Attack):
         if self.refinement:
             self.refinement.start(self.leakage.features, self.labels)
         if self.guidance:
-            self.guidance.start(self.images.detach(), device)
+            self.guidance.start(self.images.detach())
 
     def _warn_of_mixed_images(self, model: ImageClassifier) -> None:
         found = self.leakage.diagnosis
@@ -348,9 +346,9 @@ class FeatureInversion(Attack):
         """Read a defended update once more, with the features of the best images so far as what is expected."""
         features = torch.cat([self.model.embed(chunk) for chunk in self.best.split(self.chunk_size)]).cpu()
         off = self.noise.cpu()  # images are no better than the features that they were made from
-        found = self.leakage.defended.solve(Expected(features / self.scale, off, of_images=True))
-        self.features.copy_(self.scale * found.features[:, : features.shape[1]])
-        self.noise.copy_(found.uncertainty.clamp_max(MOST_NOISE))
+        found, uncertainty = self.leakage.defended.again(Expected(features / self.scale, off, of_images=True))
+        self.features.copy_(self.scale * found)
+        self.noise.copy_(uncertainty.clamp_max(MOST_NOISE))
         self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
 
     @torch.no_grad()
@@ -482,7 +480,8 @@ class FeatureInversion(Attack):
         if self.unmixing is not None:  # as if the images that are added up were wrong independently
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
-        suspected = suspected_defenses(self.update_of(self.observed_rounds[0]))
+        seen = self.observed_rounds[0]
+        suspected = suspected_defenses(self.update_of(seen), seen.assumptions)
         return judge(evidence, psnr, best, self.model).suspecting(suspected)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

@@ -8,7 +8,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from attack_modules.analytic.leak_defended import leak_known
-from attack_modules.analytic.peer_attribution import Attribution, attribute, joined_features, joined_labels
+from attack_modules.analytic.peer_attribution import (
+    Attribution,
+    JoinedRounds,
+    attribute,
+    joined_features,
+    joined_labels,
+    joined_uncertainty,
+)
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.attack import AttackError
 from attack_modules.threat_model.requirements import Requirement, SameClients, TwoLayersForSeveralRounds
@@ -126,16 +133,14 @@ class ChangingParticipants(RoundsReader):
         presence = self.attribution.presence
         joined = Leakage(
             labels=joined_labels(rounds, self.attribution),
-            features=joined_features(rounds, self.attribution),
+            features=joined_features([found.features for found in rounds], self.attribution),
             peers=self.attribution.peers,
             diagnosis=worst([found.diagnosis for found in rounds], presence.shape[1]),
-            uncertainty=torch.zeros(presence.shape[1]).index_reduce(
-                0,
-                torch.cat(self.attribution.identities),
-                torch.cat([found.uncertainty for found in rounds]),
-                "amax",
-            ),
+            uncertainty=joined_uncertainty([found.uncertainty for found in rounds], self.attribution),
             noisy=any(found.noisy for found in rounds),
+            defended=JoinedRounds([found.defended for found in rounds], self.attribution)
+            if all(found.defended for found in rounds)
+            else None,
         )
         return joined, presence
 

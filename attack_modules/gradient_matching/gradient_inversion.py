@@ -133,9 +133,15 @@ class GradientInversion(Attack):
         )
         return super().least_memory(rounds) + simulated
 
-    def configure_model(self) -> None:
-        if hasattr(self, "starts"):
-            return
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision == "16-mixed":
+            raise SettingError(
+                "Gradient matching finds nothing in `trainer.precision: 16-mixed`, whose range is too small for second "
+                "derivatives (20 steps on a GPU: 13 dB, in the others 20). Choose bf16-mixed or 32-true."
+            )
+        super().setup(stage)
+
+    def prepare(self) -> None:
         (seen,) = self.observed_rounds
         device = self.trainer.strategy.root_device
         update = self.update_of(seen)
@@ -264,7 +270,8 @@ class GradientInversion(Attack):
         }
 
     def verdict(self, misfit: Tensor) -> Verdict:
-        suspected = suspected_defenses(self.update_of(self.observed_rounds[0]))
+        seen = self.observed_rounds[0]
+        suspected = suspected_defenses(self.update_of(seen), seen.assumptions)
         return judge(misfit.item(), len(self.labels)).suspecting(suspected)
 
     def introduction(self) -> str:

@@ -71,10 +71,16 @@ class Assumptions:
                 self.sources.setdefault(item.name, "guessed" if guessed else "inferred")
 
     def introduction(self) -> str:
-        """What the attacker is told, in one line."""
+        """What the attacker is told, in a line, and what no attack makes use of."""
         told = [name for name, source in self.sources.items() if source == "known"]
         rest = [f"{name} ({source})" for name, source in self.sources.items() if source != "known"]
-        return f"Told to the attacker: {', '.join(told) or 'nothing'}; not told: {', '.join(rest) or 'nothing'}."
+        lines = [f"Told to the attacker: {', '.join(told) or 'nothing'}; not told: {', '.join(rest) or 'nothing'}."]
+        if self.optimizer != "SGD":
+            lines.append(
+                f"The peers are taken to train by {self.optimizer}, which no attack simulates: each attacks as if they "
+                "trained by SGD, and mostly fails."
+            )
+        return "\n".join(lines)
 
     @property
     def loss(self) -> CrossEntropy:

@@ -182,7 +182,7 @@ class ObservedRounds(GivenRounds):
             data.setup()
             self._source = federation, data
             settings = federation.settings(data)
-            self._wanted = federation.views(settings["observed_rounds"], data)
+            self._wanted = federation.participation(data).views(settings["observed_rounds"])
             self._dataset = None if settings["data"]["csv"] else settings["data"]["class"]
             directory = directory or RECORDS / fingerprint(settings)
         self.record = Record(directory)
@@ -196,7 +196,7 @@ class ObservedRounds(GivenRounds):
                 self.setup()
             return RoundsSummary.of(self.rounds, self._dataset)
         federation, data = self._source
-        views, recorded = self._wanted, federation.rounds_to_record(data)
+        views, recorded = self._wanted, federation.participation(data).recorded()
         truths = [federation.truth(round_, data, client) for round_, client in views]
         assumptions = [self._assumptions(truth, client) for truth, (_, client) in zip(truths, views, strict=True)]
         for (round_, _), assumed in zip(views, assumptions, strict=True):

@@ -42,7 +42,7 @@ def read_image(file: PathLike | BytesIO, image_size: int, channels: int, name: s
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # for images of half that size
             with Image.open(file) as image:
                 upright = ImageOps.exif_transpose(image)
-        return to_pixels(upright, image_size, channels)
+            return to_pixels(upright, image_size, channels)  # older versions of Pillow warn at a crop, too
     except Exception as error:  # for malformed files Pillow's decoders raise many exception types
         raise _unreadable(readable_name(str(name or file)), error) from error
 

@@ -16,7 +16,7 @@ from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining
 from fl_lightning.data import FederatedData, ImageFolder, Photographs
 from fl_lightning.engines import InProcess
 from fl_lightning.errors import SettingError
-from fl_lightning.federation import Federation
+from fl_lightning.federation import Federation, Kept
 from fl_lightning.models import ImageClassifier, LeNet5
 from fl_lightning.observation import Observation
 from fl_lightning.record import Record, RecordError, fingerprint
@@ -153,7 +153,8 @@ def test_only_rounds_that_reach_the_attacker_are_observed(noise_images: type[Fed
         return federation.settings(data)["observed_rounds"]
 
     data.setup()
-    reached = [r for r in range(8) if data.attacker in Federation(rounds=8, clients_per_round=2)._sample(r, data)]
+    takes_part = Federation(rounds=8, clients_per_round=2).participation(data)
+    reached = [r for r in range(8) if data.attacker in takes_part.sampled(r)]
     assert 0 < len(reached) < 8
     assert reached[-1] != 7
     assert rounds(None) == reached[-1:]
@@ -204,13 +205,15 @@ def test_batch_norm_statistics_are_shared_or_stay(
 def test_statistics_that_stay_reach_neither_other_clients_nor_a_curious_server(
     noise_images: type[FederatedData], batch_norm_classifier: type[ImageClassifier]
 ) -> None:
-    begun = []
+    sent, ended = [], []
 
     class Recording(InProcess):
         def train(self, tasks: Iterable[ClientTask], *settings: Any) -> Iterator[ClientUpdate]:
             for task in tasks:
-                begun.append(task.model.state_dict()[statistic].clone())
-                yield from super().train([task], *settings)
+                sent.append(task.model.state_dict()[statistic].clone())
+                for result in super().train([task], *settings):
+                    ended.append(result.buffers[statistic])
+                    yield result
 
     statistic = "features.1.running_mean"
     data = noise_images(num_clients=2, images_per_client=2, image_size=16)
@@ -220,8 +223,11 @@ def test_statistics_that_stay_reach_neither_other_clients_nor_a_curious_server(
     model = federation.initial_model(data)
     new = model.state_dict()[statistic].clone()
     kept = {"0": {statistic: new + 5}}  # the other client was never sampled
-    _, seen = federation._round(0, model, data, kept, {}, {})
-    assert [torch.equal(begun[0], new + 5), torch.equal(begun[1], new)] == [True, True]
+    _, seen = federation._round(0, model, data, [0, 1], Kept(kept))
+    assert all(torch.equal(begun, new) for begun in sent)  # the server sends all clients the same model
+    assert (ended[0] > new + 2).all()  # but the first one trained with its own statistics
+    assert (ended[1] < new + 2).all()
+    assert all(torch.equal(kept[str(client)][statistic], ended[client]) for client in (0, 1))
     assert all(torch.equal(seen[client].after[statistic], new) for client in (0, 1))
 
 

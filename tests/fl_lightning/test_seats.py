@@ -85,8 +85,8 @@ def test_rounds_that_reach_no_colluder_are_not_observed_and_the_server_sees_all(
     data.setup()
 
     def reached(seat: Seat) -> list[int]:
-        federation = Federation(rounds=12, clients_per_round=2, seat=seat)
-        return [r for r in range(12) if federation._reaches_observer(r, data)]
+        takes_part = Federation(rounds=12, clients_per_round=2, seat=seat).participation(data)
+        return [r for r in range(12) if takes_part.is_received(r)]
 
     one, three = reached(CuriousClient()), reached(ColludingClients(3))
     assert 0 < len(one) < len(three) <= 12

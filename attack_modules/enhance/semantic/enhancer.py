@@ -138,7 +138,8 @@ class SemanticEnhancer(LightningModule, Enhancer):
         given: ReconstructedImage = self.trainer.datamodule
         images = given.image[None].to(self.trainer.strategy.root_device)
         labels = torch.tensor([self.class_label], device=images.device)
-        self.found = self.search(Reconstruction(images, labels, given.latent_downscale), self.seed)
+        with torch.device("cpu"):  # Lightning's default here is the device, but random numbers are drawn on the CPU
+            self.found = self.search(Reconstruction(images, labels, given.latent_downscale), self.seed)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam([self.found.noise], lr=self.lr)

@@ -49,18 +49,19 @@ class Private:
         task.model.load_state_dict(tensors(received))
         result = local_update(task, training, accelerator)
         before = task.model.state_dict()
-        sent = {name: before[name] - update for name, update in result.update.items()} | result.buffers
+        kept, shared = (result.buffers, {}) if task.own_buffers is not None else ({}, result.buffers)
+        sent = {name: before[name] - update for name, update in result.update.items()} | shared
         with atomic_path(self.result) as temporary:
-            temporary.write_bytes(pickle.dumps(replace(result, update={}, buffers={})))
+            temporary.write_bytes(pickle.dumps(replace(result, update={}, buffers=kept)))
         return arrays(sent), result.num_examples
 
     def take(self, before: Arrays, sent: Arrays, parameters: Collection[str]) -> ClientUpdate:
         """The result of the training, as `local_update` gives it, from what was sent to the client and back."""
-        own, old = tensors(sent), tensors(before)
+        own, old, result = tensors(sent), tensors(before), pickle.loads(self.result.read_bytes())
         return replace(
-            pickle.loads(self.result.read_bytes()),
+            result,
             update={name: old[name] - tensor for name, tensor in own.items() if name in parameters},
-            buffers={name: tensor for name, tensor in own.items() if name not in parameters},
+            buffers=result.buffers | {name: tensor for name, tensor in own.items() if name not in parameters},
         )
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from attack_modules.analytic.peer_attribution import attribute, joined_features, joined_labels
+from attack_modules.analytic.defended_head import Expected, Rereadable
+from attack_modules.analytic.peer_attribution import JoinedRounds, attribute, joined_features, joined_labels
 from attack_modules.analytic.results import Diagnosis, Leakage
 
 SURE = Diagnosis(num_images=4, disentangled=4, gap=1e3, residual=0.0, conditioning=1.0, drift=0.0, outside=0.0)
@@ -44,8 +45,24 @@ def test_presence_tells_peers_of_one_step() -> None:
     assert found.peers[order.argsort()].tolist() in ([0, 0, 1, 1, 2, 2], [0, 0, 2, 2, 1, 1])
     assert found.alike > 0.9 > 0.5 > found.different
     assert joined_labels(rounds, found).tolist() == (order % 3).tolist()
-    moved = joined_features(rounds, found) - features()[order]
+    moved = joined_features([leaked.features for leaked in rounds], found) - features()[order]
     assert moved.norm(dim=1).max() < 0.2 * features().norm(dim=1).min()
+
+
+class Halved(Rereadable):
+    """Takes half of what is expected for what was read."""
+
+    def again(self, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
+        return expected.features / 2, 3 * expected.error
+
+
+def test_rounds_under_a_defence_are_read_again_each_with_its_own_images() -> None:
+    shown = [[0, 1, 2], [2, 1, 3]]
+    found = attribute([leaked(features(), images) for images in shown])
+    expected = Expected(torch.rand(4, 5), torch.rand(4))
+    again, uncertainty = JoinedRounds([Halved(), Halved()], found).again(expected)
+    torch.testing.assert_close(again, expected.features / 2)
+    torch.testing.assert_close(uncertainty, 3 * expected.error)
 
 
 def test_peers_that_come_and_go_together_are_one_unless_local_steps_tell() -> None:

@@ -1,9 +1,25 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from attack_modules.analytic.suspicion import suspected_defenses
-from fl_lightning.defenses import QSGD, ClientDefense, GaussianNoise, Quantization, RandomK, Sign, TopK, occasions
+from attack_modules.threat_model.assumptions import Assumptions
+from fl_lightning.defenses import (
+    QSGD,
+    ClientDefense,
+    Clipping,
+    GaussianNoise,
+    PartialSharing,
+    Quantization,
+    RandomK,
+    Sign,
+    TopK,
+    occasions,
+)
 from fl_lightning.state_files import Tensors
+
+ASSUMED = Assumptions(client_lr=0.01, local_epochs=1)
 
 
 def update(seed: int) -> Tensors:
@@ -41,22 +57,41 @@ def mean_of(*defenses: ClientDefense) -> Tensors:
     ids=str,
 )
 def test_compression_is_suspected(defense: ClientDefense, words: str) -> None:
-    (clause,) = suspected_defenses(mean_of(defense))
+    (clause,) = suspected_defenses(mean_of(defense), ASSUMED)
     assert words in clause
+    assert suspected_defenses(mean_of(defense), replace(ASSUMED, defenses=(defense,))) == []  # it is what is assumed
+    assert suspected_defenses(mean_of(defense), replace(ASSUMED, defenses=(Clipping(),))) == [clause]
+    told = replace(ASSUMED, sources={"defenses": "known", "optimizer": "known"})
+    assert suspected_defenses(mean_of(defense), told) == []
 
 
 @pytest.mark.parametrize("defenses", [(), (GaussianNoise(rho=1.0),), (Quantization(bits=8),)], ids=str)
 def test_without_compression_nothing_is_suspected(defenses: tuple) -> None:
-    assert suspected_defenses(mean_of(*defenses)) == []
+    assert suspected_defenses(mean_of(*defenses), ASSUMED) == []
 
 
 def test_layers_that_stay_are_named() -> None:
-    (clause,) = suspected_defenses({**mean_of(), "head.2.weight": torch.zeros(20, 256)})
-    assert clause.startswith("head.2.weight did not change")
+    still = {**mean_of(), "head.2.weight": torch.zeros(20, 256)}
+    (clause,) = suspected_defenses(still, ASSUMED)
+    assert clause.startswith("head.2.weight did not change, as if clients kept them")
+    assert suspected_defenses(still, replace(ASSUMED, defenses=(PartialSharing(["head.2"]),))) == []
+    assert suspected_defenses(still, replace(ASSUMED, sources={"defenses": "known"})) == [
+        "head.2.weight did not change, as if clients did not train them"
+    ]
+
+
+def test_adam_is_suspected_where_it_is_not_told_and_named_where_it_is() -> None:
+    signs = mean_of(Sign())
+    (clause,) = suspected_defenses(signs, replace(ASSUMED, sources={"defenses": "known", "optimizer": "guessed"}))
+    assert clause.endswith("nearly of one size, as by Adam at the clients")
+    adam = replace(ASSUMED, optimizer="Adam")
+    assert suspected_defenses(signs, adam) == ["the peers train by Adam, which no attack simulates"]
+    assert "each attacks as if they trained by SGD" in adam.introduction()
+    assert "Adam" not in ASSUMED.introduction()
 
 
 def test_updates_of_biases_alone_show_what_stayed() -> None:
     biases = {"features.0.bias": torch.zeros(40), "head.0.bias": torch.linspace(-1, 1, 50)}
-    assert suspected_defenses(biases) == [
+    assert suspected_defenses(biases, ASSUMED) == [
         "features.0.bias did not change, as if clients kept them for themselves or did not train them"
     ]

@@ -20,6 +20,7 @@ from fl_lightning.truth import Truth
 
 IMAGES = 6
 SHAPE = (3, 24, 24)
+PERSONS = ["Ann Mueller", "Ann Mueller", "Bo", "Bo", "", ""]
 
 
 @pytest.fixture(autouse=True)
@@ -53,19 +54,19 @@ def leave_run(cell: Cell, out: Path, error: float) -> None:
     if not record.truth(0).with_suffix(".json").exists():
         Truth(
             pixels, torch.arange(IMAGES), torch.arange(IMAGES) // 3, LocalTraining(), 1.0,
-            [f"class <{i}>" for i in range(IMAGES)], False, [f"private_{i}.png" for i in range(IMAGES)],
+            [f"class <{i}>" for i in range(IMAGES)], False, [f"private_{i}.png" for i in range(IMAGES)], PERSONS,
         ).save(record.truth(0))  # fmt: skip
     noise = torch.randn(originals.shape, generator=torch.Generator().manual_seed(100 + cell.seed))
     found = (originals + error * noise).clamp(0, 1) if error < 1 else noise.clamp(0, 1)
     save_images(found, run / "images")
     text = io.StringIO()
     writer = csv.writer(text)
-    known = ["original", "source", "client", "label", "class"]
+    known = ["original", "source", "person", "client", "label", "class"]
     writer.writerow([*known, "reconstruction", "inferred_label", "verdict", "expected_psnr", "psnr", "ssim"])
     for i in range(IMAGES):
         psnr = float(-10 * (found[i] - originals[i]).square().mean().clamp_min(1e-9).log10())
         level = "certain" if error < 0.1 else "not read"
-        writer.writerow([i, f"private_{i}.png", i // 3, i, f"class <{i}>", i, i, level, "", psnr, 0.5])
+        writer.writerow([i, f"private_{i}.png", PERSONS[i], i // 3, i, f"class <{i}>", i, i, level, "", psnr, 0.5])
     write_text(run / "per_image.csv", text.getvalue())
     told = "known" if "--knowledge.labels=known" in cell.arguments else "inferred"
     write_json(

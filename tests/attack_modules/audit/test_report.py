@@ -1,10 +1,14 @@
 """The report of made-up runs: right numbers, readable by machines and people, and never more than was shown."""
 
 import csv
+import errno
 import json
+import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from threading import Event
@@ -15,11 +19,13 @@ import torch
 from attack_modules.audit.audit import audit, seconds_of
 from attack_modules.audit.conclusions import Conclusions, Interval
 from attack_modules.audit.readings import Reading, letter
-from attack_modules.audit.study import Cell, Study
+from attack_modules.audit.redaction import without_names
+from attack_modules.audit.study import Cell, Scenario, Study
 from attack_modules.audit.workers import Run
 from attack_modules.evaluation.finished_run import StrangersOf
 from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.record import Record
+from fl_lightning.storage import StorageError
 from fl_lightning.truth import Truth, chosen
 
 VOID = {"meta", "img", "br", "line", "circle"}
@@ -58,9 +64,11 @@ class Page(HTMLParser):
 
 def run(study: Study, made: object, out: Path, **more: object) -> str:
     arguments = {"title": study.title, "scenarios": study.scenarios, "base": study.base, "settings": study.settings}
+    arguments |= {name: more.pop(name) for name in [*more] if name in arguments}
     return audit(
-        made, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, "python cli.py audit", {}, **arguments,
-        defences=study.defences, seeds=study.seeds, out=out, **{"workers": 2, **more},
+        made, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, given={}, **arguments,
+        defences=study.defences, seeds=study.seeds, out=out,
+        **{"workers": 2, "command": "python cli.py audit", **more},
     )  # fmt: skip
 
 
@@ -96,6 +104,15 @@ def test_the_report_says_what_leaked_and_what_failed(study: Study, fake: Callabl
     assert pair["told"] == {"labels": ["known", "inferred"], "label_counts": ["known", "inferred"]}
     assert any("audit it against an attacker who knows of it" in action["what"] for action in content["actions"])
     assert [client["leaked"] for client in content["clients"]] == [9, 9]
+    assert plain["confirmed"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 3}
+    assert noisy["confirmed"]["mean"] <= noisy["confirmed_by_others"]["mean"] + 0.2
+    assert plain["confirmed_by_others"]["mean"] < 0.5 < noisy["confirmation_area"]["high"]
+    assert [(of["of"], of["images"], of["leaked"], of["clients"]) for of in content["persons"]] == [
+        ("Ann Mueller", 6, 6, [0]), ("Bo", 6, 6, [0, 1]),
+    ]  # fmt: skip
+    assert (plain["persons_seen"]["mean"], noisy["persons_seen"]["mean"]) == (1.0, 0.0)
+    assert page.text.count("What leaked most") == page.text.count("The median") == 4
+    assert "Ann Mueller" in page.text
     for word in (" safe", "secure against", "protects"):
         assert word not in page.text.lower()
     rows = list(csv.DictReader((tmp_path / "out/cells.csv").read_text().splitlines()))
@@ -105,13 +122,51 @@ def test_the_report_says_what_leaked_and_what_failed(study: Study, fake: Callabl
 
 
 def test_a_redacted_report_shows_no_original_and_no_name(study: Study, fake: Callable, tmp_path: Path) -> None:
-    run(study, fake, tmp_path / "out", redact=True)
-    for name in ("report.html", "report.json"):
-        text = (tmp_path / "out" / name).read_text()
-        assert "private_" not in text
-        assert "class <" not in text
-        assert "class &lt;" not in text
-    assert "Original:" not in (tmp_path / "out/report.html").read_text()
+    settings = study.settings | {
+        "data.csv": "ann mueller.csv", "data.root": "mueller", "data.partition": {"class_path": "mueller.ann.Split"},
+        "federation.client.lr": 0.25, "federation.initial_weights": "mueller",
+    }  # fmt: skip
+
+    def one_fails(place: Path) -> Run:
+        def one(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
+            if cell == study.cells()[0]:
+                return 1, "'ann mueller.csv' lists private_7.png, which cannot be read."
+            return fake(place)(cell, folder, threads, stop)
+
+        return one
+
+    study = replace(study, settings=settings)
+    command = "python cli.py audit --config mueller.yaml --redact --data.csv 'ann mueller.csv' --workers 2"
+    said = run(study, one_fails, tmp_path / "out", redact=True, command=command)
+    assert "11 of 12 runs have a result" in said
+    files = {name: (tmp_path / "out" / name).read_text() for name in ("report.html", "report.json", "cells.csv")}
+    for text in files.values():
+        for secret in ("private_", "class <", "class &lt;", "ueller", "Bo<", '"Bo"', str(tmp_path)):
+            assert secret not in text
+    pictures = Page(files["report.html"]).images
+    assert {image["alt"].split(" of ")[0] for image in pictures} == {"Reconstruction"}
+    content = json.loads(files["report.json"])
+    assert [(of["of"], of["leaked"]) for of in content["persons"]] == [("person 1", 4), ("person 2", 4)]
+    assert content["provenance"]["command"] == (
+        "python cli.py audit --config LEFT_OUT --redact --data.csv LEFT_OUT --workers 2"
+    )
+    words = shlex.split(content["cells"][1]["command"])
+    assert {"--data.csv=LEFT_OUT", "--federation.client.lr=0.25", "--knowledge.labels=known", "LEFT_OUT"} <= set(words)
+
+
+def test_what_may_name_a_file_is_left_out_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "anna").mkdir()
+    words = [
+        "--config=configs/demo.yaml", "--config=configs/mine.yaml", "--a.lr=1e-3", "--a.on=true", "--a.b=null",
+        "--model=attack_modules.feature_inversion.inversion.FeatureInversion", "--a=x.png", "--b=anna", "--c=[0, d/e]",
+        "--d={csv: anna, seed: 3}", "--e=16-mixed", "--f=[", "--g=2026-11-27",
+    ]  # fmt: skip
+    assert without_names(words) == [
+        "--config=configs/demo.yaml", "--config=LEFT_OUT", "--a.lr=1e-3", "--a.on=true", "--a.b=null",
+        "--model=attack_modules.feature_inversion.inversion.FeatureInversion", "--a=LEFT_OUT", "--b=LEFT_OUT",
+        '--c=[0, "LEFT_OUT"]', '--d={"csv": "LEFT_OUT", "seed": 3}', "--e=16-mixed", "--f=LEFT_OUT", "--g=LEFT_OUT",
+    ]  # fmt: skip
 
 
 def test_what_has_no_result_is_said_and_nothing_is_concluded_from_it(
@@ -131,7 +186,7 @@ def test_what_has_no_result_is_said_and_nothing_is_concluded_from_it(
     picture.write_bytes(picture.read_bytes()[:100])
     (cells[1].folder(out) / "run/results.json").write_text("{")
     (cells[-1].folder(out) / "cell.json").unlink()
-    readings = [Reading.of(cell, out, StrangersOf(), False, False) for cell in cells]
+    readings = [Reading.of(cell, out, StrangersOf(), False) for cell in cells]
     assert [reading.status for reading in readings].count("unreadable") == 2
     said = run(study, some, out, budget="0.001s")
     content = json.loads((out / "report.json").read_text())
@@ -176,19 +231,59 @@ def test_what_a_server_saw_of_each_client_is_compared_with_that_clients_original
         ).save(record.truth(0, client))  # fmt: skip
     for file in record.directory.glob(f"truth/{record.truth(0).name}.*"):
         file.unlink()
-    assert not Reading.of(cell, tmp_path, StrangersOf(), False, False).compared
+    assert not Reading.of(cell, tmp_path, StrangersOf(), False).compared
     path.write_text(json.dumps(json.loads(path.read_text()) | {"observed_rounds": [0, 0], "observed_clients": [0, 1]}))
-    assert Reading.of(cell, tmp_path, StrangersOf(), False, False).leaked == 6
+    assert Reading.of(cell, tmp_path, StrangersOf(), False).leaked == 6
 
 
 def test_a_missing_template_engine_leaves_the_tables(
-    study: Study, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
     with pytest.raises(SettingError, match=r"curious-client\[audit\]"):
         run(study, fake, tmp_path)
+    said = capsys.readouterr().out
+    assert said.index("Warning: report.html needs Jinja2") < said.index("[1/12]")  # before the work, not after it
     assert (tmp_path / "cells.csv").exists()
     assert json.loads((tmp_path / "report.json").read_text())["verdict"]
+
+
+def test_a_full_disk_leaves_the_report_as_far_as_it_goes(
+    study: Study, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = replace(study, seeds=[0])
+    run(study, fake, tmp_path)
+    before = (tmp_path / "report.html").read_text()
+
+    def full(source: Path, target: Path, last: str, replace: Callable = os.replace) -> None:
+        if last in target.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    for last, left in (("report.html", "cells.csv, report.json"), ("", "nothing")):
+        monkeypatch.setattr(os, "replace", partial(full, last=last))
+        with pytest.raises(AuditError, match=f"No space left on device.*Written all the same: {left}"):
+            run(study, fake, tmp_path)
+        assert "6 of 6 images" in capsys.readouterr().out.replace("\n", " ")  # the verdict is said all the same
+    assert (tmp_path / "report.html").read_text() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_study_that_breaks_off_is_reported(
+    study: Study, fake: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(place: Path) -> Run:
+        def one(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
+            if cell.seed == 1:
+                raise StorageError("Could not write.")
+            return fake(place)(cell, folder, threads, stop)
+
+        return one
+
+    with pytest.raises(StorageError, match="Could not write"):
+        run(study, breaks, tmp_path, workers=1)
+    assert "4 of 12 runs have a result. The report:" in capsys.readouterr().out.replace("\n", " ")
+    assert (tmp_path / "report.html").exists()
 
 
 def test_nothing_is_run_of_a_study_that_cannot_be_read(study: Study, fake: Callable, tmp_path: Path) -> None:
@@ -197,6 +292,7 @@ def test_nothing_is_run_of_a_study_that_cannot_be_read(study: Study, fake: Calla
         ({"budget": "soon"}, "`budget` is 'soon'"),
         ({"observation": tmp_path / "no"}, "Correct `--observation`"),
         ({"strangers": tmp_path}, "no images in class folders"),
+        ({"redact": True, "scenarios": [Scenario("a", grid={"data.csv": ["anna.csv"]})]}, "values of `data.csv` into"),
     ):
         with pytest.raises(AuditError, match=words):
             run(study, fake, tmp_path / "out", **more)
@@ -229,7 +325,7 @@ def test_intervals_times_and_letters() -> None:
 
 def test_a_group_is_above_chance_where_a_binomial_test_says_so(study: Study, fake: Callable, tmp_path: Path) -> None:
     run(study, fake, tmp_path)
-    readings = [Reading.of(cell, tmp_path, StrangersOf(), False, False) for cell in study.cells()]
+    readings = [Reading.of(cell, tmp_path, StrangersOf(), False) for cell in study.cells()]
     found = Conclusions.of(study, readings)
     assert found.worst.defence.name == "none"
     assert {group.above_chance for group in found.groups if group.defence.name == "noise"} == {False}

@@ -10,13 +10,15 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
 from attack_modules.audit import tied
 from attack_modules.audit.study import Cell, Scenario, Study
-from attack_modules.audit.workers import CellRecord, Program, Workers
-from fl_lightning.errors import AuditError
+from attack_modules.audit.workers import LEAST_FREE, CellRecord, Program, Workers
+from fl_lightning.errors import AuditError, counted
+from fl_lightning.storage import StorageError, write_json
 
 
 def work(study: Study, out: Path, run: object, number: int = 2, budget: float | None = None) -> list[CellRecord | None]:
@@ -195,3 +197,55 @@ def test_a_program_says_why_it_failed(study: Study, tmp_path: Path) -> None:
     cell = study.cells()[0]
     cell.folder(tmp_path).mkdir(parents=True)
     assert Program(program, tmp_path)(cell, cell.folder(tmp_path), 1, Event()) == (1, "It is too large.")
+
+
+def test_a_full_disk_ends_the_study_in_a_sentence_and_loses_no_run(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: Counter = Counter()
+    fourth_began, other_ends, space = Event(), Event(), {"free": LEAST_FREE, "records": 2}
+
+    def run(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
+        begun[cell.name] += 1
+        if sum(begun.values()) == 4:  # it is at work while the record of the other cannot be written
+            fourth_began.set()
+            other_ends.wait(20)
+            assert not stop.is_set()
+        write_json(folder / "run/results.json", {"finished": True, "complete": cell.seed < 2, "seconds": 7.0})
+        return 0, ""
+
+    def written(path: Path, content: dict) -> None:
+        space["records"] -= 1
+        if space["records"] == -1:
+            fourth_began.wait(20)
+            raise StorageError("Could not write: No space left on device.")
+        write_json(path, content)
+
+    def said(number: int, word: str) -> str:  # of the runs that will end, when no other begins any more
+        other_ends.set()
+        return counted(number, word)
+
+    monkeypatch.setattr("attack_modules.audit.workers.write_json", written)
+    monkeypatch.setattr("attack_modules.audit.workers.counted", said)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=space["free"]))
+    with pytest.raises(StorageError, match="No space left"):
+        work(study, tmp_path, run)
+    assert "No run is begun any more, 1 run at work will end." in capsys.readouterr().out.replace("\n", " ")
+    assert sum(begun.values()) == 4
+    assert sum((cell.folder(tmp_path) / "cell.json").exists() for cell in study.cells()) == 3
+    space["free"] -= 1
+    with pytest.raises(StorageError, match=r"nearly full: 99 MiB are free, .* all runs that ended are kept"):
+        work(study, tmp_path, run)  # but not before the record of the fourth is made up for
+    space["free"] = LEAST_FREE
+    assert all(record.status == "done" for record in work(study, tmp_path, run))
+    assert set(begun.values()) == {1}
+
+
+def test_a_run_that_fails_on_a_full_disk_stays_open(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [LEAST_FREE, 0]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free.pop(0)))
+    with pytest.raises(StorageError, match="nearly full: 0 MiB"):
+        work(study, tmp_path, lambda cell, folder, threads, stop: (1, "Could not write."), number=1)
+    assert not list(tmp_path.rglob("cell.json"))

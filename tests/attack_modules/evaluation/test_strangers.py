@@ -56,6 +56,21 @@ def test_chance_is_measured_on_the_reconstructions_of_others(originals: Tensor, 
     assert found.chance == 1  # so nothing was shown
 
 
+def test_originals_are_confirmed_by_their_reconstructions_alone(originals: Tensor, strangers: Strangers) -> None:
+    noise = 0.1 * torch.randn(originals.shape, generator=torch.Generator().manual_seed(0))
+    found = strangers.confirm(originals + noise, originals)
+    assert (found.rate, found.area) == (1, 1)
+    assert found.by_others < 0.5
+    half = (originals + noise).index_fill(0, torch.arange(4), torch.nan)  # of four there is no reconstruction
+    assert 0.5 <= strangers.confirm(half, originals).rate < 1
+    alike = originals[:1] + 0.01 * originals  # each is confirmed by any other
+    assert strangers.confirm(alike, alike).by_others == 1
+    nothing = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
+    assert strangers.confirm(nothing, originals).area < 0.75
+    assert strangers.confirm(torch.full_like(originals, torch.nan), originals) is None
+    assert strangers.confirm(originals, originals, ["public"] * 8) is None  # no stranger is left
+
+
 def test_photographs_and_folders_are_public_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attack_modules.evaluation.strangers.CROPS", 2)
     crops = Strangers.photographs((3, 12, 12))

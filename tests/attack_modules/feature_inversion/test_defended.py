@@ -53,6 +53,20 @@ def test_known_defence_chooses_the_reading(
     assert plain.noise is None
 
 
+def test_rounds_with_different_participants_are_read_again(noise_images: type, attack: Run, tmp_path: Path) -> None:
+    data = noise_images(num_clients=5, images_per_client=2, image_size=16, num_classes=50)
+    training = LocalTraining(local_epochs=1, defenses=[TopK(0.3)])
+    federation = Federation(
+        client=training, rounds=2, clients_per_round=3, broadcast="all", observed_rounds=[0, 1], seed=1
+    )
+    observed = ObservedRounds(Knowledge(), federation, data, tmp_path)
+    observed.prepare_data()
+    observed.setup()
+    module = attack(FeatureInversion(rounds=ChangingParticipants()), *observed.rounds, steps=6)
+    assert "read by PrunedUpdate, and once more" in module.introduction()
+    assert not torch.equal(module.features, module.leakage.features)
+
+
 class Unsolvable(NoisyGates):
     def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:
         raise torch.linalg.LinAlgError("singular")

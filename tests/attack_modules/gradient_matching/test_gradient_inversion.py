@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from attack_modules.threat_model.observed import ObservedRound, RoundsSummary
 from attack_modules.threat_model.requirements import RequirementError
 from fl_lightning.client import LocalTraining
 from fl_lightning.data import ImageSet
+from fl_lightning.errors import SettingError
 from fl_lightning.federation import Federation
 from fl_lightning.models import ClassifierFactory, ImageClassifier, ImageShape
 
@@ -173,3 +175,10 @@ def test_a_head_that_the_closed_form_cannot_read_is_matched(observe: Observe, at
     blind = observe(federation, Knowledge(labels="inferred", label_counts="inferred"))
     with pytest.raises(RequirementError, match=r"told labels, or a head .* labels are unknown, and SigmoidHead has a"):
         GradientInversion().check(RoundsSummary.of([blind]))
+
+
+def test_half_precision_is_refused() -> None:
+    attack = GradientInversion()
+    attack.trainer = SimpleNamespace(precision="16-mixed")
+    with pytest.raises(SettingError, match=r"16-mixed.* Choose bf16-mixed"):
+        attack.setup("fit")

@@ -54,6 +54,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+PATHS = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
 @pytest.fixture(scope="module")
 def runs(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of all runs `<name>-<1 or 2 processes>/version_0`, and what the two processes printed."""
@@ -72,7 +75,7 @@ def runs(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         (folder / "several.json").write_text(json.dumps([[*arguments, *two] for arguments in together]))
         done = subprocess.run(
             [sys.executable, "several.py"],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=600,
@@ -134,7 +137,7 @@ def test_what_cannot_be_divided_is_refused_in_one_sentence(tmp_path: Path) -> No
     arguments = [*INVERSION, "--data.num_clients", "2", "--data.images_per_client", "2", "--model.merged", "false"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "cli.py"), *arguments, "--trainer.devices", "2", "--trainer.strategy", "ddp"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -29,17 +29,26 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     return max(float((found[name].double() - tensor.double()).abs().max()) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("own_buffers", [None, {}, {"features.1.running_mean": torch.full((8,), 5.0)}])
 def test_a_device_gives_the_result_of_local_update(
-    tmp_path: Path, noise_images: type[FederatedData], batch_norm_classifier: type[ImageClassifier]
+    tmp_path: Path,
+    noise_images: type[FederatedData],
+    batch_norm_classifier: type[ImageClassifier],
+    own_buffers: dict[str, torch.Tensor] | None,
 ) -> None:
+    """Statistics that a client keeps cross the wire neither way."""
     data = noise_images(num_clients=2, images_per_client=4, image_size=16)
     data.setup()
-    task = ClientTask(batch_norm_classifier(10, (3, 16, 16)), data.clients[1], 7, client=1)
+    model = batch_norm_classifier(10, (3, 16, 16))
+    task = ClientTask(model, data.clients[1], 7, client=1, own_buffers=own_buffers)
     training = replace(TRAINING, batch_size=2)
     received = Private(tmp_path / "1").give(task, training, "cpu")
     sent, num_examples = Private(tmp_path / "1").train(received)
     found = Private(tmp_path / "1").take(received, sent, dict(task.model.named_parameters()).keys())
     expected = local_update(task, training)
+    assert difference({name: torch.from_numpy(array) for name, array in received.items()}, model.state_dict()) == 0
+    assert ("features.1.running_mean" in sent) == (own_buffers is None)
+    assert (expected.buffers["features.1.running_mean"].mean() > 2) == bool(own_buffers)
     assert found.num_examples == num_examples == 4
     assert difference(found.update, expected.update) < 1e-6
     assert difference(found.buffers, expected.buffers) < 1e-6
@@ -63,10 +72,10 @@ def test_models_are_announced_to_those_that_receive_them(
     engine = Announced()
     federation = Federation(linear_classifier, rounds=2, clients_per_round=2, broadcast="all", engine=engine)
     federation.run(data, tmp_path)
-    idle = [sorted({0, 1, 2} - set(federation._sample(round_, data))) for round_ in range(2)]
+    idle = [sorted({0, 1, 2} - set(federation.participation(data).sampled(round_))) for round_ in range(2)]
     assert engine.calls == [(0, idle[0]), (1, [0, 1, 2]), (1, idle[1]), (2, [0, 1, 2])]
-    sampled = Federation(linear_classifier, rounds=2, clients_per_round=2)
-    assert [sampled._receivers(round_, data) for round_ in range(2)] == [sampled._sample(r, data) for r in range(2)]
+    sampled = Federation(linear_classifier, rounds=2, clients_per_round=2).participation(data)
+    assert [sampled.receivers(round_) for round_ in range(2)] == [sampled.sampled(round_) for round_ in range(2)]
 
 
 def test_without_flower_it_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
