@@ -249,8 +249,8 @@ class Evaluation(Callback):
             results["attribution"] = attribution(reconstruction.peers, truth.clients, scorecard.assignment)
             print(", ".join(f"{name} {value:.4g}" for name, value in results["attribution"].items()))
         if truth and reconstruction.features is not None:
-            model = attack.observed_rounds[-1].observation.build_model()
-            results["features"] = feature_scores(reconstruction.features.cpu(), features_of(truth.images, model))
+            features = features_of(truth.images, reconstruction.embed, attack.device)
+            results["features"] = feature_scores(reconstruction.features, features, reconstruction.seen)
             print(", ".join(f"features {name} {value:.4g}" for name, value in results["features"].items()))
         if truth and (persons := by_person(truth, scorecard)):
             results["persons"] = persons

@@ -18,7 +18,7 @@ import pytest
 from attack_modules.audit import tied
 from attack_modules.audit.study import Cell, Scenario, Study
 from attack_modules.audit.workers import LEAST_FREE, CellRecord, Program, Workers
-from fl_lightning.errors import AuditError
+from fl_lightning.errors import AuditError, counted
 from fl_lightning.storage import StorageError, write_json
 
 
@@ -222,11 +222,15 @@ def test_a_full_disk_ends_the_study_in_a_sentence_and_loses_no_run(
     def written(path: Path, content: dict) -> None:
         space["records"] -= 1
         if space["records"] == -1:
-            third_ends.set()
             raise StorageError("Could not write: No space left on device.")
         write_json(path, content)
 
+    def said(number: int, word: str) -> str:  # of the runs that will end, when no other begins any more
+        third_ends.set()
+        return counted(number, word)
+
     monkeypatch.setattr("attack_modules.audit.workers.write_json", written)
+    monkeypatch.setattr("attack_modules.audit.workers.counted", said)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=space["free"]))
     with pytest.raises(StorageError, match="No space left"):
         work(study, tmp_path, run)
