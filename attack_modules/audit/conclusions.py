@@ -11,6 +11,7 @@ from scipy.stats import binom, t
 
 from attack_modules.audit.readings import COPY, Reading
 from attack_modules.audit.study import Defence, Scenario, Study
+from attack_modules.evaluation.persons import RECOGNISABLE
 from fl_lightning.errors import counted
 
 CONFIDENCE = 0.95
@@ -20,6 +21,11 @@ FEWEST_SEEDS = 3
 NO_PROOF = (
     "That no image was reconstructed says how hard this tool tried; it is no proof that nothing leaks, and other "
     "attacks may do better."
+)
+
+UNDECIDED = (
+    "Whether they show these originals or any images of the kind is not decided: the originals are too alike, or the "
+    "strangers compared with too unlike them."
 )
 
 
@@ -109,6 +115,11 @@ class Group:
             return False
         chance = max(reading.chance for reading in self.compared)
         return bool(binom.sf(self.leaked - 1, self.images, chance) < BY_CHANCE)
+
+    @property
+    def undecided(self) -> int:
+        """Recognisable images, where strangers cannot tell whether they show their own originals; else 0."""
+        return 0 if self.above_chance else sum(reading.recognisable for reading in self.compared)
 
     @property
     def persons_seen(self) -> Interval | None:
@@ -216,6 +227,12 @@ class Conclusions:
             sentences.append(
                 f"Without any original, the attacker itself would call {claimed} of them certain or likely."
             )
+        elif worst.undecided:
+            sentences.append(
+                f"In the worst setting that was tried ({worst.title}), {worst.undecided} of {worst.images} "
+                f"reconstructions are as near to their originals as pictures that a person recognises "
+                f"({RECOGNISABLE:.0f} dB or more). {UNDECIDED}"
+            )
         else:
             sentences.append(
                 f"No attack of this study reconstructed more images than chance explains ({worst.leaked} of "
@@ -244,6 +261,11 @@ class Conclusions:
                     f"With the defence '{defence.name}', {leaked} of {images} images still leaked, in {len(still)} of "
                     f"{len(with_it)} scenarios more than chance explains."
                 )
+            elif undecided := sum(g.undecided for g in with_it):
+                found.append(
+                    f"With the defence '{defence.name}', {undecided} of {images} images still came out with "
+                    f"{RECOGNISABLE:.0f} dB or more. {UNDECIDED}"
+                )
             else:
                 found.append(
                     f"With the defence '{defence.name}', {leaked} of {images} images leaked, no more than chance "
@@ -265,7 +287,7 @@ class Conclusions:
                     (
                         group.title,
                         f"{', '.join(attacks)}: {group.leaked} of {group.images} images leaked, no more than chance "
-                        f"explains.{because} {NO_PROOF}",
+                        f"explains.{because} {UNDECIDED if group.undecided else NO_PROOF}",
                     )
                 )
         for reading in self.readings:
@@ -300,7 +322,7 @@ class Conclusions:
 
     def actions(self) -> list[Action]:
         """What to do, each with its evidence; a small set of rules, in the order of their weight."""
-        rules = (self._stop, self._defend, self._scenarios, self._labels, self._repeat, self._seeds)
+        rules = (self._stop, self._compare, self._defend, self._scenarios, self._labels, self._repeat, self._seeds)
         return [action for rule in rules for action in rule()]
 
     def _stop(self) -> list[Action]:
@@ -312,6 +334,18 @@ class Conclusions:
                 "Treat every participant as able to see the others' images in this setting, and tell those whose "
                 "images they are, until a defence has been tried in it.",
                 f"{worst.title}: {worst.leaked} of {worst.images} images leaked.",
+            )
+        ]
+
+    def _compare(self) -> list[Action]:
+        worst = self.worst
+        if worst is None or not worst.undecided:
+            return []
+        return [
+            Action(
+                "Compare with public images of the same kind as yours: `--strangers FOLDER --report_only`. Until then, "
+                "take the images for leaked.",
+                f"{worst.title}: {worst.undecided} of {worst.images} came out with {RECOGNISABLE:.0f} dB or more.",
             )
         ]
 

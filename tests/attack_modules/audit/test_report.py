@@ -323,6 +323,22 @@ def test_intervals_times_and_letters() -> None:
     assert letter({}, {"labels": "inferred", "client_lr": "guessed"}) == "B"
 
 
+def test_images_that_strangers_cannot_judge_are_not_called_safe(study: Study, fake: Callable, tmp_path: Path) -> None:
+    """Radiographs beside photographs: each is nearer to any other than to a stranger."""
+    run(study, fake, tmp_path)
+    readings = [replace(Reading.of(cell, tmp_path, StrangersOf(), False), chance=1.0) for cell in study.cells()]
+    found = Conclusions.of(study, readings)
+    assert not any(group.above_chance for group in found.groups)
+    first = found.verdict()[0]
+    assert "18 of 18 reconstructions are as near to their originals as pictures that a person recognises" in first
+    assert "is not decided" in first
+    assert "No attack" not in first
+    assert "`--strangers FOLDER" in found.actions()[0].what
+    said = dict(found.failures())
+    assert "is not decided" in said["told, defence: none"]
+    assert "no proof that nothing leaks" in said["told, defence: noise"]
+
+
 def test_a_group_is_above_chance_where_a_binomial_test_says_so(study: Study, fake: Callable, tmp_path: Path) -> None:
     run(study, fake, tmp_path)
     readings = [Reading.of(cell, tmp_path, StrangersOf(), False) for cell in study.cells()]
