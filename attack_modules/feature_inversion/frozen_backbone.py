@@ -1,6 +1,7 @@
 """Rounds of one linear layer over a frozen backbone, solved together: `analytic.joint_rounds`."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -62,23 +63,29 @@ class FrozenBackbone(RoundsReader):
         starts: most random starts of the solver, of which the residual chooses.
         iterations: most of each start.
         seed: of the starts.
+        device: of the solver: `cpu`, or `cuda`, which pays from some 64 images on if it is fast in double precision.
 
     Raises:
-        SettingError: a number is below 1.
+        SettingError: a number is below 1, or there is no such device.
     """
 
     solution: JointSolution
     """Of the rounds that were read last."""
 
-    def __init__(self, starts: int = 6, iterations: int = 200, seed: int = 0) -> None:
+    def __init__(
+        self, starts: int = 6, iterations: int = 200, seed: int = 0, device: Literal["cpu", "cuda"] = "cpu"
+    ) -> None:
         if starts < 1 or iterations < 1:
             raise SettingError(
                 f"`model.rounds` needs starts >= 1 and iterations >= 1, but got starts={starts} and "
                 f"iterations={iterations}."
             )
+        if device == "cuda" and not torch.cuda.is_available():
+            raise SettingError("`model.rounds.device` is cuda, but PyTorch finds no such device here. Set it to cpu.")
         self.starts = starts
         self.iterations = iterations
         self.seed = seed
+        self.device = device
 
     def requirements(self) -> list[Requirement]:
         return [SameClients(), HeadAlone(), OneStep()]
@@ -101,7 +108,13 @@ class FrozenBackbone(RoundsReader):
         rounds = StackedRounds.of(before, torch.stack(gradients), True, known.num_images)
         labels = None if known.labels is None else known.labels.sort().values
         self.solution = found = solve_rounds(
-            rounds, labels, known.loss.label_smoothing, self.starts, self.iterations, seed=self.seed
+            rounds,
+            labels,
+            known.loss.label_smoothing,
+            self.starts,
+            self.iterations,
+            seed=self.seed,
+            device=self.device,
         )
         if not found.explained:
             raise AttackError(

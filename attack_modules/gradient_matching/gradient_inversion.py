@@ -32,7 +32,7 @@ from attack_modules.threat_model.requirements import (
     SingleRound,
     TwiceDifferentiable,
 )
-from fl_lightning.errors import SettingError, positive
+from fl_lightning.errors import SettingError, counted, positive
 from fl_lightning.models import ImageClassifier
 
 FINAL_RATE = 0.1
@@ -281,7 +281,7 @@ class GradientInversion(Attack):
 
     def verdict(self, misfit: Tensor) -> Verdict:
         seen = self.observed_rounds[0]
-        suspected = suspected_defenses(self.update_of(seen), seen.assumptions)
+        suspected = suspected_defenses(self.update_of(seen), seen.observation.before, seen.assumptions)
         simulated = self._explained(*self.reconstruction()[:2])
         single = [SquaredL2()({name: simulated[name]}, {name: self.observed[name]}).item() for name in self.target]
         return judge(misfit.item(), len(self.labels), statistics.median(single) ** 0.5).suspecting(suspected)
@@ -299,6 +299,7 @@ class GradientInversion(Attack):
             f"minimises {type(self.objective).__name__}"
             + "".join(f" + {prior.weight:g} {type(prior).__name__}" for prior in self.priors)
             + f" by Adam{' on signs' * self.signed} at rate {self.lr:g}, {self.trainer.max_steps} steps, "
-            f"{self.restarts} start(s).\n"
+            f"{counted(self.restarts, 'start')}.
+"
             f"{self.peers.introduction()}"
         )

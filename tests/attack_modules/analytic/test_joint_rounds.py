@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from attack_modules.analytic.joint_rounds import (
     ClassMeans,
     JointProblem,
+    PairBlocks,
     StackedRounds,
     direct_solve,
     expected_errors,
@@ -81,14 +82,22 @@ def test_the_derivatives_are_right_and_both_solvers_agree(nine: tuple) -> None:
     torch.testing.assert_close(ahead.residual - at.residual, linear[0], rtol=1e-3, atol=1e-8)
     torch.testing.assert_close(ahead.ones - at.ones, linear[1], rtol=1e-3, atol=1e-8)
     back = problem.backward(at, *linear)
-    torch.testing.assert_close(problem.normal_matrix(at) @ step.reshape(-1), back.reshape(-1))
+    rows, columns = torch.arange(9).repeat_interleave(9), torch.arange(9).repeat(9)
+    torch.testing.assert_close(problem.normal_block(at, rows, columns) @ step.reshape(-1), back.reshape(-1))
     metric = at.coordinates @ at.coordinates.T
     right = problem.backward(at, at.residual, at.ones)
-    solution, accurate = iterative_solve(problem, at, tolerance=1e-8)(right, 1e-3)
-    assert accurate
+    torch.testing.assert_close(problem.normal(at, step, metric), back)
+    solution = iterative_solve(problem, at, tolerance=1e-8)(right, 1e-3)
     exact = problem.backward(at, *problem.forward(at, solution)) + 1e-3 * metric @ solution @ metric
     torch.testing.assert_close(exact, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
-    assert direct_solve(problem, at)(right, 1e-3)[1]
+    rows, columns = torch.tensor([0, 1, 2, 8, 8, 8]), torch.tensor([8, 8, 8, 0, 1, 2])  # of classes 0 and 3
+    damped = problem.normal_block(at, rows, columns)
+    damped += 1e-3 * metric[rows][:, rows] * metric[columns][:, columns]
+    by_blocks = PairBlocks(problem, at).inverse(1e-3)(right)
+    torch.testing.assert_close(damped @ by_blocks[rows, columns], right[rows, columns])
+    factorised = direct_solve(problem, at)(right, 1e-3)
+    exact = problem.backward(at, *problem.forward(at, factorised)) + 1e-3 * factorised @ metric * metric.trace() / 9
+    torch.testing.assert_close(exact, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
 
 
 def test_expected_errors_grow_with_the_noise(nine: tuple) -> None:
@@ -96,9 +105,9 @@ def test_expected_errors_grow_with_the_noise(nine: tuple) -> None:
     problem = JointProblem(rounds, labels)
     inputs = torch.cat([features, torch.ones(9, 1)], 1).double()
     at = problem.point(inputs @ rounds.basis.T)
-    few = expected_errors(problem, at, rounds, torch.Generator().manual_seed(0))
-    noisier = replace(rounds, noise=10 * rounds.noise)
-    many = expected_errors(problem, at, noisier, torch.Generator().manual_seed(0))
+    few = expected_errors(problem, at, torch.Generator().manual_seed(0))
+    noisier = JointProblem(replace(rounds, noise=10 * rounds.noise), labels)
+    many = expected_errors(noisier, at, torch.Generator().manual_seed(0))
     torch.testing.assert_close(many, 10 * few, rtol=1e-4, atol=0)
 
 

@@ -68,6 +68,9 @@ def test_what_was_not_found_is_refused(rounds: tuple) -> None:
         FrozenBackbone().read(rounds[1][:1], rounds[2][:1], told, [3])
     with pytest.raises(SettingError, match="starts >= 1"):
         FrozenBackbone(starts=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(SettingError, match="finds no such device"):
+            FrozenBackbone(device="cuda")
 
 
 def test_rounds_that_train_more_than_a_layer_or_take_more_than_a_step_are_named() -> None:
