@@ -522,8 +522,7 @@ class FeatureInversion(Attack):
             f"{counted(len(self.leakage.peers.unique()), 'peer')}; labels {assumptions.sources['labels']}. "
             f"Singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "
             f"{found.conditioning:.3g}, drift {found.drift:.2%}, outside {found.outside:.2%}."
-            f"{self._dropout_introduction()}
-"
+            f"{self._dropout_introduction()}\n"
             f"Feature inversion: {self.images[0].numel():,} pixels an image from {self.features.shape[1]:,} features, "
             f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}."
             + self._defense_introduction()

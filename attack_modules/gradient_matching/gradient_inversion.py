@@ -299,7 +299,6 @@ class GradientInversion(Attack):
             f"minimises {type(self.objective).__name__}"
             + "".join(f" + {prior.weight:g} {type(prior).__name__}" for prior in self.priors)
             + f" by Adam{' on signs' * self.signed} at rate {self.lr:g}, {self.trainer.max_steps} steps, "
-            f"{counted(self.restarts, 'start')}.
-"
+            f"{counted(self.restarts, 'start')}.\n"
             f"{self.peers.introduction()}"
         )
