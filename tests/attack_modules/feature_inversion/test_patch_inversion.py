@@ -112,7 +112,7 @@ def test_gradient_matching_differentiates_attention_twice(observe: Observe, atta
 
 def test_the_configuration_runs_and_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", str(ROOT / "configs/patches.yaml"), "--trainer.enable_progress_bar", "false"])
+    main(["fit", "--config", str(ROOT / "configs/patches.yaml"), "--data.images_per_client", "[1,1]"])
     results = json.loads(next(tmp_path.rglob("results.json")).read_text())
     assert results["scores"]["psnr_min"] > 40
     assert results["verdict"]["level"] == "certain"
