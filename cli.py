@@ -225,10 +225,11 @@ class AuditCLI(LightningCLI):
 
     def _observe(self, settings: Any) -> None:
         """Take the federation's record as the data, and refuse what cannot be attacked."""
-        if self.datamodule is not None and self.datamodule.num_clients < 2:
+        clients = None if self.datamodule is None else self.datamodule.num_clients
+        if clients == 1 and settings.federation.seat.members(clients):  # a curious server attacks a single client too
             raise SettingError(
-                f"`data.num_clients` is {self.datamodule.num_clients}, the attacker alone, so there is no peer to "
-                "attack. Set it to at least 2."
+                f"`data.num_clients` is {clients}, the attacker alone, so there is no peer to attack. Set it to at "
+                "least 2."
             )
         rounds = ObservedRounds(settings.knowledge, settings.federation, self.datamodule, settings.observation)
         self.datamodule = rounds

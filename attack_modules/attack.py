@@ -58,7 +58,11 @@ class Reconstruction(NamedTuple):
     indices: Tensor | None = None
     """(N,) long, the index that seeds an image's random numbers; None for 0 to N - 1."""
     features: Tensor | None = None
-    """(N, D) that leaked of a frozen backbone, under which they are those of the images; None where they change."""
+    """(N, D) that leaked; None where those of the images themselves did not, or depend on other images as well."""
+    seen: Tensor | None = None
+    """(N, D) bool, which of the features leaked; None for all."""
+    embed: Callable[[Tensor], Tensor] | None = None
+    """Images (n, C, H, W) -> (n, D) what their features should be; None without `features`."""
 
     def part(self, indices: Tensor) -> "Reconstruction":
         """A subset (n,) of the images, which keep their labels, peers and random numbers."""
@@ -69,6 +73,7 @@ class Reconstruction(NamedTuple):
             latent=None if self.latent is None else self.latent[indices],
             peers=None if self.peers is None else self.peers[indices],
             features=None if self.features is None else self.features[indices],
+            seen=None if self.seen is None else self.seen[indices],
             consistency_error=error and (lambda images, i: error(images, indices.to(i.device)[i])),
             indices=indices if self.indices is None else self.indices[indices],
         )

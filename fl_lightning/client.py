@@ -16,7 +16,7 @@ from torch import Tensor
 from fl_lightning.data import ImageSet
 from fl_lightning.defenses import ClientDefense, defenses_of, describe_defenses, memory_of, occasions
 from fl_lightning.defenses.defense import Occasion
-from fl_lightning.errors import SettingError, non_negative, positive
+from fl_lightning.errors import SettingError, counted, non_negative, positive
 from fl_lightning.loss import CrossEntropy
 from fl_lightning.models import ImageClassifier
 from fl_lightning.state_files import Tensors
@@ -117,7 +117,7 @@ class ClientModule(LightningModule):
             logits = self.model(images)
         except ValueError as error:  # BatchNorm, whose statistics need more than one value
             raise SettingError(
-                f"{type(self.model).__name__} cannot train on a batch of {len(images)} image(s) of shape "
+                f"{type(self.model).__name__} cannot train on a batch of {counted(len(images), 'image')} of shape "
                 f"{tuple(images.shape[1:])} ({error}). Give the clients more images (`data.images_per_client`), larger "
                 "ones (`data.image_size`), or another model."
             ) from error

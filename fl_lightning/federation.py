@@ -23,7 +23,7 @@ from fl_lightning.defenses import (
     refuse_unfit_order,
 )
 from fl_lightning.engines import Engine, InProcess
-from fl_lightning.errors import SettingError, positive
+from fl_lightning.errors import SettingError, counted, positive
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trainable
 from fl_lightning.models.freezing import batch_statistics, freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
@@ -226,8 +226,9 @@ class Federation:
         for name, values in (("mean", model.mean), ("std", model.std)):
             if values.numel() not in (1, channels):  # PyTorch would repeat the one channel of a greyscale image
                 raise SettingError(
-                    f"The model's `{name}` has {values.numel()} values, but images have {channels} channel(s). Give "
-                    f"one value for each channel or one for all (`federation.model.{name}`), or set `data.channels`."
+                    f"The model's `{name}` has {values.numel()} values, but images have "
+                    f"{counted(channels, 'channel')}. Give one value for each channel or one for all "
+                    f"(`federation.model.{name}`), or set `data.channels`."
                 )
         promising, layers = guaranteeing([*self.client.defenses, *self.server_defenses]), batch_statistics(model)
         if self.share_buffers and promising and layers:
@@ -243,10 +244,10 @@ class Federation:
         batches = "full batches" if training.batch_size is None else f"batches of {training.batch_size}"
         model = self.settings(data)["model"]["class_path"].rpartition(".")[2]
         return (
-            f"Federation: {model}, {data.num_classes} classes; {data.num_clients} clients with "
+            f"Federation: {model}, {data.num_classes} classes; {counted(data.num_clients, 'client')} with "
             f"{sum(len(images) for images in data.clients)} images of {'x'.join(map(str, data.image_shape))} "
-            f"({type(data).__name__}); {self.rounds} round(s) of {training.local_epochs} local epoch(s), {batches}, "
-            f"lr {training.lr:g}."
+            f"({type(data).__name__}); {counted(self.rounds, 'round')} of "
+            f"{counted(training.local_epochs, 'local epoch')}, {batches}, lr {training.lr:g}."
         )
 
     def run(self, data: FederatedData, directory: Path) -> None:

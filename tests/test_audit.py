@@ -70,7 +70,7 @@ def test_a_study_runs_and_reports(study: Path, capsys: pytest.CaptureFixture) ->
     main([*audit[:-1], "foreign", "--observation", str(record), "--dry_run"])
     said = capsys.readouterr().out
     assert "Left out, as the observed rounds have happened: mini-batches." in said
-    assert "1 runs" in said
+    assert "1 run, 0 of" in said
 
 
 @pytest.mark.parametrize(

@@ -421,6 +421,13 @@ def test_federate_shows_accuracy_by_round(tmp_path: Path) -> None:
     assert list(Path("record/tensorboard").glob("events*"))
 
 
+def test_a_curious_server_attacks_a_single_client_too(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", str(ROOT / "configs/demo.yaml"), "--federation.seat", "CuriousServer",
+          "--data.num_clients", "1", "--data.images_per_client", "1", "--data.image_size", "16",
+          "--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--observation", "alone"])  # fmt: skip
+    assert "Its 1 peer holds 1 image." in capsys.readouterr().out
+
+
 def test_damaged_and_foreign_checkpoints_are_refused_before_work_starts() -> None:
     Path("broken.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(StorageError, match=r"'broken\.ckpt' is no checkpoint of a run"):

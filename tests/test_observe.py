@@ -1,5 +1,6 @@
 """The command `observe`: model files of every kind become one record, and what is none is a sentence."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import read_image
 
-from cli import main
+from cli import main, settings_of
 from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.foreign import Recorder
 from fl_lightning.observation import Observation
@@ -123,6 +124,24 @@ def test_all_kinds_of_files_give_the_same_images(states: dict[str, State], tmp_p
         assert all(torch.equal(tensor, records[0].own_update[name]) for name, tensor in record.own_update.items())
     assert [len(images) for images in pictures] == [2, 2, 2]
     assert all(torch.equal(a, b) for images in pictures[1:] for a, b in zip(images, pictures[0], strict=True))
+
+
+def test_what_is_printed_is_a_whole_command_but_for_the_words_in_capitals(
+    states: dict[str, State], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a record"
+    observe({name: to_pt(state, tmp_path / name) for name, state in states.items()}, str(folder))
+    lines = capsys.readouterr().out.splitlines()
+    (command,) = [line for line in lines if line.startswith("python cli.py fit ")]
+    for name in ("client_lr", "server_lr", "local_epochs", "batch_size"):
+        assert command.count(f"--knowledge.{name} {name.upper()}") == 1
+        assert sum(line.startswith(f"  {name.upper()}: ") for line in lines) == 1
+        command = command.replace(name.upper(), str(GUESSES[name]))
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    settings = settings_of(shlex.split(command)[2:])
+    assert settings["observation"] == folder
+    assert settings["federation"]["model"]["init_args"]["module"].__name__ == "Net"
+    assert settings["knowledge"]["client_lr"] == GUESSES["client_lr"]
 
 
 def test_a_recorders_folder_gives_the_same_record(

@@ -30,6 +30,12 @@ MOST_OF_RANK = 0.97
 """Singular values beyond this share of the rank are not searched."""
 SIZE_WIDTH = 0.01
 """Relative to the median, width within which entries are of one size."""
+ROUNDING = 8
+"""Spacings of the weights up to which an entry may be rounding: that of two models, and of the subtracted update."""
+LEAST_ACTIVE = 0.01
+"""Size over the largest from which a unit or feature is active in any case."""
+ROUNDED = 64
+"""Median entry of an update, in spacings of its weights, below which their rounding leaves few sizes."""
 MOST_OF_COMPRESSED = 0.85
 """The same under pruning and quantisation, which end in a fall."""
 
@@ -59,7 +65,8 @@ def read_counts(
     held, distinct = held_classes(gradients[0], hidden, typical, smoothing)
     num_held = int(held.sum())
     noise, above = noise_floor(first.singular, tuple(first.update.shape)) or (None, 1)
-    compressed, epochs = is_compressed(first.update), training.epochs or training.steps
+    compressed = is_compressed(active_entries(first.update, first.spacing), first.spacing)
+    epochs = training.epochs or training.steps
     found, clear, views = count_images(first.singular, num_held, epochs, distinct, above, compressed)
     told = training.num_images or (None if training.labels is None else len(training.labels))
     num_images = told or found
@@ -188,20 +195,42 @@ def counts_to_try(singular: Tensor, count: ImageCount, training: TrainingKnowled
     return [number, number - 1] if falls else [number]
 
 
-def is_compressed(update: Tensor, zeros: float = 0.2, values: int = 32, most_entries: int = 10**6) -> bool:
-    """Whether entries of an update were pruned or quantised: many are 0, or most have one of few sizes.
+def active_entries(update: Tensor, spacing: float, most: int = 10**6) -> Tensor:
+    """(R, K) entries of an update in evenly spaced rows and columns, without those of inactive units and features.
 
     Args:
-        update: (H, D). Rows and columns that are 0 throughout, of inactive units and features, do not count.
+        update: (H, D).
+        spacing: of floating-point numbers as large as the weights, see `float_spacing`: where the update is 0, rounding
+            leaves a few of these.
+        most: number of entries.
+    """
+    sizes = [torch.maximum(update.amax(dim), -update.amin(dim)) for dim in (1, 0)]
+    least = min(ROUNDING * spacing, LEAST_ACTIVE * sizes[0].max().item())
+    rows, columns = (torch.where(size > least)[0] for size in sizes)
+    rows = rows[:: max(math.ceil(len(rows) / most**0.5), 1)]
+    columns = columns[:: max(math.ceil(len(columns) * len(rows) / most), 1)]
+    return update[rows[:, None], columns].double()
+
+
+def is_compressed(entries: Tensor, spacing: float = 0.0, zeros: float = 0.2, values: int = 32) -> bool:
+    """Whether entries of an update were pruned or quantised: many are 0, or most have one of few sizes.
+
+    Where an update is small beside its weights, their rounding leaves zeros and few sizes as well.
+
+    Args:
+        entries: as of `active_entries`.
+        spacing: of floating-point numbers as large as the weights.
         zeros: share of zeros from which it counts as compressed. Measured: at most 0.07 by the rounding of the weights,
             0.10 at 8 bits, which changes little, 0.35 at 4 bits, 0.43 where 10 % of the entries are kept.
         values: number of sizes that count as few: the mean of the signs of five clients has 32 at most.
-        most_entries: number of entries, evenly spread, that are looked at.
     """
-    entries = update[(update != 0).any(1)][:, (update != 0).any(0)].flatten().abs()
-    entries = entries[:: math.ceil(len(entries) / most_entries)]
-    if (entries == 0).double().mean() > zeros:
+    entries = entries.flatten().abs()
+    some = entries[entries != 0]
+    steps = some.median().item() / spacing if spacing and len(some) else math.inf
+    if 1 - len(some) / len(entries) > zeros + 1 / steps:
         return True
+    if steps < ROUNDED:
+        return False
     sizes = (entries / entries.median() / SIZE_WIDTH).round().clamp_max(10 / SIZE_WIDTH).long().bincount()
     return bool(sizes.sort(descending=True).values[:values].sum() > 0.8 * len(entries))
 
@@ -275,7 +304,8 @@ def class_evidence(gradient: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Evidence (C,), and whether any peer holds the class (C,).
     """
-    direction = torch.linalg.svd(gradient, full_matrices=False).Vh[0]
+    direction = gradient.T @ torch.linalg.eigh(gradient @ gradient.T).eigenvectors[:, -1]
+    direction = direction / direction.norm()
     along = -gradient @ direction * (1 if direction.sum() > 0 else -1)
     evidence = along - along.median()
     scatter = 1.4826 * evidence.abs().median()

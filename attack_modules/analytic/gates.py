@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CERTAIN = 1e-7
+"""Variance of a gate up to which it cannot change by 1e-3."""
+
 
 @dataclass(frozen=True)
 class Gates:
@@ -17,21 +20,22 @@ class Gates:
 
 
 class GateRegression:
-    """Estimates gates under the constraint that `gates * errors` lies in the column space of the first layer's update.
+    """Estimates gates under the constraint that `gates * errors` lies in the column space of the layer's update.
 
     Args:
-        rows: (H, r) the first layer's summed gradient.
+        rows: (H, r) the layer's summed gradient.
         num_images: its rank, N.
+        rest: squared norm of what `rows` leaves of the gradient.
     """
 
-    def __init__(self, rows: Tensor, num_images: int) -> None:
-        vectors, singular, _ = torch.linalg.svd(rows, full_matrices=True)
-        left_null = vectors[:, num_images:]
-        self.num_constraints = left_null.shape[1]
-        self.outside = left_null @ left_null.T
+    def __init__(self, rows: Tensor, num_images: int, rest: float = 0.0) -> None:
+        vectors, singular, _ = torch.linalg.svd(rows, full_matrices=False)
+        self.inside = vectors[:, :num_images]  # (H, N)
+        self.num_constraints = len(rows) - self.inside.shape[1]
         live = int((rows != 0).any(1).sum())
+        spare = max(live - num_images, 1) * max(min(live, rows.shape[1]) - num_images, 1)
         #: variance of an entry of `rows` that a rank-N product cannot explain
-        self.noise = singular[num_images:].square().sum().item() / max(live - num_images, 1) ** 2
+        self.noise = (singular[num_images:].square().sum().item() + rest) / spare
 
     def posterior(self, prior: Gates, errors: Tensor, noise: Tensor) -> tuple[Gates, float]:
         """Posterior of the gates given the constraint, and the log evidence of the prior.
@@ -41,38 +45,37 @@ class GateRegression:
             errors: (N, H) back-propagated errors with every gate open.
             noise: (N,) variance to which the constraint holds for each image; raised where the prior allows no better.
         """
-        count = int((prior.variance > 1e-7).sum(1).max())  # the others cannot change by 1e-3
-        if not count or not self.num_constraints:
+        if not self.num_constraints or prior.variance.max() <= CERTAIN:
             return prior, -math.inf
+        noise = noise.clamp_min(1e-12 * errors.square().mean().item())  # what float64 resolves
         parts = [
-            self._posterior(Gates(prior.mean[part], prior.variance[part]), errors[part], noise[part], count)
-            for part in torch.arange(len(errors)).split(max(2**24 // count**2, 1))  # bounds memory
+            self._posterior(Gates(prior.mean[part], prior.variance[part]), errors[part], noise[part])
+            for part in torch.arange(len(errors)).split(max(2**24 // self.inside.numel(), 1))  # bounds memory
         ]
         means, variances = ([getattr(gates, name) for gates, _ in parts] for name in ("mean", "variance"))
         return Gates(torch.cat(means), torch.cat(variances)), sum(evidence for _, evidence in parts)
 
-    def _posterior(self, prior: Gates, errors: Tensor, noise: Tensor, count: int) -> tuple[Gates, float]:
-        """`posterior` with only the `count` most uncertain gates of each image free."""
-        units = prior.variance.topk(count, 1).indices
-        spread = (prior.variance.gather(1, units).sqrt() * errors.gather(1, units))[..., None]  # (N, u, 1)
-        gram = self.outside[units[:, :, None], units[:, None]] * spread * spread.mT
-        violation = (prior.mean * errors) @ self.outside
-        pull = violation.gather(1, units)[..., None] * spread
-        total = (violation * prior.mean * errors).sum(1)
-        identity = torch.eye(count).to(gram)
-        noise = noise.clamp_min(1e-12 * errors.square().mean().item())  # what float64 resolves
+    def _posterior(self, prior: Gates, errors: Tensor, noise: Tensor) -> tuple[Gates, float]:
+        """`posterior` by least squares with each unit weighted, which takes N x N matrices only (Woodbury)."""
+        gated, free = prior.mean * errors, prior.variance * errors**2
+        violation = gated - gated @ self.inside @ self.inside.T
         for _ in range(3):
-            factor = torch.linalg.cholesky(gram / noise[:, None, None] + identity)
-            shift = -torch.cholesky_solve(pull, factor) / noise[:, None, None]
-            misfit = (total + (pull * shift).sum((1, 2))) / noise
-            log_evidence = -0.5 * (misfit + self.num_constraints * noise.log()).sum() - (
-                factor.diagonal(dim1=1, dim2=2).log().sum()
+            used = noise[:, None]
+            weight = used / (used + free)  # of what a unit shows of the columns' coefficients
+            factor = torch.linalg.cholesky((weight[..., None] * self.inside).mT @ self.inside)
+            pull = ((weight * violation) @ self.inside)[..., None]
+            left = violation - torch.cholesky_solve(pull, factor)[..., 0] @ self.inside.T
+            misfit = (weight * left.square()).sum(1) / noise
+            log_evidence = (
+                -0.5 * (misfit + self.num_constraints * noise.log()).sum()
+                + 0.5 * weight.log().sum()
+                - factor.diagonal(dim1=1, dim2=2).log().sum()
             )
             noise = noise * (misfit / self.num_constraints).clamp_min(1)
-        deviation = prior.variance.gather(1, units).sqrt()
-        mean = prior.mean.scatter_add(1, units, deviation * shift[..., 0])
-        shrunk = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
-        variance = prior.variance.scatter(1, units, deviation**2 * shrunk)
+        mean = prior.mean - prior.variance * errors * weight / used * left
+        inverse = torch.cholesky_inverse(factor)
+        leverage = ((self.inside @ inverse) * self.inside).sum(-1)
+        variance = prior.variance * weight * (1 + free * weight / used * leverage)
         return Gates(mean, variance), log_evidence.item()
 
     def best(self, prior: Callable[[float], Gates], errors: Tensor, noise: Tensor, width: float = 0.01) -> Gates:

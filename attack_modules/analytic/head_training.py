@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -12,72 +13,118 @@ from torch.nn import functional as F
 from torch.special import ndtr
 
 from attack_modules.analytic.gates import Gates, mean_activation, probably_active
+from attack_modules.analytic.row_space import times, transposed_times
 from fl_lightning.loss import logit_errors
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The simulated training of the head on fixed features; T steps, N images.
+    """What one hidden layer computes in the simulated training of the head on fixed features; T steps, N images.
 
     Attributes:
         preactivations: (T, N, H).
         errors: (T, N, H) back-propagated errors, without gates.
-        activations: (N, H) mean over the steps.
+        above: (T, N, K) errors at the outputs of the layer above: `p - y` of the last layer, gated errors of others.
         past: (N, H) mean over the steps of the sum of gated errors before each, by which an image moves others.
-        residuals: (N, C) mean of `p - y`.
     """
 
     preactivations: Tensor
     errors: Tensor
-    activations: Tensor
+    above: Tensor
     past: Tensor
-    residuals: Tensor
+
+    @cached_property
+    def activations(self) -> Tensor:
+        """(N, H) mean over the steps."""
+        return self.preactivations.relu().mean(0)
+
+    @cached_property
+    def residuals(self) -> Tensor:
+        """(N, K) mean over the steps of the errors above."""
+        return self.above.mean(0)
+
+    @property
+    def varying(self) -> tuple[Tensor, Tensor]:
+        """How errors above (T N, K) and activations (T N, H) vary over the steps.
+
+        The mean gradient of the layer above is the sum of the images' outer products of mean errors and mean
+        activations, and of the product of these two: the covariance over the steps.
+        """
+        steps = len(self.above)
+        errors, activations = (self.above - self.residuals) / steps, self.preactivations.relu() - self.activations
+        return errors.flatten(0, 1), activations.flatten(0, 1)
 
 
 def side_by_side(paths: Sequence[Trajectory]) -> Trajectory:
     """Several rounds as one, with their units (and classes, in `residuals`) concatenated."""
-    names = [field.name for field in fields(Trajectory)]
+    names = [own.name for own in fields(Trajectory)]
     return Trajectory(*(torch.cat([getattr(path, name) for path in paths], -1) for name in names))
 
 
+@dataclass
+class _Layer:
+    """A layer above the first in the simulated training, with the inputs and output errors of all steps so far."""
+
+    weight: Tensor
+    inputs: list[Tensor] = field(default_factory=list)
+    errors: list[Tensor] = field(default_factory=list)
+
+    def forward(self, activations: Tensor, influence: Tensor, lr: float) -> Tensor:
+        """(N, H) activations below -> (N, K) outputs, for each image in the model of its own peer."""
+        inputs = F.pad(activations, (0, self.weight.shape[1] - activations.shape[1]), value=1.0)  # a bias
+        outputs = times(self.weight, inputs.T).T
+        for earlier, error in zip(self.inputs, self.errors, strict=True):
+            outputs = outputs - lr * (inputs @ earlier.T * influence) @ error
+        self.inputs.append(inputs)
+        return outputs
+
+    def backward(self, errors: Tensor, width: int, influence: Tensor, lr: float) -> Tensor:
+        """(N, K) errors at the outputs -> (N, width) errors at the activations below, without gates."""
+        found = transposed_times(self.weight, errors.T).T[:, :width]
+        for earlier, error in zip(self.inputs[:-1], self.errors, strict=True):
+            found = found - lr * (errors @ error.T * influence) @ earlier[:, :width]
+        self.errors.append(errors)
+        return found
+
+
 def simulate(
-    gram: Tensor, start: Tensor, weight: Tensor, targets: Tensor, influence: Tensor, lr: float, steps: int, bias: bool
-) -> Trajectory:
+    gram: Tensor, start: Tensor, weights: Sequence[Tensor], targets: Tensor, influence: Tensor, lr: float, steps: int
+) -> list[Trajectory]:
     """Full-batch SGD of the head on fixed features, each image in the model of its own peer.
 
     Args:
         gram: (N, N) inner products of the features.
-        start: (N, H) pre-activations before the round.
-        weight: (C, H) of the last layer before the round, (C, H + 1) with `bias`.
+        start: (N, H) pre-activations of the first layer before the round.
+        weights: (out, in) of each layer above the first before the round, (out, in + 1) with a bias.
         targets: (N, C) as of `CrossEntropy.targets`.
         influence: (N, N) weight of image m in the gradient of image n's peer: 1 / peer size, or 0 for another peer's.
         lr: of the peers.
         steps: that each of them takes.
-        bias: whether the last layer has one.
+
+    Returns:
+        Of each hidden layer, the first one first.
     """
-    past_errors, total = torch.zeros_like(start), torch.zeros_like(start)
-    inputs, residuals, preactivations, errors = [], [], [], []
-    width = start.shape[1]
+    layers = [_Layer(weight) for weight in weights]
+    widths = [start.shape[1], *(len(weight) for weight in weights[:-1])]
+    total = [start.new_zeros(len(start), width) for width in widths]
+    past = [torch.zeros_like(errors) for errors in total]
+    preactivations, errors = [[] for _ in layers], [[] for _ in layers]
     for _ in range(steps):
-        past_errors = past_errors + total / steps
-        preactivation = start - lr * (gram * influence) @ total
-        active = F.pad(preactivation.relu(), (0, int(bias)), value=1.0)
-        logits = active @ weight.T
-        for earlier, residual in zip(inputs, residuals, strict=True):
-            logits = logits - lr * (active @ earlier.T * influence) @ residual
-        now = logit_errors(logits.softmax(1), targets)
-        error = now @ weight[:, :width]
-        for earlier, residual in zip(inputs, residuals, strict=True):
-            error = error - lr * (now @ residual.T * influence) @ earlier[:, :width]
-        total = total + error * (preactivation > 0)
-        inputs.append(active)
-        residuals.append(now)
-        preactivations.append(preactivation)
-        errors.append(error)
+        outputs = start - lr * (gram * influence) @ total[0]
+        for layer, kept in zip(layers, preactivations, strict=True):
+            kept.append(outputs)
+            outputs = layer.forward(outputs.relu(), influence, lr)
+        error = logit_errors(outputs.softmax(1), targets)
+        for i in reversed(range(len(layers))):
+            errors[i].append(layers[i].backward(error, widths[i], influence, lr))
+            error = errors[i][-1] * (preactivations[i][-1] > 0)
+            past[i] = past[i] + total[i] / steps
+            total[i] = total[i] + error
     stack = torch.stack
-    return Trajectory(
-        stack(preactivations), stack(errors), stack(inputs).mean(0)[:, :width], past_errors, stack(residuals).mean(0)
-    )
+    return [
+        Trajectory(stack(kept), stack(ungated), stack(layer.errors), moved)
+        for layer, kept, ungated, moved in zip(layers, preactivations, errors, past, strict=True)
+    ]
 
 
 def co_members(

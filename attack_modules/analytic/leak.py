@@ -1,10 +1,10 @@
 """The closed form: labels, counts, features and peers of all images from the update of a classifier's linear head.
 
-The head is `features f (D) -> W1 (H x D) -> ReLU -> W2 (C x H) -> softmax cross entropy`, or `W2` alone. N images are
-spread over an unknown number of peers. Each peer takes `steps` full-batch SGD steps of rate `lr`, and the server
-averages the peers weighted by their numbers of images. The head's *update* (before minus after) times
-`N / (lr * steps)` is the sum over the images of the time-mean gradient, `G1 = Delta^T F` and `G2 = (P - Y)^T H`. Both
-are solved for the rows:
+The head is `features f (D) -> W1 (H x D) -> ReLU -> W2 (C x H) -> softmax cross entropy`, or `W2` alone; of more layers
+each is read like the first of two, with what the layer above shows (`linear_stack`). N images are spread over an
+unknown number of peers. Each peer takes `steps` full-batch SGD steps of rate `lr`, and the server averages the peers
+weighted by their numbers of images. The head's *update* (before minus after) times `N / (lr * steps)` is the sum over
+the images of the time-mean gradient, `G1 = Delta^T F` and `G2 = (P - Y)^T H`. Both are solved for the rows:
 
 1. The rank of `G1` is N; the row sums of `G2` give the label counts (`counting`).
    With label smoothing or class weights, `P - Y` is what `fl_lightning.loss.logit_errors` says.
@@ -18,7 +18,8 @@ are solved for the rows:
    time. Images of one peer move each other's activations, so the difference between the activations that `G2` shows and
    `W1 f` tells which images were trained together, that is, how the aggregate divides into peers.
 
-No image is needed anywhere. Everything is float64 and in coordinates of the row space of `G1` (D may be 1e5, H is 500).
+No image is needed anywhere. Everything is float64 and in coordinates of the row space of `G1` (D may be 1e5, H 500), or
+of its leading part where H and D are large (`row_space`).
 A bias is one more feature that is always 1. Features come out as their mean over the local steps; seen from the model
 half way (`threat_model.assumptions.half_way`) they are the images' features to second order.
 
@@ -32,13 +33,16 @@ import torch
 from torch import Tensor
 
 from attack_modules.analytic.counting import counts_to_try, read_counts
+from attack_modules.analytic.linear_stack import UpperLayer, read_stack
 from attack_modules.analytic.one_layer import read_single
 from attack_modules.analytic.results import Diagnosis, ImageCount, Leakage, Reading, TrainingKnowledge
-from attack_modules.analytic.row_space import RowSpace, augmented
+from attack_modules.analytic.row_space import Layer, RowSpace, joined, linear_layers
 from attack_modules.analytic.shared_classes import read_shared
-from attack_modules.analytic.two_layers import read_stack
 from attack_modules.analytic.uncertainty import feature_uncertainty
 from attack_modules.attack import AttackError
+
+CLEAR = 5.0
+"""Standard deviations from which a feature was surely not dropped."""
 
 
 def leak(
@@ -67,34 +71,44 @@ def leak_rounds(
         iterations: rounds of features -> simulated training -> gates -> features.
 
     Raises:
-        AttackError: the head is not one or two linear layers, the number of images cannot be read, or the rounds do not
-            hold the same images.
+        AttackError: there are several rounds of one linear layer, the number of images cannot be read, the rounds do
+            not hold the same images, or images share classes where the head has more than two layers.
     """
-    layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
-    if len(layers[0]) not in (1, 2) or (len(layers[0]) == 1 and len(layers) > 1):
+    layers, before = [linear_layers(update) for update in updates], [linear_layers(weight) for weight in weights]
+    depth, wide = len(layers[0]), [layer[0].shape[1] for layer in before[0]]
+    if depth == 1 and len(layers) > 1:
         raise AttackError(
-            "The closed form reads heads of one linear layer in a single round, or of two linear layers, but the head "
-            f"has {len(layers[0])} linear layers ({', '.join(updates[0])}) in {len(layers)} round(s). Name one round "
-            "in `federation.observed_rounds`, or attack by gradient matching instead."
+            f"The closed form reads heads of one linear layer in a single round, but {len(layers)} were observed. Name "
+            "one round in `federation.observed_rounds`, or attack by gradient matching instead."
         )
-    space = RowSpace.of(torch.cat([layer[0] for layer in layers]), torch.cat([layer[0] for layer in before]))
-    last, weight = [layer[-1].double() for layer in layers], [layer[-1].double() for layer in before]
-    first = space if len(layers) == 1 else space.part(len(layers[0][0]))
-    hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
-    count, labels = read_counts(first, last, hidden, training)
+    space = RowSpace.of(_stacked([layer[0] for layer in layers]), _stacked([layer[0] for layer in before]))
+    last, weight = [joined(layer[-1]).double() for layer in layers], [joined(layer[-1]).double() for layer in before]
+    first = space if len(layers) == 1 else space.part(len(layers[0][0][0]))
+    count, labels = read_counts(first, last, wide[-1], training)
     num_images = count.num_images
     scale = num_images / (training.lr * training.steps)
     targets = training.loss.targets(labels, len(last[0]), last[0], training.sizes)
-    if len(layers) > 1 and len(labels.unique()) < num_images:
+    distinct = len(labels.unique()) == num_images
+    if len(layers) > 1 and not distinct:
         raise AttackError(
             f"{len(layers)} rounds were observed and images share classes, which is read from one round alone. "
             "Name one in `federation.observed_rounds`."
         )
+    if depth > 2 and not (distinct and num_images < len(last[0])):
+        raise AttackError(
+            f"A head of {depth} linear layers is read where every image has a class of its own and a class has none, "
+            f"but {num_images} images are of {len(labels.unique())} of {len(last[0])} classes. Attack by gradient "
+            "matching instead (`--model GradientInversion`)."
+        )
     try:
-        if len(layers[0]) == 1:
+        if depth == 1:
             found = read_single(space, targets, training, scale)
-        elif len(labels.unique()) == num_images and (num_images < len(last[0]) or len(layers) > 1):
-            found = read_stack(space, last, weight, targets, training, scale, iterations)
+        elif distinct and (num_images < len(last[0]) or len(layers) > 1):
+            upper = [
+                [UpperLayer(joined(u), joined(w)) for u, w in zip(update[1:], start[1:], strict=True)]
+                for update, start in zip(layers, before, strict=True)
+            ]
+            found = read_stack(space, upper, targets, training, scale, iterations)
         else:  # also with one image of each class: the rows of P - Y then sum to 0, so G2 hides a direction of H
             count, labels, found = _read_shared(space, first, last[0], weight[0], count, training, iterations)
             num_images = count.num_images
@@ -104,13 +118,20 @@ def leak_rounds(
             "The head's update gives equations that cannot be solved: the training, as it is assumed, diverges. Check "
             "`knowledge` (rates, local epochs, momentum, weight decay, number of images), or observe another round."
         ) from error
-    width = next(tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2)
-    singular = space.singular
+    width, singular = wide[0], space.singular
     at, below = (singular[i].item() if i < len(singular) else space.floor for i in (num_images - 1, num_images))
     vectors = space.vectors(found.coordinates).float()
+    uncertainty = feature_uncertainty(
+        space.rows * scale, found.errors, found.coordinates, space.rest * scale**2
+    ).float()
+    features, seen = vectors[:, :width], None
+    if training.dropout and training.dropout[0]:
+        noise = uncertainty * features.square().mean(1).sqrt()
+        seen = features.abs() > CLEAR * noise[:, None]
+        features = torch.where(seen, (1 - training.dropout[0]) * features, 0.0)
     return Leakage(
         labels=labels,
-        features=vectors[:, :width],
+        features=features,
         peers=found.peers,
         diagnosis=Diagnosis(
             **vars(count),
@@ -121,9 +142,15 @@ def leak_rounds(
             drift=found.drift,
             outside=found.outside,
         ),
-        uncertainty=feature_uncertainty(space.rows * scale, found.errors, found.coordinates).float(),
+        uncertainty=uncertainty,
         ones=vectors[:, width] if vectors.shape[1] > width else None,
+        seen=seen,
     )
+
+
+def _stacked(layers: Sequence[Layer]) -> Tensor:
+    """The matrices of one layer in several rounds, round under round."""
+    return joined(layers[0]) if len(layers) == 1 else torch.cat([joined(layer) for layer in layers])
 
 
 def _read_shared(

@@ -20,6 +20,7 @@ from attack_modules.analytic.leak import leak_rounds
 from attack_modules.analytic.one_layer import head_inputs
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
+from fl_lightning.errors import counted
 from fl_lightning.loss import logit_errors
 
 TYPICAL = 0.5
@@ -76,8 +77,8 @@ def leak_defended(
         )
     if reading.single_step and len(updates) * training.steps > 1:
         raise UnreadableDefense(
-            f"The peers' defence is read from a single local step by {type(reading).__name__}, but {len(updates)} "
-            f"round(s) of {training.steps} step(s) were observed."
+            f"The peers' defence is read from a single local step by {type(reading).__name__}, but "
+            f"{counted(len(updates), 'round')} of {counted(training.steps, 'step')} came."
         )
     scale = len(labels) / (training.lr * training.steps)
     targets = training.loss.targets(labels, len(last), last.double(), training.sizes)

@@ -85,14 +85,14 @@ class MixedImages(DefendedReading):
     def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:
         (seen,) = rounds
         space = RowSpace.of(seen.update, seen.weight)
-        gates, coordinates = binary_gates(space.rows, space.weight, seen.errors, seen.activations, seen.update.shape[1])
+        gates, coordinates = binary_gates(space, 1.0, seen.errors, seen.activations)
         gated = gates * seen.errors
         return DefendedFeatures(
             features=space.vectors(coordinates),
             gated=gated,
-            uncertainty=feature_uncertainty(space.rows, gated, coordinates),
+            uncertainty=feature_uncertainty(space.rows, gated, coordinates, space.rest),
             peers=torch.zeros(len(gated), dtype=torch.long),
-            residual=((space.rows - gated.T @ coordinates).norm() / space.rows.norm()).item(),
+            residual=space.residual(gated, coordinates),
         )
 
 

@@ -15,7 +15,9 @@ from attack_modules.analytic.row_space import RowSpace, augmented
 from attack_modules.analytic.signed_update import SignedUpdate
 from attack_modules.analytic.typical_head import TypicalHead
 from attack_modules.threat_model.observed import ObservedRound
+from attack_modules.threat_model.trial import Trial
 from fl_lightning.client import Tensors
+from fl_lightning.defenses import Dropout
 from fl_lightning.models import ImageClassifier
 
 READINGS: tuple[type[DefendedReading], ...] = (PrunedUpdate, NoisyGates, MixedImages, SignedUpdate)
@@ -45,7 +47,23 @@ def training_knowledge(seen: ObservedRound, model: ImageClassifier) -> TrainingK
         known.loss,
         known.client_sizes if ordered else None,
         reading,
+        dropout_of_one_step(seen, model),
     )
+
+
+def dropout_of_one_step(seen: ObservedRound, model: ImageClassifier) -> tuple[float, ...]:
+    """Rate at which the inputs of each of the head's linear layers are dropped in a single local step.
+
+    It is the model's own dropout, and that which the peers are known to add. Empty without, and of several steps, which
+    drop other units each.
+    """
+    rates, known = Trial.of(model).dropout, seen.assumptions
+    if rates is None or known.local_steps > 1:
+        return ()
+    for defense in known.defenses:
+        if isinstance(defense, Dropout):
+            rates = tuple(1 - (1 - a) * (1 - b) for a, b in zip(rates, defense.rates(len(rates)), strict=True))
+    return rates if any(rates) else ()
 
 
 def labels_in(seen: ObservedRound, update: Tensors, model: ImageClassifier) -> Tensor:

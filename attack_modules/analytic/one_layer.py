@@ -37,5 +37,5 @@ def read_single(space: RowSpace, targets: Tensor, training: TrainingKnowledge, s
     middle = space.weight - space.rows * training.half_way
     features, probabilities = head_inputs(rows, middle, targets)
     errors = logit_errors(probabilities, targets)
-    residual = ((rows - errors.T @ features).norm() / rows.norm()).item()
-    return Reading(features, errors, torch.zeros(len(targets), dtype=torch.long), residual, 0.0)
+    peers = torch.zeros(len(targets), dtype=torch.long)
+    return Reading(features, errors, peers, space.residual(errors, features, scale), 0.0)

@@ -25,6 +25,7 @@ class TrainingKnowledge:
         loss: what the peers minimise.
         sizes: images of each peer where `labels` are in their order, or None. Class weights are relative to a peer's.
         reading: how a defended update is read; None where no defence is known that asks for another reading.
+        dropout: rate at which the inputs of each of the head's linear layers are dropped in training; empty for none.
     """
 
     lr: float
@@ -36,6 +37,11 @@ class TrainingKnowledge:
     loss: CrossEntropy = field(default_factory=CrossEntropy)
     sizes: list[int] | None = None
     reading: DefendedReading | None = None
+    dropout: tuple[float, ...] = ()
+
+    def dropout_behind(self, layer: int) -> float:
+        """Rate at which the outputs of a layer (0 for the first) are dropped."""
+        return self.dropout[layer + 1] if self.dropout else 0.0
 
     @property
     def half_way(self) -> float:
@@ -110,6 +116,8 @@ class Leakage:
         defended: what was read under a known defence, and can be read again; None without.
         mixing: (N, N) share of the image of each label, by columns, in the image that each row of `features` is of;
             None if images were not mixed.
+        seen: (N, D) bool, features that dropout left to be seen and that are not 0; the others are 0 in `features`.
+            None without dropout in front of the head.
     """
 
     labels: Tensor
@@ -121,6 +129,7 @@ class Leakage:
     noisy: bool = False
     defended: Rereadable | None = None
     mixing: Tensor | None = None
+    seen: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,61 @@
 """A layer's update in coordinates of its own row space, whose dimension is far below the number of features."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+WIDE = 1024
+"""Outputs and inputs of a layer from which only the leading directions of its update are computed."""
+LEADING = 128
+"""Directions that are computed first; twice as many where the singular values still fall."""
+FLAT = 2.0
+"""Fall of the singular values over the later half of the directions up to which none is missing. Those of rounding
+fall by less than 1.1 there."""
+POWER_ITERATIONS = 2
+"""Of the randomised range finder (Halko, Martinsson, Tropp 2011); images lie far above the rounding."""
+CHUNK = 2**22
+"""Entries that are held in float64 at once."""
 
-def augmented(parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    """One (out, in) matrix a layer, (out, in + 1) with a bias, which is the weight of a feature that is always 1."""
-    layers: list[Tensor] = []
+Layer = tuple[Tensor, ...]
+"""The weight (out, in) of a linear layer, and its bias (out,) if it has one."""
+
+
+def linear_layers(parameters: Mapping[str, Tensor]) -> list[Layer]:
+    """The parameters of a head, layer by layer."""
+    layers: list[Layer] = []
     for parameter in parameters.values():
         if parameter.ndim == 2:
-            layers.append(parameter)
+            layers.append((parameter,))
         else:
-            layers[-1] = torch.cat([layers[-1], parameter[:, None]], 1)
+            layers[-1] = (*layers[-1], parameter)
     return layers
+
+
+def joined(layer: Layer) -> Tensor:
+    """(out, in) matrix, (out, in + 1) with a bias, which is the weight of a feature that is always 1."""
+    return torch.cat([layer[0], layer[1][:, None]], 1) if len(layer) > 1 else layer[0]
+
+
+def augmented(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """One matrix a layer, see `joined`."""
+    return [joined(layer) for layer in linear_layers(parameters)]
 
 
 @dataclass(frozen=True)
 class RowSpace:
-    """A layer's update, and its weights, in an orthonormal basis of the update's r-dimensional row space.
+    """A layer's update, and its weights, in an orthonormal basis of the update's row space, or its leading part.
 
     Attributes:
-        update: (out, D) float64.
-        mixing: (r, out), so that the rows of `mixing @ update` are an orthonormal basis.
-        rows: (out, r) the update in that basis.
-        weight: (out, r) the layer's weight before the round, in that basis.
+        update: (out, D).
+        mixing: (r, out) float64, so that the rows of `mixing @ update` are an orthonormal basis.
+        rows: (out, r) float64, the update in that basis.
+        weight: (out, r) float64, the layer's weight before the round, in that basis.
         floor: smallest singular value that the precision of the weights resolves.
+        rest: (out,) float64, squared norm of each row of the update outside the basis.
+        spacing: of floating-point numbers as large as the weights.
     """
 
     update: Tensor
@@ -36,25 +63,59 @@ class RowSpace:
     rows: Tensor
     weight: Tensor
     floor: float
+    rest: Tensor
+    spacing: float
 
     @classmethod
     def of(cls, update: Tensor, weight: Tensor) -> "RowSpace":
-        update, precision = update.double(), torch.finfo(weight.dtype).eps
-        rows, mixing = row_coordinates(update, precision)
-        return cls(update, mixing, rows, weight.double() @ update.T @ mixing.T, precision * rows.norm().item())
+        precision, spacing = torch.finfo(weight.dtype).eps, float_spacing(weight)
+        if min(update.shape) <= WIDE:
+            rows, mixing = row_coordinates(update.double(), precision)
+            within = weight.double() @ update.double().T @ mixing.T
+            rest = torch.zeros_like(rows[:, 0])
+        else:
+            mixing, basis = leading_directions(update)
+            rows, within = times(update, basis), times(weight, basis)
+            squares = torch.cat([part.square().sum(1) for part in chunks(update)])
+            rest = (squares - rows.square().sum(1)).clamp_min(0)
+        floor = precision * (rows.square().sum() + rest.sum()).sqrt().item()
+        return cls(update, mixing, rows, within, floor, rest, spacing)
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """(N, r) coordinates -> (N, D) vectors."""
-        return coordinates @ self.mixing @ self.update
+        return transposed_times(self.update, (coordinates @ self.mixing).T).T
+
+    def coordinates(self, vectors: Tensor) -> Tensor:
+        """(N, D) vectors -> (N, r) coordinates of their part in the basis."""
+        return times(self.update, vectors.T).T @ self.mixing.T
+
+    def residual(self, errors: Tensor, coordinates: Tensor, scale: float = 1.0) -> float:
+        """Relative Frobenius norm of what `errors.T @ vectors(coordinates)` leaves of `scale` times the update."""
+        left = (scale * self.rows - errors.T @ coordinates).square().sum() + scale**2 * self.rest.sum()
+        return (left.sqrt() / (self.rows.square().sum() + self.rest.sum()).sqrt() / scale).item()
 
     def part(self, count: int) -> "RowSpace":
         """The first `count` rows alone."""
-        return replace(self, rows=self.rows[:count], weight=self.weight[:count])
+        return replace(self, rows=self.rows[:count], weight=self.weight[:count], rest=self.rest[:count])
 
     @cached_property
     def singular(self) -> Tensor:
         """Singular values of the update, one for each unit that was ever active, clamped to the floor."""
         return torch.linalg.svdvals(self.rows[(self.rows != 0).any(1)]).clamp_min(self.floor)
+
+
+def float_spacing(weight: Tensor) -> float:
+    """Typical distance of neighbouring floating-point numbers at the size of a tensor's entries."""
+    return torch.finfo(weight.dtype).eps * (torch.linalg.vector_norm(weight, 1) / weight.numel()).item()
+
+
+def space_bytes(weight: Tensor) -> int:
+    """Bytes that `RowSpace.of` certainly holds at once of such a layer, which may be on the meta device.
+
+    The update in float64 and its QR decomposition; of a wide layer, the update and the weight, each with its bias.
+    """
+    precise = torch.finfo(torch.float64).bits // 8
+    return 2 * weight.numel() * (precise if min(weight.shape) <= WIDE else weight.element_size())
 
 
 def row_coordinates(update: Tensor, precision: float | None = None) -> tuple[Tensor, Tensor]:
@@ -74,3 +135,48 @@ def row_coordinates(update: Tensor, precision: float | None = None) -> tuple[Ten
     least = (torch.finfo(update.dtype).eps if precision is None else precision) * singular.norm()
     scale = torch.where(singular > least, 1 / singular, 0.0)
     return rows @ right.T, (left * scale).T  # rows of inactive units stay exactly 0
+
+
+def leading_directions(update: Tensor) -> tuple[Tensor, Tensor]:
+    """The leading right singular vectors of a wide layer's update, as many as stand above its rounding and more.
+
+    Args:
+        update: (out, D); it is read several times, in chunks.
+
+    Returns:
+        `mixing` (r, out) and the orthonormal basis (D, r), which is `(mixing @ update).T`.
+    """
+    count, most = LEADING, min(update.shape)
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        sketch = torch.randn(update.shape[1], count, generator=generator, dtype=torch.float64).to(update.device)
+        for _ in range(POWER_ITERATIONS):
+            columns = torch.linalg.qr(times(update, sketch)).Q
+            sketch, triangle = torch.linalg.qr(transposed_times(update, columns))
+        left, singular, right = torch.linalg.svd(triangle.T, full_matrices=False)
+        # the update is nearly `columns @ triangle.T @ sketch.T`
+        if count == most or singular[count // 2] < FLAT * singular[-1]:
+            break
+        count = min(2 * count, most)
+    inverse = torch.where(singular > torch.finfo(torch.float64).eps * singular.norm(), 1 / singular, 0.0)
+    return (columns @ (left * inverse)).T, sketch @ right.T
+
+
+def chunks(matrix: Tensor) -> Iterator[Tensor]:
+    """The rows of a matrix, some at a time, in float64."""
+    return (part.double() for part in matrix.split(max(CHUNK // matrix.shape[1], 1)))
+
+
+def times(matrix: Tensor, other: Tensor) -> Tensor:
+    """`matrix @ other` in float64, without a copy of the matrix."""
+    return torch.cat([part @ other for part in chunks(matrix)])
+
+
+def transposed_times(matrix: Tensor, other: Tensor) -> Tensor:
+    """`matrix.T @ other` in float64, without a copy of the matrix."""
+    found = other.new_zeros(matrix.shape[1], other.shape[1])
+    start = 0
+    for part in chunks(matrix):
+        found += part.T @ other[start : start + len(part)]
+        start += len(part)
+    return found

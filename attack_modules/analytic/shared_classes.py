@@ -84,9 +84,9 @@ def read_shared(
 
     def simulated(features: Tensor, influence: Tensor) -> Trajectory:
         gram, start = features @ features.T, features @ space.weight.T
-        return simulate(gram, start, weight, targets, influence, training.lr, steps, weight.shape[1] > hidden)
+        return simulate(gram, start, [weight], targets, influence, training.lr, steps)[0]
 
-    regression = GateRegression(rows, num_images)
+    regression = GateRegression(rows, num_images, space.rest.sum().item() * scale**2)
     features = torch.linalg.lstsq((gates * class_errors[labels]).T, rows, driver="gelsd").solution
     influence = torch.full((len(labels), len(labels)), 1 / num_images, dtype=rows.dtype)
     path = simulated(features, influence)
@@ -108,7 +108,7 @@ def read_shared(
         gated = belief.mean * errors
         features = regress_features(rows, gated, belief.variance * errors**2, regression.noise)
         path = simulated(features, influence)
-        residual = ((rows - gated.T @ features).norm() / rows.norm()).item()
+        residual = space.residual(gated, features, scale)
         sums = path.residuals.T @ path.activations
         mismatch = ((sums - last[:, :hidden] * scale).norm() / sums.norm()).item()
         # of look-alikes, one can grow at the expense of another: the residual falls, and the mismatch tells

@@ -1,8 +1,7 @@
 """What an attacker should suspect behind an update, where nobody has told it."""
 
-import torch
-
-from attack_modules.analytic.counting import is_compressed
+from attack_modules.analytic.counting import active_entries, is_compressed
+from attack_modules.analytic.row_space import float_spacing
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.plausibility import looks_like_signs
 from fl_lightning.client import Tensors
@@ -13,13 +12,14 @@ MANY_ZEROS = 0.2
 FEW_LEVELS = (Quantization, QSGD)
 
 
-def suspected_defenses(update: Tensors, assumptions: Assumptions) -> list[str]:
+def suspected_defenses(update: Tensors, before: Tensors, assumptions: Assumptions) -> list[str]:
     """What an update looks like, each a clause; noise, clipping and views are told by what is read from it.
 
     What is assumed anyway is not suspected, and no defence is where all are told.
 
     Args:
         update: parameters before minus after, by name.
+        before: the same parameters before.
         assumptions: what the attacker is told of the round, and guesses.
     """
     assumed = [*assumptions.defenses, *assumptions.server_defenses]
@@ -36,18 +36,19 @@ def suspected_defenses(update: Tensors, assumptions: Assumptions) -> list[str]:
         shown = ", ".join(still[:3]) + (", ..." if len(still) > 3 else "")
         kept = "" if told else "kept them for themselves or "
         found.append(f"{shown} did not change, as if clients {kept}did not train them")
-    matrices = [tensor.flatten(1) for tensor in update.values() if tensor.ndim > 1 and tensor.any()]
+    matrices = {name: tensor.flatten(1) for name, tensor in update.items() if tensor.ndim > 1 and tensor.any()}
     if not matrices:  # the few entries of biases show nothing
         return found
-    weights = max(matrices, key=torch.Tensor.numel)
+    largest = max(matrices, key=lambda name: matrices[name].numel())
+    spacing = float_spacing(before[largest])
+    entries = active_entries(matrices[largest], spacing)
     if looks_like_signs(update):
         causes = [] if told else ["signs", "few levels"]
         causes += [] if assumptions.sources.get("optimizer") == "known" else ["Adam at the clients"]
         if causes and assumptions.optimizer != "Adam" and not explained(Sign, *FEW_LEVELS):
             found.append(f"the update's entries are nearly of one size, as by {' or '.join(causes)}")
-    elif is_compressed(weights) and not told:
-        active = weights[(weights != 0).any(1)][:, (weights != 0).any(0)]
-        if (active == 0).double().mean() <= MANY_ZEROS:
+    elif is_compressed(entries, spacing) and not told:
+        if (entries == 0).double().mean() <= MANY_ZEROS:
             if not explained(HalfPrecision, *FEW_LEVELS):
                 found.append("the update's entries have few values, as by quantisation")
         elif not explained(TopK, RandomK, *FEW_LEVELS):

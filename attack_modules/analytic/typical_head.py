@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attack_modules.threat_model.trial import without_dropout
 from fl_lightning.models import ImageClassifier, ImageShape
 
 PROBES = 64
@@ -30,6 +31,7 @@ class TypicalHead:
     @torch.no_grad()
     def of(cls, model: ImageClassifier, image_shape: ImageShape) -> "TypicalHead":
         """Of a global model before the round."""
+        without_dropout(model)
         probes = pink_noise(PROBES, image_shape)
         features = model.embed(probes)
         inputs = nn.Sequential(*list(model.head)[:-1])(features)

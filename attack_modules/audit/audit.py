@@ -18,7 +18,7 @@ from attack_modules.audit.report import NO_JINJA2, Report
 from attack_modules.audit.study import NO_DEFENCE, Cell, Defence, Scenario, Study
 from attack_modules.audit.workers import CellRecord, Run, Workers, in_words, threads_each
 from attack_modules.evaluation.finished_run import StrangersOf
-from fl_lightning.errors import AuditError, MissingFile, SettingError
+from fl_lightning.errors import AuditError, MissingFile, SettingError, counted
 from fl_lightning.memory import exceeds_memory
 
 Check = Callable[[list[str]], Mapping[str, Any]]
@@ -223,19 +223,21 @@ def _plan(study: Study, cells: Sequence[Cell], forecast: Forecast, out: Path, wo
     megabytes, measured = forecast.memory()
     lines = [
         f"Study: {study.title}",
-        f"{len(study.expanded())} scenario(s), {len(study.defences)} defence(s), {len(study.seeds)} seed(s): "
-        f"{len(cells)} runs, {len(cells) - len(open_)} of which have ended. Folder: {out}",
+        f"{counted(len(study.expanded()), 'scenario')}, {counted(len(study.defences), 'defence')}, "
+        f"{counted(len(study.seeds), 'seed')}: {counted(len(cells), 'run')}, "
+        f"{len(cells) - len(open_)} of which have ended. Folder: {out}",
     ]
     if known:
         rough = "" if len(open_) < len(cells) else ", roughly, as none has ended yet"
-        unknown = f", and {len(times) - len(known)} runs of which nothing is known" if len(known) < len(times) else ""
+        missing = len(times) - len(known)
+        unknown = f", and {counted(missing, 'run')} of which nothing is known" if missing else ""
         lines.append(
-            f"Time: about {in_words(sum(known) / workers)} with {workers} worker(s) of {threads_each(workers)} "
-            f"thread(s){rough}{unknown}; the longest run {in_words(max(known))}."
+            f"Time: about {in_words(sum(known) / workers)} with {counted(workers, 'worker')} of "
+            f"{counted(threads_each(workers), 'thread')}{rough}{unknown}; the longest run {in_words(max(known))}."
         )
     elif times:
         lines.append("Time: unknown until the first run has ended.")
-    of = f"measured on {measured} run(s)" if measured else "an assumption until the first run has ended"
+    of = f"measured on {counted(measured, 'run')}" if measured else "an assumption until the first run has ended"
     lines.append(f"Memory: about {workers * megabytes / 1024:.1f} GB ({of}).")
     if excess := exceeds_memory(workers * megabytes * 2**20):
         lines.append(f"Warning: that is {excess}. Lower `--workers`.")

@@ -8,7 +8,8 @@ from typing import Any
 
 from attack_modules.audit.study import Cell
 from attack_modules.audit.workers import CellRecord
-from fl_lightning.storage import StorageError, read_json
+from fl_lightning.seats import CuriousClient, Seat
+from fl_lightning.storage import StorageError, made_again, read_json
 
 START = 12.0
 """Seconds that a run takes before its first step: imports, data and the federation's first round. Measured: 8 to 20."""
@@ -44,7 +45,7 @@ class Work:
         network = network.get("class_path") if isinstance(network, Mapping) else network
         kind = f"{attack} {str(network).rpartition('.')[2]}"
         arguments = data.get("init_args") or {}
-        images, side = _peer_images(arguments), arguments.get("image_size")
+        images, side = _peer_images(arguments, federation.get("seat")), arguments.get("image_size")
         steps = (settings.get("trainer") or {}).get("max_steps") or 0
         if attack not in PER_PIXEL or not images or not side:
             return cls(kind, None)
@@ -106,10 +107,13 @@ class Forecast:
         return (max(found), len(found)) if found else (MEMORY, 0)
 
 
-def _peer_images(data: Mapping[str, Any]) -> int | None:
-    clients, each = data.get("num_clients"), data.get("images_per_client")
-    if isinstance(each, list):
-        return sum(each[:-1])
-    if clients and each:
-        return (clients - 1) * each
-    return None
+def _peer_images(data: Mapping[str, Any], seat: Mapping[str, Any] | None) -> int | None:
+    """Images that are attacked: those of the clients that do not look."""
+    clients, each, attacker = (data.get(name) for name in ("num_clients", "images_per_client", "attacker_images"))
+    if not clients or not each:
+        return None
+    sizes = list(each) if isinstance(each, list) else [each] * clients
+    if attacker is not None:
+        sizes[-1] = attacker
+    looking = (made_again(seat, Seat, "seat") if seat else CuriousClient()).members(len(sizes))
+    return sum(size for client, size in enumerate(sizes) if client not in looking)

@@ -17,7 +17,7 @@ from attack_modules.evaluation.finished_run import FinishedRun, ImageRow, Strang
 from attack_modules.evaluation.persons import RECOGNISABLE
 from attack_modules.evaluation.strangers import Confirmed
 from attack_modules.panels import to_pil
-from fl_lightning.errors import AuditError, in_short
+from fl_lightning.errors import AuditError, counted, in_short
 
 COPY = 30.0
 """PSNR in dB from which a reconstruction is a copy."""
@@ -91,7 +91,7 @@ class Reading:
         record = CellRecord.load(cell.folder(out))
         if record is None:
             return cls(cell, "not run")
-        ran = {"seconds": record.seconds, "machine": f"{record.machine}, {record.threads} thread(s)"}
+        ran = {"seconds": record.seconds, "machine": f"{record.machine}, {counted(record.threads, 'thread')}"}
         if record.status != "done":
             return cls(cell, "failed", record.sentence, **ran)
         try:

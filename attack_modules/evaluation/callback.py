@@ -36,6 +36,7 @@ from attack_modules.evaluation.run_directory import (
     remove_if_without_results,
 )
 from attack_modules.panels import save_images
+from fl_lightning.errors import counted
 from fl_lightning.record import describe
 from fl_lightning.storage import atomic_path, has_record, unlock, write_json, write_text
 from fl_lightning.truth import Truth
@@ -214,7 +215,11 @@ class Evaluation(Callback):
         weight = attack.observed_rounds[-1].observation.own_weight
         truth, seat = self._truth(trainer, attack), trainer.datamodule.seat
         who = f" (aggregation weight {weight:.0%})" if weight else ""
-        peers = f" Its {len(truth.clients.unique())} peers hold {len(truth.labels)} images." if truth else ""
+        peers = ""
+        if truth:
+            count = len(truth.clients.unique())
+            verb = "holds" if count == 1 else "hold"
+            peers = f" Its {counted(count, 'peer')} {verb} {counted(len(truth.labels), 'image')}."
         return (
             f"Attacker: {seat.words}{who}; observed round {rounds}.{peers}\n"
             f"{attack.observed_rounds[-1].assumptions.introduction()}\n{attack.introduction()}"
@@ -244,8 +249,8 @@ class Evaluation(Callback):
             results["attribution"] = attribution(reconstruction.peers, truth.clients, scorecard.assignment)
             print(", ".join(f"{name} {value:.4g}" for name, value in results["attribution"].items()))
         if truth and reconstruction.features is not None:
-            model = attack.observed_rounds[-1].observation.build_model()
-            results["features"] = feature_scores(reconstruction.features.cpu(), features_of(truth.images, model))
+            features = features_of(truth.images, reconstruction.embed, attack.device)
+            results["features"] = feature_scores(reconstruction.features, features, reconstruction.seen)
             print(", ".join(f"features {name} {value:.4g}" for name, value in results["features"].items()))
         if truth and (persons := by_person(truth, scorecard)):
             results["persons"] = persons

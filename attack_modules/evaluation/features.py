@@ -1,11 +1,10 @@
 """Leaked features compared with those of the originals: how many are right."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from fl_lightning.models import ImageClassifier
 
 CHUNK = 16
 """Images that are passed through the model at once."""
@@ -14,24 +13,37 @@ RIGHT = 0.01
 
 
 @torch.no_grad()
-def features_of(images: Tensor, model: ImageClassifier) -> Tensor:
-    """(N, D) features of images (N, C, H, W) in [0, 1] under a model in eval mode, on the CPU."""
-    model.eval()
-    return torch.cat([model.embed(chunk.to(model.mean)).cpu() for chunk in images.split(CHUNK)])
+def features_of(images: Tensor, embed: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    """(N, D) features of images (N, C, H, W) in [0, 1], on the CPU.
+
+    Args:
+        images: in [0, 1].
+        embed: (n, C, H, W) images -> (n, D) features.
+        device: on which `embed` takes them.
+    """
+    return torch.cat([embed(chunk.to(device)).cpu() for chunk in images.split(CHUNK)])
 
 
-def feature_scores(leaked: Tensor, features: Tensor) -> dict[str, Any]:
+def feature_scores(leaked: Tensor, features: Tensor, seen: Tensor | None = None) -> dict[str, Any]:
     """What goes into `results.json`: of the M originals, how many have a leaked feature vector within 1 %.
 
     Args:
         leaked: (N, D).
         features: (M, D) of the originals.
+        seen: (N, D) bool, which of the leaked features count, as dropout kept them; None for all.
     """
-    apart = torch.cdist(features.double(), leaked.double(), compute_mode="donot_use_mm_for_euclid_dist").amin(1)
-    errors = apart / features.double().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    leaked, features = leaked.cpu().double(), features.double()
+    shown = torch.ones_like(leaked, dtype=torch.bool) if seen is None else seen.cpu()
+    errors = torch.stack([_errors(own, features, which) for own, which in zip(leaked, shown, strict=True)]).amin(0)
     return {
         "originals": len(features),
         "share_within_1_percent": (errors <= RIGHT).double().mean().item(),
         "error_median": errors.median().item(),
         "error_max": errors.max().item(),
-    }
+    } | ({} if seen is None else {"share_seen": shown.double().mean().item()})
+
+
+def _errors(leaked: Tensor, features: Tensor, seen: Tensor) -> Tensor:
+    """(M,) relative distance of one leaked vector (D,) from features (M, D), over those that were seen (D,)."""
+    features = features * seen
+    return (features - leaked * seen).norm(dim=1) / features.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)

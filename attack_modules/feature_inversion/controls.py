@@ -60,6 +60,12 @@ def expected_psnr(
     return np.interp(np.log(np.clip(errors, ERRORS[0], ERRORS[-1])), np.log(ERRORS), psnr).tolist()
 
 
+def mean_colour_psnr(shape: tuple[int, ...]) -> float:
+    """PSNR in dB of the mean colour of the control image without an error: what an image has that shows nothing."""
+    control = control_images(len(ERRORS), shape)[0]
+    return -10 * (control - control.mean((1, 2), keepdim=True)).square().mean().log10().item()
+
+
 def control_images(count: int, shape: tuple[int, ...]) -> Tensor:
     """(count, C, H, W) dead leaves as soft and as grey as photographs, in [0, 1]."""
     channels, height, width = shape

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from attack_modules.analytic.defended_head import Expected
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
+from attack_modules.analytic.row_space import space_bytes
 from attack_modules.analytic.suspicion import suspected_defenses
 from attack_modules.attack import Attack, Reconstruction, Verdict
-from attack_modules.feature_inversion.controls import ERRORS, expected_psnr
+from attack_modules.feature_inversion.controls import ERRORS, expected_psnr, mean_colour_psnr
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
@@ -28,9 +29,10 @@ from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
 from attack_modules.threat_model.observed import RoundsSummary
-from attack_modules.threat_model.requirements import LinearHead, NoRandomLayers, Requirement, TrainedHead
-from fl_lightning.errors import SettingError, non_negative, positive
+from attack_modules.threat_model.requirements import LinearHead, ReadableDropout, Requirement, TrainedHead
+from fl_lightning.errors import SettingError, counted, non_negative, positive
 from fl_lightning.models import ImageClassifier
+from fl_lightning.models.freezing import batch_statistics
 
 ERROR_FLOOR = 1e-10
 """Added to the feature error E before its logarithm: float32 resolves no less."""
@@ -143,12 +145,11 @@ class FeatureInversion(Attack):
     def requirements(self, processes: int) -> list[Requirement]:
         parts = [part for part in (self.rounds, self.refinement, self.guidance) if part]
         of_parts = [needed for part in parts for needed in part.requirements()]
-        return [LinearHead(), TrainedHead(), NoRandomLayers(), *of_parts]
+        return [LinearHead(), TrainedHead(), ReadableDropout(), *of_parts]
 
     def least_memory(self, rounds: RoundsSummary) -> int:
-        """The updates of all rounds, a model, and the first layer's update in float64 with its QR decomposition."""
-        first = rounds.model.head[0].weight.numel() * torch.finfo(torch.float64).bits // 8
-        return (len(rounds.assumptions) + 1) * super().least_memory(rounds) + 2 * first
+        """The updates of all rounds, a model, and what the closed form makes of the head's first layer."""
+        return (len(rounds.assumptions) + 1) * super().least_memory(rounds) + space_bytes(rounds.model.head[0].weight)
 
     def prepare(self) -> None:
         seen, device = self.observed_rounds, self.trainer.strategy.root_device
@@ -161,7 +162,8 @@ class FeatureInversion(Attack):
                 "unknown, so one step an epoch is assumed. If they took k, the features come out k times too large. "
                 "Give `knowledge.num_clients`."
             )
-        self.training_of_rounds = [full_batches(observed, device) for observed in seen]
+        drifting = len(seen) * self.steps > 1
+        self.training_of_rounds = [full_batches(observed, device) for observed in seen] if drifting else []
         self.leakage, self.presence = self.rounds.read(
             [head_parameters(o.without_weight_decay(u), model) for o, u in zip(seen, updates, strict=True)],
             [head_parameters(observed.observation.before, model) for observed in seen],
@@ -180,8 +182,9 @@ class FeatureInversion(Attack):
         if self.scale != 1:
             self.leakage = replace(self.leakage, features=self.scale * self.leakage.features)
         self.register_buffer("features", self.leakage.features.clone())  # target: under the model half way
+        self.register_buffer("seen", self.leakage.seen, persistent=False)
         self.register_buffer("labels", self.leakage.labels)
-        self.images = nn.Parameter(self._start(self.features))
+        self.images = nn.Parameter(self._start(self.features, self.seen))
         mixing = self.leakage.mixing  # then `images` are mixtures, and what is found are `unmixed` ones
         self.register_buffer("unmixing", None if mixing is None else torch.linalg.inv(mixing), persistent=False)
         self.register_buffer("best", self.images.detach().clone())
@@ -211,9 +214,12 @@ class FeatureInversion(Attack):
                 "them comes out as their mean; images that are alone in their class are not affected."
             )
 
-    def _start(self, features: Tensor) -> Tensor:
-        """(N, C, H, W) initial images for features (N, D)."""
+    def _start(self, features: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) initial images for features (N, D), of which those that are not `seen` are unknown."""
         if self.decoder[0]:
+            if seen is not None:  # else the mean of the other images' that are
+                mean = (features * seen).sum(0) / seen.sum(0).clamp_min(1)
+                features = torch.where(seen, features, mean)
             return self.decoder[0](features.to(self.model.mean))
         return self.model.mean.new_full((len(features), *self.observed_rounds[0].observation.image_shape), 0.5)
 
@@ -258,8 +264,9 @@ class FeatureInversion(Attack):
         """Set `images.grad` of the images `chunk` (n,); return (n, 2) their E, and the loss that ranks iterates."""
         with torch.enable_grad():
             images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
-            noise = None if self.noise is None else self.noise[chunk]
-            loss, scored = self._losses(images, self.features[chunk], self.global_step, self.trainer.max_steps, noise)
+            noise, seen = (None if of is None else of[chunk] for of in (self.noise, self.seen))
+            features, steps = self.features[chunk], self.trainer.max_steps
+            loss, scored = self._losses(images, features, self.global_step, steps, noise, seen)
             if self.guidance:
                 loss = loss + self.guidance.penalty(images, chunk)
             self.back_propagate(loss.sum(), images)  # a sum: the images are independent
@@ -267,7 +274,7 @@ class FeatureInversion(Attack):
         return scored
 
     def _losses(
-        self, images: Tensor, features: Tensor, step: int, steps: int, noise: Tensor | None
+        self, images: Tensor, features: Tensor, step: int, steps: int, noise: Tensor | None, seen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(n,) losses to descend on for images (n, C, H, W), and (n, 2) as of `_descend`.
 
@@ -277,8 +284,9 @@ class FeatureInversion(Attack):
             step: of the optimisation, in which the weight of P falls.
             steps: of all.
             noise: (n,) relative size of the noise in `features`, in proportion to which P weighs; None without.
+            seen: (n, D) which of the features count; None for all.
         """
-        error = self.feature_error(images, features)
+        error = self.feature_error(images, features, seen)
         limit = annealed(self.prior_limit, step, steps)
         if noise is not None:
             final = (PRIOR_OF_NOISE * noise).clamp_min(self.prior_limit[1])
@@ -291,21 +299,22 @@ class FeatureInversion(Attack):
         rank = scale.log() + self.balance * (prior + PRIOR_FLOOR).log() if noise is None else error + final * prior
         return loss, torch.stack([error, rank], 1).detach()
 
-    def invert(self, features: Tensor, steps: int, noise: Tensor | None = None) -> Tensor:
+    def invert(self, features: Tensor, steps: int, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """(K, C, H, W) images from features (K, D), as in so many training steps without simulations and guidance.
 
         Args:
             features: of K images.
             steps: of the optimisation.
             noise: (K,) relative size of the noise in the features, see `_losses`.
+            seen: (K, D) which of the features count; None for all.
         """
-        images = self._start(features).requires_grad_()
+        images = self._start(features, seen).requires_grad_()
         best, best_loss = images.detach().clone(), images.new_full((len(images),), torch.inf)
         optimizer, scheduler = self._adam(images, steps)
         for step in range(steps):
             optimizer.zero_grad()
             loss, scored = self._losses(
-                images.contiguous(memory_format=torch.channels_last), features, step, steps, noise
+                images.contiguous(memory_format=torch.channels_last), features, step, steps, noise, seen
             )
             loss.sum().backward(inputs=[images])
             with torch.no_grad():
@@ -400,9 +409,14 @@ class FeatureInversion(Attack):
         total = torch.stack([round_.features for round_ in rounds]).sum(0)
         return total / self.presence.sum(0).to(total)[:, None]
 
-    def feature_error(self, images: Tensor, features: Tensor) -> Tensor:
-        """(N,) relative squared distance of the images' features to `features` (N, D), at any scale if that is off."""
+    def feature_error(self, images: Tensor, features: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(N,) relative squared distance of the images' features to `features` (N, D), at any scale if that is off.
+
+        Those that are not `seen` (N, D) do not count.
+        """
         shown = self.model.embed(images)
+        if seen is not None:
+            shown, features = shown * seen, features * seen
         if self.scale != 1:
             fitting = (shown * features).sum(1) / shown.square().sum(1).clamp_min(LEAST_SIZE)
             shown = shown * fitting.detach()[:, None]
@@ -417,7 +431,8 @@ class FeatureInversion(Attack):
             images = torch.tensordot(mixing, images, 1)
 
         def error(chunk: Tensor) -> Tensor:
-            return self.feature_error(images[chunk], self.features[chunk])
+            seen = None if self.seen is None else self.seen[chunk]
+            return self.feature_error(images[chunk], self.features[chunk], seen)
 
         self.ranks.gather(errors, error, self.chunk_size)
         if self.unmixing is not None:
@@ -437,11 +452,13 @@ class FeatureInversion(Attack):
 
     def reconstruction(self) -> Reconstruction:
         images, mixed = self.best.float(), self.unmixing is not None
+        alone = not mixed and not batch_statistics(self.model)
         if mixed:
             images = torch.tensordot(self.unmixing, images, 1)
 
         def error(candidates: Tensor, indices: Tensor) -> Tensor:
-            return self.feature_error(candidates, self.features[indices])
+            seen = None if self.seen is None else self.seen[indices]
+            return self.feature_error(candidates, self.features[indices], seen)
 
         return Reconstruction(
             images.clamp(0, 1),
@@ -449,7 +466,9 @@ class FeatureInversion(Attack):
             num_classes=self.observed_rounds[0].observation.num_classes,
             consistency_error=None if mixed else error,  # of a mixed image, it depends on another one as well
             peers=self.leakage.peers,
-            features=self.leakage.features if self._frozen else None,
+            features=self.leakage.features if alone else None,
+            seen=self.leakage.seen if alone else None,
+            embed=self.model.embed if alone else None,
         )
 
     def diagnosis(self) -> dict[str, Any]:
@@ -469,20 +488,21 @@ class FeatureInversion(Attack):
         evidence = Evidence(leakage, self.features.cpu(), misfit.cpu(), self._drifts, self.scale)
         steps, shape = max(self.global_step, 1), self.observed_rounds[0].observation.image_shape
         noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device)
+        seen = None if self.seen is None else self.seen[torch.arange(len(ERRORS)) % len(self.seen)]
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
             *psnr, best = expected_psnr(
                 [*evidence.errors.tolist(), 0.0],
                 self.features.clone(),
                 self.model,
-                lambda wrong: self.invert(wrong, steps, noise),
+                lambda wrong: self.invert(wrong, steps, noise, seen),
                 shape,
             )
         if self.unmixing is not None:  # as if the images that are added up were wrong independently
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
         seen = self.observed_rounds[0]
-        suspected = suspected_defenses(self.update_of(seen), seen.assumptions)
-        return judge(evidence, psnr, best, self.model).suspecting(suspected)
+        suspected = suspected_defenses(self.update_of(seen), seen.observation.before, seen.assumptions)
+        return judge(evidence, psnr, best, self.model, mean_colour_psnr(shape)).suspecting(suspected)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -499,15 +519,20 @@ class FeatureInversion(Attack):
         parts = [part.introduction() for part in (self.rounds, self.refinement, self.guidance) if part]
         return (
             f"Closed form: the head's {subject} {found.num_images} images, {found.disentangled} disentangled, of "
-            f"{len(self.leakage.peers.unique())} peer(s); labels {assumptions.sources['labels']}. Singular value gap "
-            f"{found.gap:.3g}, residual {found.residual:.2%}, condition number {found.conditioning:.3g}, drift "
-            f"{found.drift:.2%}, outside {found.outside:.2%}.\n"
+            f"{counted(len(self.leakage.peers.unique()), 'peer')}; labels {assumptions.sources['labels']}. "
+            f"Singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "
+            f"{found.conditioning:.3g}, drift {found.drift:.2%}, outside {found.outside:.2%}."
+            f"{self._dropout_introduction()}\n"
             f"Feature inversion: {self.images[0].numel():,} pixels an image from {self.features.shape[1]:,} features, "
             f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}."
             + self._defense_introduction()
             + "".join(f"\n{part}" for part in parts if part)
             + (REFINE if found.drift > DRIFTING and refinable else "")
         )
+
+    def _dropout_introduction(self) -> str:
+        """How many features there are to be seen, in a sentence; empty if all are."""
+        return "" if self.seen is None else f" Dropout left {self.seen.double().mean():.0%} of the features to be seen."
 
     def _defense_introduction(self) -> str:
         """How a known defence is read, in one line; empty without."""

@@ -130,7 +130,7 @@ class PatchInversion(Attack):
             reasons["the models' rounding hides details: the update is small, or its errors are alike"] = None
             advice["More rounds of the same images, or rounds at a larger rate, show more."] = None
         seen = self.observed_rounds[0]
-        suspected = suspected_defenses(self.update_of(seen), seen.assumptions)
+        suspected = suspected_defenses(self.update_of(seen), seen.observation.before, seen.assumptions)
         return Verdict(levels, reasons=list(reasons), advice=list(advice), expected_psnr=psnr).suspecting(suspected)
 
     def introduction(self) -> str:

@@ -37,7 +37,7 @@ def found_scale(leakage: Leakage, model: ImageClassifier, decoder: FeatureDecode
         return 1.0
     if leakage.ones is not None:
         scale = 1 / leakage.ones[readable].median().item()
-    elif decoder is not None:
+    elif decoder is not None and leakage.seen is None:
         scale = feature_scale(leakage.features[readable], model, decoder)
     else:
         return 1.0

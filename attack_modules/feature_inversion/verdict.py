@@ -24,6 +24,8 @@ LEAST_SINGULAR = 0.02
 """Misfit below which an image is one whatever the others' misfits are."""
 LEAST_PSNR = {Level.CERTAIN: 25.0, Level.LIKELY: 20.0, Level.UNRELIABLE: 14.0}
 """Expected PSNR in dB from which an image has a level."""
+LEAST_GAIN = {Level.UNRELIABLE: 3.0, Level.NOT_READ: 1.0}
+"""PSNR in dB that known images have above their mean colour, below which no image is better than this level."""
 MUCH = 0.5
 """Share of the update from which too much is unexplained."""
 LEAST_RESIDUAL = 0.02
@@ -94,7 +96,7 @@ class Evidence:
         return found.residual > LEAST_RESIDUAL and found.residual * found.gap > MISMATCH
 
 
-def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) -> Verdict:
+def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module, flat: float = 0.0) -> Verdict:
     """Level of each image, with the reasons for less than certainty.
 
     An image's level is that of its expected PSNR, unless something that the expectation does not see limits it.
@@ -104,11 +106,14 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) 
         psnr: of each image, PSNR in dB expected at its error, see `controls.expected_psnr`.
         best: PSNR in dB expected of features without an error.
         model: the attacked model.
+        flat: PSNR in dB of the same image's mean colour.
     """
     leakage, errors, misfit = evidence.leakage, evidence.errors, evidence.misfit
     found = leakage.diagnosis
     most, reasons, advice = _limits(evidence, model)
     levels = [next((level for level, least in LEAST_PSNR.items() if p >= least), Level.NOT_READ) for p in psnr]
+    for level, least in LEAST_GAIN.items():
+        most = most.limited(level) if best - flat < least else most
     levels = [level.limited(most) for level in levels]
     mixed = (misfit > SINGULAR_MISFIT * misfit.nanmedian()) & (misfit > LEAST_SINGULAR)
     if mixed.any():
@@ -121,8 +126,10 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module) 
             levels = _unreliable(levels, shared)
             reasons.append(f"{int(shared.sum())} images share a class, of which a head of one layer shows the mean")
             advice.append("Attack images of one class by gradient matching (configs/paper.yaml), or name more rounds.")
-    if best < LEAST_PSNR[Level.CERTAIN]:
-        reasons.append(f"the model's features keep too little of an image: known ones come back at {best:.0f} dB")
+    if best < max(LEAST_PSNR[Level.CERTAIN], flat + LEAST_GAIN[Level.UNRELIABLE]):
+        known = f"known ones come back at {best:.0f} dB"
+        known += f", their mean colour is at {flat:.0f} dB" if best - flat < LEAST_GAIN[Level.UNRELIABLE] else ""
+        reasons.append(f"the model's features keep too little of an image: {known}")
         if not found.separated:  # under a frozen backbone, other layers show nothing
             advice.append("Attack by gradient matching, which uses all layers: configs/paper.yaml.")
     elif any(level is not Level.CERTAIN for level in levels):

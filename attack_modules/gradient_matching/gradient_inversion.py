@@ -31,7 +31,7 @@ from attack_modules.threat_model.requirements import (
     SingleRound,
     TwiceDifferentiable,
 )
-from fl_lightning.errors import SettingError, positive
+from fl_lightning.errors import SettingError, counted, positive
 from fl_lightning.models import ImageClassifier
 
 FINAL_RATE = 0.1
@@ -54,6 +54,7 @@ class GradientInversion(Attack):
         priors: penalties that are added to the objective.
         anneal: factor on the priors' weights at the first and at the last step, geometric between.
         betas: of Adam. The second is small, because the gradient falls by orders of magnitude within a hundred steps.
+        signed: give Adam the signs of the gradient alone (Geiping et al. 2020).
         merged: simulate one virtual client with all images (as in the paper), or client by client.
         simulate: `all` trains the whole model in the simulation. `head` trains the head alone, with the convolutions
             frozen half way between the two observed models, at a fraction of the time; the convolutions' update is then
@@ -77,6 +78,7 @@ class GradientInversion(Attack):
         priors: list[Prior] | None = None,
         anneal: tuple[float, float] = (1.0, 1.0),
         betas: tuple[float, float] = (0.8, 0.99),
+        signed: bool = False,
         merged: bool = True,
         simulate: Literal["all", "head"] = "all",
         detail: bool = False,
@@ -107,6 +109,7 @@ class GradientInversion(Attack):
         self.priors = priors or []
         self.anneal = anneal
         self.betas = betas
+        self.signed = signed
         self.merged = merged
         self.simulate = simulate
         self.detail = detail
@@ -218,6 +221,8 @@ class GradientInversion(Attack):
             objective, prior = self.loss(latent)
             self.back_propagate(objective + factor * prior, latent)
             self.join_gradients(latent)
+            if self.signed:
+                latent.grad.sign_()
             losses.append(self.ranks.reduce((objective + self.anneal[1] * prior).detach()))
             self._remember(trial, latent, losses[-1])
         optimizer.step()
@@ -271,7 +276,7 @@ class GradientInversion(Attack):
 
     def verdict(self, misfit: Tensor) -> Verdict:
         seen = self.observed_rounds[0]
-        suspected = suspected_defenses(self.update_of(seen), seen.assumptions)
+        suspected = suspected_defenses(self.update_of(seen), seen.observation.before, seen.assumptions)
         return judge(misfit.item(), len(self.labels)).suspecting(suspected)
 
     def introduction(self) -> str:
@@ -286,6 +291,7 @@ class GradientInversion(Attack):
             f"It simulates {clients} (lr {assumptions.client_lr:g}, {assumptions.local_epochs} local epochs) and "
             f"minimises {type(self.objective).__name__}"
             + "".join(f" + {prior.weight:g} {type(prior).__name__}" for prior in self.priors)
-            + f" by Adam at rate {self.lr:g}, {self.trainer.max_steps} steps, {self.restarts} start(s).\n"
+            + f" by Adam{' on signs' * self.signed} at rate {self.lr:g}, {self.trainer.max_steps} steps, "
+            f"{counted(self.restarts, 'start')}.\n"
             f"{self.peers.introduction()}"
         )

@@ -24,6 +24,7 @@ from attack_modules.threat_model.requirements import (
     check,
 )
 from fl_lightning.client import Tensors, buffers, parameters
+from fl_lightning.errors import counted
 from fl_lightning.models import ImageClassifier
 
 
@@ -104,7 +105,8 @@ class SimulatedPeers:
         in_head = set(self.model.head)
         elsewhere = sum(isinstance(m, nn.Linear) and m not in in_head for m in self.model.features.modules())
         dense = f"; {elsewhere} more, outside the head, are simulated densely" if elsewhere else ""
-        return f"The updates of {len(self.linear_weights)} linear layer(s) of the head are low-rank factors{dense}."
+        layers = counted(len(self.linear_weights), "linear layer")
+        return f"The updates of {layers} of the head are low-rank factors{dense}."
 
     def mean_update(self, images: Tensor, labels: Tensor) -> SimulatedUpdate:
         """The mean of the simulated clients' updates, weighted by their numbers of images.

@@ -1,5 +1,6 @@
 """Rounds of another system, from their model files to a record that attacks read."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,14 @@ from fl_lightning.observation import Observation
 from fl_lightning.record import Record, RecordError
 from fl_lightning.state_files import read_state
 from fl_lightning.storage import read_json
+
+GUESSES = {
+    "client_lr": "the learning rate of the peers' SGD, above 0, such as 0.003",
+    "server_lr": "the server's learning rate, above 0; 1 where it takes the mean of the models",
+    "local_epochs": "the peers' passes over their images in a round, from 1",
+    "batch_size": "images of a mini-batch, from 1; null for full batches",
+}
+"""What nobody tells the attacker of rounds of another system, with its allowed values."""
 
 
 def record_round(
@@ -93,9 +102,10 @@ def record_round(
     return (
         f"{reasons}Recorded in '{out}': round {', '.join(written)}. The head of {model_class.__name__} is "
         f"{', '.join(model.head_parameters)}.\n"
-        f"To attack it: python cli.py fit --config configs/leakage.yaml --observation {out}{own_class}\n"
-        "with what you guess of the peers' training: --knowledge.client_lr, --knowledge.server_lr, "
-        "--knowledge.local_epochs, and --knowledge.batch_size (null for full batches)."
+        "To attack it, with what you know or guess of the peers' training in place of the words in capitals:\n"
+        f"python cli.py fit --config configs/leakage.yaml --observation {shlex.quote(str(out))}{own_class} "
+        + " ".join(f"--knowledge.{name} {name.upper()}" for name in GUESSES)
+        + "".join(f"\n  {name.upper()}: {allowed}" for name, allowed in GUESSES.items())
     )
 
 

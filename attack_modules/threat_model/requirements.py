@@ -7,7 +7,7 @@ from torch import nn
 
 from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.trial import Trial, no_second_derivative
-from fl_lightning.errors import AuditError
+from fl_lightning.errors import AuditError, counted
 from fl_lightning.models.freezing import batch_statistics
 
 
@@ -118,19 +118,13 @@ class TwiceDifferentiable(Requirement):
 
 
 class LinearHead(Requirement):
-    """A head of one or two linear layers with a ReLU between, tried on random inputs."""
+    """A head of linear layers with a ReLU between each two, tried on random inputs."""
 
-    name = "a head of one or two linear layers"
+    name = "a head of linear layers"
 
     def violation(self, rounds: RoundsSummary) -> str | None:
         if fault := SeparableModel().violation(rounds):
             return fault
-        count = sum(isinstance(layer, nn.Linear) for layer in rounds.model.head)
-        if count not in (1, 2):
-            return (
-                f"{type(rounds.model).__name__} has {count}. Attack this model by gradient matching "
-                "(`GradientInversion`) instead."
-            )
         if fault := Trial.of(rounds.model).head:
             return (
                 f"{type(rounds.model).__name__} {fault}, and the closed form reads linear layers with a ReLU between. "
@@ -171,9 +165,9 @@ class LabelsOrLinearHead(Requirement):
 
 
 class TwoLayersForSeveralRounds(Requirement):
-    """Where several rounds are read as one: a head of two linear layers."""
+    """Where several rounds are read as one: a head of two linear layers or more."""
 
-    name = "a head of two linear layers where several rounds are read together"
+    name = "a head of two linear layers or more where several rounds are read together"
 
     def violation(self, rounds: RoundsSummary) -> str | None:
         count = sum(isinstance(layer, nn.Linear) for layer in rounds.model.head)
@@ -222,8 +216,9 @@ class KnownClientSizes(Requirement):
                 )
             if len(assumptions.client_sizes) < self.processes:
                 return (
-                    f"{len(assumptions.client_sizes)} peer(s) cannot be divided among {self.processes} processes. Set "
-                    "`model.merged: true`, whose batches are divided instead, or lower `trainer.devices`."
+                    f"{counted(len(assumptions.client_sizes), 'peer')} cannot be divided among "
+                    f"{self.processes} processes. Set `model.merged: true`, whose batches are divided instead, or "
+                    "lower `trainer.devices`."
                 )
         return None
 
@@ -254,6 +249,30 @@ class NoRandomLayers(Requirement):
             return (
                 f"{type(rounds.model).__name__} is random while it trains: {random}. Which units a peer dropped is "
                 "unknown, so its training cannot be simulated. Train the federation without (torchvision's models: "
+                "`federation.model.dropout: 0`)."
+            )
+        return None
+
+
+class ReadableDropout(Requirement):
+    """No random layers but dropouts of the inputs of the head's linear layers, and these of a single local step."""
+
+    name = "a model without random layers, or with dropout in its head and a single local step"
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        trial = Trial.of(rounds.model)
+        if not trial.random:
+            return None
+        name = type(rounds.model).__name__
+        if trial.dropout is None:
+            return (
+                f"{name} draws random numbers elsewhere while it trains: {trial.random}. Train the federation without "
+                "them."
+            )
+        if len(rounds.assumptions) > 1 or rounds.assumptions[0].local_steps > 1:
+            return (
+                f"{name} drops other units at each of {len(rounds.assumptions)} x {rounds.assumptions[0].local_steps} "
+                "steps. Observe one round of one step, or train the federation without (torchvision's models: "
                 "`federation.model.dropout: 0`)."
             )
         return None

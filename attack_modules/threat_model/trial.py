@@ -1,6 +1,6 @@
 """What a model does on random images, where its modules' names do not tell: checked before an attack relies on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from fl_lightning.errors import AuditError, SettingError, in_short
 from fl_lightning.models import Arguments, ImageClassifier
-from fl_lightning.models.head import PROBES, replay, same, same_logits
+from fl_lightning.models.head import PROBES, TOLERANCE, replay, same, same_logits
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,14 @@ class Trial:
         split: why the logits are not `head(features(normalise(images)).flatten(1))`.
         head: why the head is not a chain of linear layers and ReLUs.
         random: the modules that draw random numbers in train mode, with their types, or how it showed otherwise.
+        dropout: rate at which the inputs of each of the head's linear layers are dropped in train mode; None if there
+            is no such head, or something else is random.
     """
 
     split: str | None
     head: str | None
     random: str | None
+    dropout: tuple[float, ...] | None
 
     @staticmethod
     def of(model: ImageClassifier) -> "Trial":
@@ -72,7 +77,9 @@ def _tried(built_from: Arguments) -> Trial:
         images = torch.rand(PROBES, *model.hparams["image_shape"])
         try:
             split = split_fault(model, images)
-            return Trial(split, None if split else head_fault(model, images), random_modules(model, images))
+            head = None if split else head_fault(model, images)
+            dropout = None if split or head else head_dropout(model, images)
+            return Trial(split, head, random_modules(model, images), dropout)
         except AuditError:
             raise
         except Exception as error:  # of a user's model
@@ -133,6 +140,45 @@ def random_modules(model: ImageClassifier, images: Tensor) -> str | None:
         types = {name: type(model.get_submodule(name)).__name__ for name in innermost}
         return _listed([f"{name} ({types[name]})" if name else f"{types[name]}.forward" for name in innermost])
     return None if same(first, second) else "two passes of the same images in train mode differ"
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The same model, whose dropouts do nothing in train mode either."""
+    for module in model.modules():
+        if isinstance(module, DROPOUTS):
+            module.eval()
+    return model
+
+
+@torch.no_grad()
+def head_dropout(model: ImageClassifier, images: Tensor) -> tuple[float, ...] | None:
+    """Rate at which the inputs of each of the head's linear layers are dropped in train mode; None if more is random.
+
+    The inputs of one pass are compared with what they are without dropout, given the inputs of the layer before: each
+    is 0, or the same times `1 / (1 - rate)`.
+    """
+    linear = [layer for layer in model.head if isinstance(layer, nn.Linear)]
+    still = _inputs_of(linear, without_dropout(model.train()), images)[0]
+    shown = _inputs_of(linear, model.train(), images)
+    rates = []
+    for number, inputs in enumerate(shown):
+        whole = still if number == 0 else linear[number - 1](shown[number - 1]).relu()
+        kept = (inputs != 0) & (whole != 0)
+        factor = (inputs[kept] / whole[kept]).median() if kept.any() else torch.ones(())
+        if not same(torch.where(inputs != 0, factor * whole, 0.0), inputs) or factor < 1 - TOLERANCE:
+            return None
+        rates.append(round(max(1 - 1 / factor.item(), 0.0), 4))
+    return tuple(rates)
+
+
+def _inputs_of(layers: Sequence[nn.Module], model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The inputs of layers in one pass of a model."""
+    inputs: list[Tensor] = []
+    handles = [layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone())) for layer in layers]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return inputs
 
 
 @contextmanager

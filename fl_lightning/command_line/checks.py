@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from fl_lightning.client import silent_trainer
-from fl_lightning.errors import MissingFile, SettingError
+from fl_lightning.errors import MissingFile, SettingError, counted
 from fl_lightning.storage import StorageError, load_checkpoint
 
 LARGEST_SEED = 2**32 - 1
@@ -74,8 +74,8 @@ def refuse_unfit_machine(trainer: Trainer, precision: str | int | None) -> None:
         cores = os.cpu_count() or 1
         if trainer.num_devices > PROCESSES_PER_CORE * cores:
             raise SettingError(
-                f"`trainer.devices` is {trainer.num_devices}, but this machine has {cores} core(s). Choose at most "
-                f"{cores}, a process for each."
+                f"`trainer.devices` is {trainer.num_devices}, but this machine has {counted(cores, 'core')}. Choose "
+                f"at most {cores}, a process for each."
             )
     if device == "cuda" and asked.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise SettingError(f"`trainer.precision` is {asked}, but this GPU has no bf16. Choose 32-true or 16-mixed.")

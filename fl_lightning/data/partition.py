@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_lightning.errors import SettingError, positive
+from fl_lightning.errors import SettingError, counted, positive
 
 
 class Partition(ABC):
@@ -149,8 +149,9 @@ class ByClass(Partition):
                 wanted = [even_sizes(sizes[client], self.classes_per_client)[place] for client, place in holders]
             if sum(wanted) > len(pile):
                 raise SettingError(
-                    f"Class {label} has {len(pile)} images, but its {len(holders)} client(s) need {sum(wanted)}. "
-                    "Raise `data.partition.classes_per_client`, or lower `data.images_per_client` or set it to null."
+                    f"Class {label} has {counted(len(pile), 'image')}, but {counted(len(holders), 'client')} would "
+                    f"need {sum(wanted)}. Raise `data.partition.classes_per_client`, or lower "
+                    "`data.images_per_client` or set it to null."
                 )
             for (client, _), piece in zip(holders, cut(pile, wanted, len(wanted)), strict=True):
                 shares[client].append(piece)

@@ -29,9 +29,14 @@ class Dropout(ClientDefense):
         if not 0 < self.p < 1:
             raise SettingError(f"Dropout needs p between 0 and 1, but got {self.p}.")
 
+    def rates(self, layers: int) -> tuple[float, ...]:
+        """Rate at which the inputs of each of so many linear layers are dropped."""
+        first, later = self.p * (self.where != "hidden"), self.p * (self.where != "features")
+        return first, *[later] * (layers - 1)
+
     def start(self, model: ImageClassifier, occasion: Occasion) -> None:
-        first, *later = linear_layers(model)
-        chosen = {"hidden": later, "features": [first], "all": [first, *later]}[self.where]
+        layers = linear_layers(model)
+        chosen = [layer for layer, rate in zip(layers, self.rates(len(layers)), strict=True) if rate]
         if not chosen:
             raise SettingError(
                 "Dropout of hidden units needs a head of two linear layers, but this model's has one. Set `where: "

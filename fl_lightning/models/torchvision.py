@@ -17,7 +17,9 @@ AUXILIARY = ("googlenet", "inception_v3")
 
 
 class TorchvisionClassifier(ImageClassifier):
-    """A classifier from `torchvision.models` without pretrained weights; its last linear layer is the head.
+    """A classifier from `torchvision.models` without pretrained weights; the linear layers at its end are the head.
+
+    These are three for AlexNet and VGG, with a ReLU between each two, and one for the others.
 
     BatchNorm is in train mode during local training; `federation.share_buffers` sets whether its running statistics
     are aggregated with the model. Stochastic depth (EfficientNet, ConvNeXt, Swin, MaxViT) is off and auxiliary
@@ -27,8 +29,8 @@ class TorchvisionClassifier(ImageClassifier):
         num_classes: number of logits.
         image_shape: (C, H, W) of an image; torchvision's classifiers require 3 channels.
         name: as in `torchvision.models.list_models()`, e.g. `resnet18` or `mobilenet_v3_small`.
-        dropout: rate of every dropout layer. The default is 0, unlike torchvision's, because the attack cannot
-            simulate units that are dropped at random.
+        dropout: rate of every dropout layer. The default is 0, unlike torchvision's, because units that are dropped at
+            random can be read of a single local step, but not simulated over several.
         mean, std: normalisation of the input, see `ImageClassifier`; torchvision usually uses
             [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225].
 
@@ -63,9 +65,11 @@ class TorchvisionClassifier(ImageClassifier):
                 f"torchvision's '{name}' ends in {type(layer).__name__}, not in a linear layer, so it cannot be "
                 "split into feature extractor and head. Choose another model, e.g. resnet18."
             )
-        self.features.set_submodule(layer_name, nn.Identity())
-        self.head = nn.Sequential(layer)
-        for module in self.features.modules():
+        head = _linear_stack(self.features, layer_name)
+        for name in head:
+            self.features.set_submodule(name, nn.Identity())
+        self.head = nn.Sequential(*(nn.ReLU() if isinstance(m, nn.ReLU) else m for m in head.values()))  # not in place
+        for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
             if isinstance(module, StochasticDepth):
@@ -86,3 +90,24 @@ class TorchvisionClassifier(ImageClassifier):
                 "choose another model."
             ) from error
         assert logits.shape == (2, self.hparams["num_classes"])
+
+
+def _linear_stack(model: nn.Module, last: str) -> dict[str, nn.Module]:
+    """The modules from the first of the linear layers that lead to the last one, with a ReLU between each two.
+
+    Args:
+        model: whose modules they are, of one container.
+        last: name of its last linear layer.
+    """
+    container, _, _ = last.rpartition(".")
+    stack, before = {last: model.get_submodule(last)}, []
+    siblings = [(f"{container}.{name}", module) for name, module in model.get_submodule(container).named_children()]
+    if not isinstance(model.get_submodule(container), nn.Sequential) or siblings[-1][0] != last:
+        return stack
+    for name, module in reversed(siblings[:-1]):
+        before.insert(0, (name, module))
+        if isinstance(module, nn.Linear):
+            if [type(m) for _, m in before[1:] if not isinstance(m, nn.Dropout)] != [nn.ReLU]:
+                break
+            stack, before = {**dict(before), **stack}, []
+    return stack

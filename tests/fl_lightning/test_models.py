@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
 from fl_lightning.models import VGG7, ImageClassifier, LeNet5, ResNet9, ResNet18, TorchvisionClassifier
-from fl_lightning.observation import build_model, describe_model
+from fl_lightning.observation import build_model, describe_model, on_meta
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,16 @@ def test_torchvision_by_name() -> None:
     model = TorchvisionClassifier(7, (3, 64, 64), name="resnet18")
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
     assert model.head[-1].weight.shape == (7, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [("alexnet", [9216, 4096, 4096]), ("vgg11", [25088, 4096, 4096]), ("mobilenet_v3_small", [1024])],
+)
+def test_the_linear_layers_at_the_end_are_the_head(name: str, widths: list[int]) -> None:
+    model = on_meta(lambda: TorchvisionClassifier(7, (3, 64, 64), name=name))
+    assert [layer.in_features for layer in model.head if isinstance(layer, nn.Linear)] == widths
+    assert not any(isinstance(layer, nn.Linear) for layer in list(model.features.classifier)[-3:])
 
 
 def test_description_rebuilds_the_same_function() -> None:

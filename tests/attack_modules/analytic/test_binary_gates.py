@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attack_modules.analytic.binary_gates import binary_gates, flip_gates, gate_logit
+from attack_modules.analytic.row_space import RowSpace
 
 IMAGES, HIDDEN, WIDTH = 40, 56, 300
 
@@ -26,28 +27,29 @@ def test_finds_gates_that_activations_leave_open() -> None:
     noisy = activations + 0.02 * torch.randn(activations.shape, generator=generator, dtype=torch.float64)
     gradient = (gates * errors).T @ features
     gradient += 1e-6 * torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
-    basis, rows = torch.linalg.qr(gradient.T)
+    space = RowSpace.of(gradient, weight)
     assert ((noisy > 0.02) != (gates > 0)).any(1).sum() > IMAGES / 2  # most images have a gate that the noise hides
-    found, coordinates = binary_gates(rows.T, weight @ basis, errors, noisy, WIDTH)
+    found, coordinates = binary_gates(space, 1.0, errors, noisy)
     torch.testing.assert_close(found, gates)
-    assert ((coordinates @ basis.T - features).norm(dim=1) / features.norm(dim=1)).max() < 1e-3
+    assert ((space.vectors(coordinates) - features).norm(dim=1) / features.norm(dim=1)).max() < 1e-3
 
 
 def test_more_images_than_units_rest_on_the_activations() -> None:
     features, weight, errors, activations = layer()
     few = HIDDEN // 2
     gates = (activations[:, :few] > 0).double()
-    basis, rows = torch.linalg.qr(((gates * errors[:, :few]).T @ features).T)
-    found, _ = binary_gates(rows.T, weight[:few] @ basis, errors[:, :few], activations[:, :few], WIDTH)
+    space = RowSpace.of((gates * errors[:, :few]).T @ features, weight[:few])
+    found, _ = binary_gates(space, 1.0, errors[:, :few], activations[:, :few])
     torch.testing.assert_close(found, gates)
 
 
 def test_two_wrong_gates_that_hide_each_other_are_flipped_together() -> None:
-    violation = torch.tensor([[1.0, 0.0], [-1.0, 1e-3], [0.0, 0.0]], dtype=torch.float64)
+    inside = torch.tensor([[1.0], [-0.999], [0.0]], dtype=torch.float64)
+    inside, errors = inside / inside.norm(), torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
     shut = torch.zeros(3, dtype=torch.float64)
     likely, unlikely = torch.tensor([[2.0, 2, 8], [-1.0, -1, 8]], dtype=torch.float64)
-    assert flip_gates(violation, likely, shut, 1e-4)[0].tolist() == [1, 1, 1]
-    assert flip_gates(violation, unlikely, shut, 1e-4)[0].tolist() == [0, 0, 1]
+    assert flip_gates(inside, errors, likely, shut, 1e-4)[0].tolist() == [1, 1, 1]
+    assert flip_gates(inside, errors, unlikely, shut, 1e-4)[0].tolist() == [0, 0, 1]
 
 
 def test_witnesses_agree_with_integration() -> None:

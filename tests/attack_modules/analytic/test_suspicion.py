@@ -33,6 +33,10 @@ def update(seed: int) -> Tensors:
     }
 
 
+BEFORE = update(9)
+"""Weights as large as the updates, whose rounding shows nothing."""
+
+
 def mean_of(*defenses: ClientDefense) -> Tensors:
     """The mean of four clients' defended updates."""
     sent = []
@@ -57,41 +61,42 @@ def mean_of(*defenses: ClientDefense) -> Tensors:
     ids=str,
 )
 def test_compression_is_suspected(defense: ClientDefense, words: str) -> None:
-    (clause,) = suspected_defenses(mean_of(defense), ASSUMED)
+    (clause,) = suspected_defenses(mean_of(defense), BEFORE, ASSUMED)
     assert words in clause
-    assert suspected_defenses(mean_of(defense), replace(ASSUMED, defenses=(defense,))) == []  # it is what is assumed
-    assert suspected_defenses(mean_of(defense), replace(ASSUMED, defenses=(Clipping(),))) == [clause]
+    assert suspected_defenses(mean_of(defense), BEFORE, replace(ASSUMED, defenses=(defense,))) == []
+    assert suspected_defenses(mean_of(defense), BEFORE, replace(ASSUMED, defenses=(Clipping(),))) == [clause]
     told = replace(ASSUMED, sources={"defenses": "known", "optimizer": "known"})
-    assert suspected_defenses(mean_of(defense), told) == []
+    assert suspected_defenses(mean_of(defense), BEFORE, told) == []
 
 
 @pytest.mark.parametrize("defenses", [(), (GaussianNoise(rho=1.0),), (Quantization(bits=8),)], ids=str)
 def test_without_compression_nothing_is_suspected(defenses: tuple) -> None:
-    assert suspected_defenses(mean_of(*defenses), ASSUMED) == []
+    assert suspected_defenses(mean_of(*defenses), BEFORE, ASSUMED) == []
 
 
 def test_layers_that_stay_are_named() -> None:
     still = {**mean_of(), "head.2.weight": torch.zeros(20, 256)}
-    (clause,) = suspected_defenses(still, ASSUMED)
+    (clause,) = suspected_defenses(still, BEFORE, ASSUMED)
     assert clause.startswith("head.2.weight did not change, as if clients kept them")
-    assert suspected_defenses(still, replace(ASSUMED, defenses=(PartialSharing(["head.2"]),))) == []
-    assert suspected_defenses(still, replace(ASSUMED, sources={"defenses": "known"})) == [
+    assert suspected_defenses(still, BEFORE, replace(ASSUMED, defenses=(PartialSharing(["head.2"]),))) == []
+    assert suspected_defenses(still, BEFORE, replace(ASSUMED, sources={"defenses": "known"})) == [
         "head.2.weight did not change, as if clients did not train them"
     ]
 
 
 def test_adam_is_suspected_where_it_is_not_told_and_named_where_it_is() -> None:
     signs = mean_of(Sign())
-    (clause,) = suspected_defenses(signs, replace(ASSUMED, sources={"defenses": "known", "optimizer": "guessed"}))
+    adam_alone = replace(ASSUMED, sources={"defenses": "known", "optimizer": "guessed"})
+    (clause,) = suspected_defenses(signs, BEFORE, adam_alone)
     assert clause.endswith("nearly of one size, as by Adam at the clients")
     adam = replace(ASSUMED, optimizer="Adam")
-    assert suspected_defenses(signs, adam) == ["the peers train by Adam, which no attack simulates"]
+    assert suspected_defenses(signs, BEFORE, adam) == ["the peers train by Adam, which no attack simulates"]
     assert "each attacks as if they trained by SGD" in adam.introduction()
     assert "Adam" not in ASSUMED.introduction()
 
 
 def test_updates_of_biases_alone_show_what_stayed() -> None:
     biases = {"features.0.bias": torch.zeros(40), "head.0.bias": torch.linspace(-1, 1, 50)}
-    assert suspected_defenses(biases, ASSUMED) == [
+    assert suspected_defenses(biases, BEFORE, ASSUMED) == [
         "features.0.bias did not change, as if clients kept them for themselves or did not train them"
     ]

@@ -306,7 +306,7 @@ def test_defences_that_observed_rounds_rule_out_are_not_missed(
     both = replace(study, scenarios=[replace(study.scenarios[0], defences=["none", "noise"])])
     (tmp_path / "rounds").mkdir()
     run(both, fake, tmp_path / "out", dry_run=True, observation=tmp_path / "rounds")
-    assert "1 scenario(s), 1 defence(s), 3 seed(s): 3 runs" in capsys.readouterr().out
+    assert "1 scenario, 1 defence, 3 seeds: 3 runs" in capsys.readouterr().out
 
 
 def test_intervals_times_and_letters() -> None:

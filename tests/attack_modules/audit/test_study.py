@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from attack_modules.audit.forecast import PER_CLIENT, PER_PIXEL, START, Work
 from attack_modules.audit.study import Defence, Scenario, Study
 from fl_lightning.errors import AuditError
+from fl_lightning.seats import ColludingClients, CuriousServer
+from fl_lightning.storage import described
 
 
 def test_cells_come_with_the_first_seed_first_and_share_federations(study: Study, tmp_path: Path) -> None:
@@ -46,6 +49,21 @@ def test_a_cell_of_an_edited_configuration_is_another_cell(study: Study, tmp_pat
     foreign = replace(study, settings={"observation": "record"}).cells()[0]
     assert foreign.federation is None
     assert not any("federations" in word for word in foreign.placed(tmp_path))
+
+
+def test_the_forecast_counts_the_images_of_those_who_do_not_look() -> None:
+    def seconds(seat: dict | None, **data: object) -> float:
+        data = {"num_clients": 4, "images_per_client": 5, "image_size": 100} | data
+        settings = {"model": {"class_path": "attack_modules.FeatureInversion"}, "data": {"init_args": data},
+                    "trainer": {"max_steps": 100}, "federation": {"seat": seat}}  # fmt: skip
+        return (Work.of(settings).seconds - START - PER_CLIENT * 4) / PER_PIXEL["FeatureInversion"] / 1e6
+
+    colluding = described(ColludingClients(count=3))
+    assert seconds(None) == pytest.approx(15)
+    assert seconds(described(CuriousServer())) == pytest.approx(20)
+    assert seconds(colluding) == pytest.approx(5)
+    assert seconds(described(CuriousServer()), attacker_images=1) == pytest.approx(16)
+    assert seconds(colluding, images_per_client=[7, 5, 5, 5]) == pytest.approx(7)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -203,13 +204,17 @@ def test_a_full_disk_ends_the_study_in_a_sentence_and_loses_no_run(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun: Counter = Counter()
-    fourth_began, other_ends, space = Event(), Event(), {"free": LEAST_FREE, "records": 2}
+    numbers, fourth_begins, third_ends = count(), Event(), Event()
+    space = {"free": LEAST_FREE, "records": 2}
 
     def run(cell: Cell, folder: Path, threads: int, stop: Event) -> tuple[int, str]:
         begun[cell.name] += 1
-        if sum(begun.values()) == 4:  # it is at work while the record of the other cannot be written
-            fourth_began.set()
-            other_ends.wait(20)
+        number = next(numbers)
+        if number == 2:
+            assert fourth_begins.wait(20)
+        if number == 3:  # it is at work while the record of the third cannot be written
+            fourth_begins.set()
+            assert third_ends.wait(20)
             assert not stop.is_set()
         write_json(folder / "run/results.json", {"finished": True, "complete": cell.seed < 2, "seconds": 7.0})
         return 0, ""
@@ -217,12 +222,11 @@ def test_a_full_disk_ends_the_study_in_a_sentence_and_loses_no_run(
     def written(path: Path, content: dict) -> None:
         space["records"] -= 1
         if space["records"] == -1:
-            fourth_began.wait(20)
             raise StorageError("Could not write: No space left on device.")
         write_json(path, content)
 
     def said(number: int, word: str) -> str:  # of the runs that will end, when no other begins any more
-        other_ends.set()
+        third_ends.set()
         return counted(number, word)
 
     monkeypatch.setattr("attack_modules.audit.workers.write_json", written)

@@ -50,7 +50,7 @@ def test_images_are_recognised_and_grouped_by_client(watched: tuple[list[Observe
     assert [int(count) for count in module.presence.sum(1)] == [4 + 2 * absent for absent in shown]
     printed = module.introduction()
     assert "8 different ones" in printed
-    assert "of 4 peer(s)" in printed
+    assert "of 4 peers" in printed
 
 
 def test_feature_inversion_points_here(watched: tuple[list[ObservedRound], Truth], attack: Run) -> None:

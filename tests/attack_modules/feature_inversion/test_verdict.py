@@ -93,6 +93,15 @@ def test_scale_batch_statistics_and_shared_classes_limit_the_level() -> None:
     assert set(verdict(leakage(), model=single).levels) == {Level.UNRELIABLE}
 
 
+@pytest.mark.parametrize(("flat", "level"), [(32.5, Level.UNRELIABLE), (34.5, Level.NOT_READ)])
+def test_known_images_must_come_back_better_than_their_mean_colour(flat: float, level: Level) -> None:
+    found = leakage()
+    evidence = Evidence(found, found.features, torch.full((3,), 0.01), drifts=False)
+    judged = judge(evidence, [30.0] * 3, 35.0, MODEL, flat)
+    assert set(judged.levels) == {level}
+    assert f"known ones come back at 35 dB, their mean colour is at {flat:.0f} dB" in judged.reasons[0]
+
+
 def test_an_image_that_fits_far_worse_than_the_others_is_several() -> None:
     evidence = Evidence(leakage(), leakage().features, torch.tensor([0.01, 0.01, 0.08]), drifts=False)
     found = judge(evidence, [30.0] * 3, 35.0, MODEL)

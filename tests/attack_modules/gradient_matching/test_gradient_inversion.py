@@ -70,6 +70,15 @@ def test_loss_falls_and_the_best_iterate_is_kept(observe: Observe, attack: Run, 
     torch.testing.assert_close(objective + prior, module.best_loss[best])
 
 
+def test_signs_move_all_pixels_alike(observe: Observe, attack: Run) -> None:
+    seen = observe(Federation(client=LocalTraining(lr=0.01)))
+    module = GradientInversion(latent_downscale=1, lr=0.01, signed=True)
+    attack(module, seen, steps=1)
+    moved = (module.starts[0] - module._start(0, (3, 16, 16))).abs()
+    assert moved.median().item() == pytest.approx(0.01, rel=1e-3)
+    assert moved.std() < 1e-4
+
+
 def test_divergence_returns_to_the_best_and_says_so(observe: Observe, attack: Run) -> None:
     seen = observe(Federation(client=LocalTraining(lr=0.01)))
     module = GradientInversion(latent_downscale=1, lr=30.0, divergence_factor=1.01)

@@ -144,5 +144,5 @@ def test_what_cannot_be_divided_is_refused_in_one_sentence(tmp_path: Path) -> No
         timeout=600,
     )
     assert done.returncode == 1
-    assert done.stderr.count("1 peer(s) cannot be divided among 2 processes") == 1
+    assert done.stderr.count("1 peer cannot be divided among 2 processes") == 1
     assert "Traceback" not in done.stderr

@@ -16,6 +16,7 @@ from attack_modules.threat_model.requirements import (
     NoBatchNorm,
     NoRandomLayers,
     OtherImages,
+    ReadableDropout,
     Requirement,
     RequirementError,
     SingleRound,
@@ -72,7 +73,7 @@ def test_each_names_what_is_missing_and_what_to_do(
     batches = changed(met, batch_size=1, client_sizes=[2, 2])
     refused(FullBatches(), batches, "they train in batches of 1.*`model.refinement: null`")
     refused(KnownClientSizes(), changed(met, client_sizes=None), "knows neither.*`knowledge.num_clients`")
-    refused(KnownClientSizes(3), met, r"2 peer\(s\) cannot be divided among 3 processes")
+    refused(KnownClientSizes(3), met, r"2 peers cannot be divided among 3 processes")
     unknown = changed(met, sources={"labels": "inferred", "label_counts": "known"})
     refused(KnownLabelsByPeer(), unknown, "only their counts are known.*`model.merged: true`, or `knowledge.labels")
     normed = RoundsSummary.of([observe(Federation(model=batch_norm_classifier))])
@@ -82,16 +83,15 @@ def test_each_names_what_is_missing_and_what_to_do(
     refused(OtherImages("NoiseImages"), met, "these are of `NoiseImages`")
 
 
-def test_random_layers_and_deep_heads(observe: Observe) -> None:
+def test_random_layers(observe: Observe) -> None:
     def with_dropout(num_classes: int, image_shape: tuple[int, int, int]) -> TorchvisionClassifier:
         return TorchvisionClassifier(num_classes, image_shape, name="mobilenet_v3_small", dropout=0.2)
 
     training = LocalTraining(local_epochs=1)
     random = RoundsSummary.of([observe(Federation(model=with_dropout, client=training), image_size=32)])
     refused(NoRandomLayers(), random, r"is random while it trains: features.classifier.2 \(Dropout\)")
-    random.model.head.append(random.model.head[0])
-    random.model.head.append(random.model.head[0])
-    refused(LinearHead(), random, "has 3. Attack this model by gradient matching")
+    assert ReadableDropout().violation(random) is None  # in front of the head, and one step
+    refused(ReadableDropout(), changed(random, local_epochs=2), "drops other units at each of 1 x 2 steps")
 
 
 def test_rounds_are_refused_before_they_are_simulated(noise_images: type, tmp_path: str) -> None:

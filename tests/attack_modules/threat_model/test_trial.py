@@ -12,6 +12,7 @@ from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.requirements import (
     LinearHead,
     NoRandomLayers,
+    ReadableDropout,
     Requirement,
     SeparableModel,
     TwiceDifferentiable,
@@ -88,6 +89,13 @@ class HiddenDropout(Plain):
         return F.dropout(super().embed(images), 0.1, self.training)
 
 
+class HeadDropout(Plain):
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__(num_classes, image_shape)
+        self.features.append(nn.Dropout(0.5))
+        self.head.insert(2, nn.Dropout(0.2))
+
+
 class Residual(Plain):
     def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
         super().__init__(num_classes, image_shape)
@@ -139,6 +147,7 @@ def violation(requirement: Requirement, model_class: type[ImageClassifier]) -> s
         (OtherEmbedding, SeparableModel(), "other features in `embed`"),
         (Beside, SeparableModel(), r"outside `features` and `head` \(scale\)"),
         (HiddenDropout, NoRandomLayers(), r"random while it trains: HiddenDropout\.forward"),
+        (HiddenDropout, ReadableDropout(), r"random numbers elsewhere while it trains: HiddenDropout\.forward"),
         (Residual, NoRandomLayers(), r"features\.3 \(StochasticDepth\), features\.4 \(RReLU\)"),
         (WithHardsigmoid, TwiceDifferentiable(), r"has none \(derivative for aten::hardsigmoid_backward"),
         (Counting, NoRandomLayers(), "two passes of the same images in train mode differ"),
@@ -156,9 +165,14 @@ def test_what_does_not_fit_is_named(model_class: type[Plain], requirement: Requi
 def test_what_fits_is_not_refused_and_costs_no_random_number(model_class: type[ImageClassifier]) -> None:
     model = model_class(7, SHAPE)
     state = torch.get_rng_state()
-    assert Trial.of(model) == Trial(None, None, None)
+    layers = sum(isinstance(layer, nn.Linear) for layer in model.head)
+    assert Trial.of(model) == Trial(None, None, None, (0.0,) * layers)
     assert no_second_derivative(model) is None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_is_measured() -> None:
+    assert Trial.of(HeadDropout(7, SHAPE)).dropout == pytest.approx((0.5, 0.2), abs=1e-3)
 
 
 def test_a_model_whose_constructor_looks_at_values_is_tried() -> None:

@@ -95,7 +95,7 @@ def test_too_few_images_are_counted() -> None:
 
 
 def test_by_class_refuses_what_its_classes_cannot_give() -> None:
-    with pytest.raises(ValueError, match=r"Class \d has 60 images, but its 1 client\(s\) need 61"):
+    with pytest.raises(ValueError, match=r"Class \d has 60 images, but 1 client would need 61"):
         deal(ByClass(1), [61], 1)
     with pytest.raises(ValueError, match="is 11, but the images have only 10 classes"):
         deal(ByClass(11), None, 2)
