@@ -51,14 +51,14 @@ class PatchInversion(Attack):
         seen, shape = self.observed_rounds, self.observed_rounds[0].observation.image_shape
         model = seen[0].observation.build_model(shared=True)
         embedding = PatchEmbedding.of(model)
-        last = [name for name in model.head_parameters if name.endswith("weight")][-1]
+        weights = [name for name in model.head_parameters if name.endswith("weight")]
         shown: dict[View, list[PatchUpdate]] = {}
         labels: dict[View, int] = {}
         for observed in seen:
             update, told = self.update_of(observed), observed.assumptions.labels
             shown.setdefault(observed.client, []).append(PatchUpdate.of(observed, update, embedding))
             # of a single image, the row of its own class is the largest: the others sum up to it
-            labels[observed.client] = told[0] if told else int(update[last].norm(dim=1).argmax())
+            labels[observed.client] = told[0] if told else int(update[weights[-1]].norm(dim=1).argmax())
         mean, std = model.mean.double(), model.std.double()
         self.readings = [PatchReading(embedding, updates, mean, std, shape) for updates in shown.values()]
         starts = [reading.start() for reading in self.readings]
