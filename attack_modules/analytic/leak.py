@@ -41,8 +41,9 @@ from attack_modules.analytic.shared_classes import read_shared
 from attack_modules.analytic.uncertainty import feature_uncertainty
 from attack_modules.attack import AttackError
 
-CLEAR = 5.0
-"""Standard deviations from which a feature was surely not dropped."""
+CLEAR = 10.0
+"""Standard deviations of a feature's error from which it was surely not dropped. Measured with AlexNet: two of 80,000
+dropped ones are at 5, 0.1 % of those that were kept below 8.6."""
 
 
 def leak(
