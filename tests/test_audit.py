@@ -63,6 +63,8 @@ def test_a_study_runs_and_reports(study: Path, capsys: pytest.CaptureFixture) ->
     assert [cell["originals"] for cell in content["cells"]] == [4, 4]  # of two peers
     assert all(cell["accuracy"] is not None and cell["psnr_mean"] > 10 for cell in content["cells"])
     assert content["groups"][0]["letter"] == "C"
+    results = [json.loads(path.read_text()) for path in Path("found").glob("cells/*/run/results.json")]
+    assert [found["complete"] for found in results] == [True, True]  # so that a lost cell.json is made up for
     assert not Path("runs").exists()
     main([*audit, "--data.num_clients", "3"])  # nothing is left to do
     assert "2 of which have ended" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Gradient matching: the attack of arXiv 2410.04661, section 4."""
 
 import math
+import statistics
 from collections import Counter
 from typing import Any, Literal
 
@@ -200,13 +201,17 @@ class GradientInversion(Attack):
         prior = sum((prior.weight * prior(own).sum() / len(images) for prior in self.priors), objective.new_zeros(()))
         return objective, prior
 
-    @torch.inference_mode(False)
-    @torch.enable_grad()  # the simulation needs gradients
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
         """() `|simulated - observed| / |observed|` over all layers, whatever the objective weighs."""
-        images = images.detach().to(self.device).clone(memory_format=torch.channels_last)
-        simulated = self.whole.mean_update(images, labels.to(self.device).clone())
+        simulated = self._explained(images, labels)
         return SquaredL2()(simulated, {name: self.observed[name] for name in simulated}).sqrt().detach()
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()  # the simulation needs gradients
+    def _explained(self, images: Tensor, labels: Tensor) -> SimulatedUpdate:
+        """The update that images (N, C, H, W) with labels (N,) would have given, of the whole model."""
+        images = images.detach().to(self.device).clone(memory_format=torch.channels_last)
+        return self.whole.mean_update(images, labels.to(self.device).clone())
 
     def decode(self, latent: Tensor) -> Tensor:
         """(N, C, h, w) latent -> (N, C, h * latent_downscale, w * latent_downscale) images."""
@@ -277,7 +282,9 @@ class GradientInversion(Attack):
     def verdict(self, misfit: Tensor) -> Verdict:
         seen = self.observed_rounds[0]
         suspected = suspected_defenses(self.update_of(seen), seen.observation.before, seen.assumptions)
-        return judge(misfit.item(), len(self.labels)).suspecting(suspected)
+        simulated = self._explained(*self.reconstruction()[:2])
+        single = [SquaredL2()({name: simulated[name]}, {name: self.observed[name]}).item() for name in self.target]
+        return judge(misfit.item(), len(self.labels), statistics.median(single) ** 0.5).suspecting(suspected)
 
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from attack_modules.simulation.distributed import Ranks
@@ -212,7 +213,7 @@ class SimulatedPeers:
         It is itself differentiable where gradients are enabled.
         """
         differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             weights = {
                 name: weight
                 if isinstance(weight, LowRank) or weight.requires_grad

@@ -20,7 +20,7 @@ SIZES = (32, 48, 64, 80, 96, 112, 128, 224)
 """Of images; the smallest that a model takes is attacked."""
 LARGE = 150_000_000
 """Parameters above which a model is built, tried and checked, but not trained."""
-TIME_LIMIT = 120
+TIME_LIMIT = 240
 """Seconds for the federation and both attacks on a model."""
 TOLD = Assumptions(
     0.003, 2, num_clients=2, num_images=2, labels=[0, 1], client_sizes=[1, 1], sources={"labels": "known"}

@@ -1,7 +1,9 @@
 """One image of a peer from a vision transformer's update."""
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
-from attack_modules import PatchInversion
+from attack_modules import GradientInversion, PatchInversion
 from attack_modules.attack import Level
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import GivenRounds, ObservedRound
 from attack_modules.threat_model.requirements import RequirementError
+from cli import main
 from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation
 from fl_lightning.models import WrappedClassifier
 
+ROOT = Path(__file__).parents[3]
 Observe = Callable[..., ObservedRound]
 VIT = {"image_size": 16, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 48, "mlp_dim": 48}
 TOLD_NOTHING = Knowledge(labels="inferred", label_counts="inferred", num_images="inferred", num_clients="inferred")
@@ -96,3 +100,19 @@ def test_the_only_step_of_a_head_that_begins_at_0_is_refused(observe: Observe) -
     seen = observe(federation(rounds=1, epochs=1), num_clients=2, images_per_client=[1, 1])
     with pytest.raises(RequirementError, match=r"leaves conv_proj\.weight as it was.*Observe a later round"):
         PatchInversion().check(GivenRounds([seen]).summary())
+
+
+def test_gradient_matching_differentiates_attention_twice(observe: Observe, attack: Callable) -> None:
+    """Fused attention, which clients use, has no second derivative on a CPU."""
+    seen = observe(federation(), num_clients=2, images_per_client=[2, 1])
+    module = attack(GradientInversion(latent_downscale=1), seen, steps=2)
+    assert module.best_loss.isfinite().all()
+    assert module.verdict(module.misfit(*module.reconstruction()[:2])).level is not Level.CERTAIN
+
+
+def test_the_configuration_runs_and_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(ROOT / "configs/patches.yaml"), "--data.images_per_client", "[1,1]"])
+    results = json.loads(next(tmp_path.rglob("results.json")).read_text())
+    assert results["scores"]["psnr_min"] > 40
+    assert results["verdict"]["level"] == "certain"

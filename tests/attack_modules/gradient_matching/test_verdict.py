@@ -13,3 +13,9 @@ def test_level_follows_the_misfit_and_is_never_certain(misfit: float, level: Lev
     assert found.levels == [level] * 3
     assert found.reasons
     assert found.advice
+
+
+def test_a_layer_that_outweighs_all_others_does_not_make_images_likely() -> None:
+    found = judge(0.04, 2, typical=7.3)
+    assert found.levels == [Level.NOT_READ] * 2
+    assert "of most parameters' updates they leave 730%" in found.reasons[0]
