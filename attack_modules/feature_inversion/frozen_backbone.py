@@ -63,7 +63,7 @@ class FrozenBackbone(RoundsReader):
         starts: most random starts of the solver, of which the residual chooses.
         iterations: most of each start.
         seed: of the starts.
-        device: of the solver: `cpu`, or `cuda`, which pays from some 64 images on if it is fast in double precision.
+        device: of the solver, which is in double precision: `cpu` or `cuda`.
 
     Raises:
         SettingError: a number is below 1, or there is no such device.
