@@ -98,8 +98,9 @@ def leak_rounds(
     if depth > 2 and not (distinct and num_images < len(last[0])):
         raise AttackError(
             f"A head of {depth} linear layers is read where every image has a class of its own and a class has none, "
-            f"but {num_images} images are of {len(labels.unique())} of {len(last[0])} classes. Attack by gradient "
-            "matching instead (`--model GradientInversion`)."
+            f"but {num_images} images of {len(labels.unique())} of {len(last[0])} classes are told or counted in its "
+            "update. Where there are fewer (drift and defences count as images), give `knowledge.num_images`; else "
+            "attack by `--model GradientInversion`."
         )
     try:
         if depth == 1:

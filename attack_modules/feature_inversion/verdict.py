@@ -133,7 +133,8 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module, 
         if not found.separated:  # under a frozen backbone, other layers show nothing
             advice.append("Attack by gradient matching, which uses all layers: configs/paper.yaml.")
     elif any(level is not Level.CERTAIN for level in levels):
-        reasons.append(f"the features are off by {errors.median():.1%}, as far as the attacker can tell")
+        off = f"{error:.1%}" if (error := errors.median().item()) < 1 else "their own size and more"
+        reasons.append(f"the features are off by {off}, as far as the attacker can tell")
     return Verdict(levels, found.num_images - found.disentangled, reasons, advice, psnr)
 
 

@@ -91,7 +91,7 @@ def test_what_dropout_kept_is_read() -> None:
 
 def test_shared_classes_are_refused() -> None:
     update, before = train(make_head(64, 56), make_features(), 0.1, 1)
-    with pytest.raises(AttackError, match="8 images are of 7 of 30 classes"):
+    with pytest.raises(AttackError, match="8 images of 7 of 30 classes"):
         leak(update, before, TrainingKnowledge(0.1, 1, labels=torch.tensor([0, 0, 3, 6, 9, 12, 15, 18])))
 
 
