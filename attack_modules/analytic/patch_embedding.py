@@ -174,7 +174,7 @@ class PatchUpdate:
     Attributes:
         products: (D, T) update of the convolution, float64.
         errors: (P, D) update of the position embedding.
-        total: (D,) update of the bias, which but for noise is the sum of `errors`; None where there is none or it stays.
+        total: (D,) update of the bias, which but for noise is the sum of `errors`; None where it has none or stays.
         rounding: standard deviations of the rounding errors in an entry of the three; 0 for a missing one.
     """
 
