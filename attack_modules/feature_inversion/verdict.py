@@ -179,6 +179,13 @@ def _limits(evidence: Evidence, model: nn.Module) -> tuple[Level, list[str], lis
             f"the number of images cannot be read: the singular values do not fall, and {found.held} classes are held",
             "Give the number of images as `knowledge.num_images`.",
         )
+    if not found.checked:
+        limit(
+            Level.UNRELIABLE,
+            f"no more hidden units are active than the {found.num_images} images, so that nothing checks the features",
+            "Observe several rounds of the same peers (`federation.observed_rounds`), or attack by gradient matching "
+            "(configs/paper.yaml).",
+        )
     if found.noise and found.residual > NOISY:  # the uncertainty of the features accounts for it
         reasons.append(f"independent noise of standard deviation {found.noise:.2g} lies on the update")
         advice.append("Several rounds of the same peers average the noise: `federation.observed_rounds`.")
