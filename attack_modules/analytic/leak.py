@@ -73,7 +73,8 @@ def leak_rounds(
 
     Raises:
         AttackError: there are several rounds of one linear layer, the number of images cannot be read, the rounds do
-            not hold the same images, or images share classes where the head has more than two layers.
+            not hold the same images, or the head has more than two layers and images share classes or are as many as a
+            layer's units.
     """
     layers, before = [linear_layers(update) for update in updates], [linear_layers(weight) for weight in weights]
     depth, wide = len(layers[0]), [layer[0].shape[1] for layer in before[0]]
@@ -98,8 +99,14 @@ def leak_rounds(
     if depth > 2 and not (distinct and num_images < len(last[0])):
         raise AttackError(
             f"A head of {depth} linear layers is read where every image has a class of its own and a class has none, "
-            f"but {num_images} images are of {len(labels.unique())} of {len(last[0])} classes. Attack by gradient "
-            "matching instead (`--model GradientInversion`)."
+            f"but {num_images} images of {len(labels.unique())} of {len(last[0])} classes are told or counted in its "
+            "update. Where there are fewer (drift and defences count as images), give `knowledge.num_images`; else "
+            "attack by `--model GradientInversion`."
+        )
+    if depth > 2 and (narrow := min(len(layers) * wide[1], *wide[2:])) <= num_images:
+        raise AttackError(
+            f"A head of {depth} linear layers is read where each hidden layer has more units than there are images, "
+            f"but there are {num_images} images and a layer of {narrow} units. Attack by `--model GradientInversion`."
         )
     try:
         if depth == 1:
@@ -142,6 +149,7 @@ def leak_rounds(
             conditioning=torch.linalg.cond(found.errors).item(),
             drift=found.drift,
             outside=found.outside,
+            checked=depth == 1 or len(singular) > num_images,
         ),
         uncertainty=uncertainty,
         ones=vectors[:, width] if vectors.shape[1] > width else None,

@@ -120,6 +120,7 @@ def leak_defended(
             conditioning=conditioning,
             drift=0.0,
             outside=0.0,
+            checked=len(singular) > n,
         ),
         uncertainty=found.uncertainty.float(),
         ones=found.features[:, width].float() if found.features.shape[1] > width else None,

@@ -174,7 +174,7 @@ class PatchUpdate:
     Attributes:
         products: (D, T) update of the convolution, float64.
         errors: (P, D) update of the position embedding.
-        total: (D,) update of the bias, which but for noise is the sum of `errors`; None without.
+        total: (D,) update of the bias, which but for noise is the sum of `errors`; None where it has none or stays.
         rounding: standard deviations of the rounding errors in an entry of the three; 0 for a missing one.
     """
 
@@ -193,8 +193,10 @@ class PatchUpdate:
             embedding: of the round's model.
         """
         known, observation = seen.assumptions, seen.observation
+        names = [embedding.weight, embedding.position]
+        if embedding.bias and update[embedding.bias].any():  # else it is frozen, or not sent
+            names.append(embedding.bias)
         update = seen.without_weight_decay(update)
-        names = [embedding.weight, embedding.position, *([embedding.bias] if embedding.bias else [])]
         amplified = 1 / (known.server_lr * (1 - observation.own_weight))
         size = (ROUNDED_MEAN * amplified**2 + ROUNDED * known.local_steps) ** 0.5  # of the server, and of each step
         rounding = [size * max(_spacing(observation.before[n]), _spacing(observation.after[n])) for n in names]

@@ -88,6 +88,7 @@ class Diagnosis(ImageCount):
         outside: largest `Separation.outside` of the images that were found by their gates: near 0 is certain, 1 is
             chance. 0 where the last layer disentangles the images.
         separated: whether images that share a class were told apart under a head of one layer, which one round mixes.
+        checked: whether more units than images were active; else any features explain the update, and `residual` is 0.
     """
 
     disentangled: int
@@ -97,6 +98,7 @@ class Diagnosis(ImageCount):
     drift: float
     outside: float
     separated: bool = False
+    checked: bool = True
 
 
 @dataclass(frozen=True)

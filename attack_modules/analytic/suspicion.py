@@ -1,15 +1,33 @@
 """What an attacker should suspect behind an update, where nobody has told it."""
 
+from dataclasses import replace
+
 from attack_modules.analytic.counting import active_entries, is_compressed
 from attack_modules.analytic.row_space import float_spacing
+from attack_modules.attack import Level, Verdict
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.plausibility import looks_like_signs
 from fl_lightning.client import Tensors
-from fl_lightning.defenses import QSGD, HalfPrecision, PartialSharing, Quantization, RandomK, Sign, TopK
+from fl_lightning.defenses import QSGD, Augmentation, HalfPrecision, PartialSharing, Quantization, RandomK, Sign, TopK
 
 MANY_ZEROS = 0.2
 """Share of zeros beyond that of rounding, see `is_compressed`."""
 FEW_LEVELS = (Quantization, QSGD)
+
+
+def qualified(verdict: Verdict, update: Tensors, before: Tensors, assumptions: Assumptions) -> Verdict:
+    """A verdict with what else is to be suspected; arguments as of `suspected_defenses`.
+
+    Of a single local step, what a known augmentation made of an image comes out as exactly as an image would.
+    """
+    verdict = verdict.suspecting(suspected_defenses(update, before, assumptions))
+    if not any(isinstance(defense, Augmentation) for defense in assumptions.defenses):
+        return verdict
+    return replace(
+        verdict,
+        levels=[level.limited(Level.UNRELIABLE) for level in verdict.levels],
+        reasons=[*verdict.reasons, "the peers augment their images, so what is found are their views at best"],
+    )
 
 
 def suspected_defenses(update: Tensors, before: Tensors, assumptions: Assumptions) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attack_modules.analytic.defended_head import Expected
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
 from attack_modules.analytic.row_space import space_bytes
-from attack_modules.analytic.suspicion import suspected_defenses
+from attack_modules.analytic.suspicion import qualified
 from attack_modules.attack import Attack, Reconstruction, Verdict
 from attack_modules.feature_inversion.controls import ERRORS, expected_psnr, mean_colour_psnr
 from attack_modules.feature_inversion.decoder import FeatureDecoder
@@ -501,8 +501,8 @@ class FeatureInversion(Attack):
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
         seen = self.observed_rounds[0]
-        suspected = suspected_defenses(self.update_of(seen), seen.observation.before, seen.assumptions)
-        return judge(evidence, psnr, best, self.model, mean_colour_psnr(shape)).suspecting(suspected)
+        verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(shape))
+        return qualified(verdict, self.update_of(seen), seen.observation.before, seen.assumptions)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)

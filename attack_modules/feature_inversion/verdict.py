@@ -133,7 +133,8 @@ def judge(evidence: Evidence, psnr: list[float], best: float, model: nn.Module, 
         if not found.separated:  # under a frozen backbone, other layers show nothing
             advice.append("Attack by gradient matching, which uses all layers: configs/paper.yaml.")
     elif any(level is not Level.CERTAIN for level in levels):
-        reasons.append(f"the features are off by {errors.median():.1%}, as far as the attacker can tell")
+        off = f"{error:.1%}" if (error := errors.median().item()) < 1 else "their own size and more"
+        reasons.append(f"the features are off by {off}, as far as the attacker can tell")
     return Verdict(levels, found.num_images - found.disentangled, reasons, advice, psnr)
 
 
@@ -177,6 +178,13 @@ def _limits(evidence: Evidence, model: nn.Module) -> tuple[Level, list[str], lis
             Level.LIKELY,
             f"the number of images cannot be read: the singular values do not fall, and {found.held} classes are held",
             "Give the number of images as `knowledge.num_images`.",
+        )
+    if not found.checked:
+        limit(
+            Level.UNRELIABLE,
+            f"no more hidden units are active than the {found.num_images} images, so that nothing checks the features",
+            "Observe several rounds of the same peers (`federation.observed_rounds`), or attack by gradient matching "
+            "(configs/paper.yaml).",
         )
     if found.noise and found.residual > NOISY:  # the uncertainty of the features accounts for it
         reasons.append(f"independent noise of standard deviation {found.noise:.2g} lies on the update")

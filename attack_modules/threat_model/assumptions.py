@@ -120,7 +120,10 @@ class Assumptions:
             return update
         decay = self.mean_rate * self.local_steps * self.weight_decay
         elapsed = half_way(self.local_steps)
-        return {name: tensor - decay * (before[name] - elapsed * tensor) for name, tensor in update.items()}
+        return {
+            name: tensor - decay * (before[name] - elapsed * tensor) if tensor.any() else tensor  # frozen or not sent
+            for name, tensor in update.items()
+        }
 
 
 def split_evenly(num_images: int | None, num_clients: int | None) -> list[int] | None:

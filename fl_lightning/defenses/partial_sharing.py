@@ -45,9 +45,10 @@ class PartialSharing(ClientDefense):
                 f"{'all' if self._is_private(names[0]) else 'none'} of the parameters that are trained, which are "
                 f"{shown[:150]}. Name some of them."
             )
+        parameters = dict(model.named_parameters())  # `get_parameter` does not know the names of a wrapped module
         with torch.no_grad():
             for name, tensor in occasion.memory.items():
-                model.get_parameter(name).copy_(tensor)
+                parameters[name].copy_(tensor)
 
     def on_update(self, update: Tensors, occasion: Occasion) -> Tensors:
         private = [name for name in update if self._is_private(name)]

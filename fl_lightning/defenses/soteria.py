@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fl_lightning.defenses.defense import ClientDefense, Occasion
+from fl_lightning.defenses.defense import ClientDefense, Occasion, linear_layers
 from fl_lightning.errors import SettingError
 from fl_lightning.models import ImageClassifier
 
@@ -33,7 +34,7 @@ class Soteria(ClientDefense):
             )
 
     def on_gradient(self, model: ImageClassifier, images: Tensor, occasion: Occasion) -> None:
-        parameter = model.get_parameter(model.first_layer)
+        parameter = linear_layers(model)[0].weight
         if parameter.grad is None:  # it is frozen
             return
         sizes, features = self._sensitivities(model, images, occasion)
@@ -48,6 +49,7 @@ class Soteria(ClientDefense):
         """(N, D) norms of the features' gradients with respect to their image, and (N, D) the features."""
         total, features = 0.0, torch.empty(0)
         for _ in range(self.probes):
-            features, slope = torch.func.jvp(model.embed, (images,), (occasion.normal_like(images),))
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
+                features, slope = torch.func.jvp(model.embed, (images,), (occasion.normal_like(images),))
             total = total + slope.square()
         return (total / self.probes).sqrt(), features

@@ -138,6 +138,8 @@ def test_weight_decay_is_taken_out(observe: Observe, relative_error: Callable[..
     assert relative_error(update, wanted) > 0.05
     assert relative_error(decayed.without_weight_decay(update), wanted) < 0.01
     assert plain.without_weight_decay(wanted) is wanted
+    frozen = update | {"head.0.weight": torch.zeros_like(update["head.0.weight"])}
+    assert not decayed.without_weight_decay(frozen)["head.0.weight"].any()
 
 
 def test_a_model_takes_over_tensors_only_when_asked_and_in_the_precision_that_is_set(observe: Observe) -> None:

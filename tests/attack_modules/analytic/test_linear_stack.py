@@ -91,8 +91,16 @@ def test_what_dropout_kept_is_read() -> None:
 
 def test_shared_classes_are_refused() -> None:
     update, before = train(make_head(64, 56), make_features(), 0.1, 1)
-    with pytest.raises(AttackError, match="8 images are of 7 of 30 classes"):
+    with pytest.raises(AttackError, match="8 images of 7 of 30 classes"):
         leak(update, before, TrainingKnowledge(0.1, 1, labels=torch.tensor([0, 0, 3, 6, 9, 12, 15, 18])))
+
+
+def test_images_as_many_as_units_are_not_read_as_if_that_were_certain() -> None:
+    training = TrainingKnowledge(0.1, 1, labels=LABELS)
+    with pytest.raises(AttackError, match="8 images and a layer of 8 units"):
+        leak(*train(make_head(64, 8), make_features(), 0.1, 1), training)
+    for units, checked in ((6, False), (64, True)):
+        assert leak(*train(make_head(units), make_features(), 0.1, 1), training).diagnosis.checked is checked
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -74,8 +74,10 @@ def test_products_are_those_of_errors_and_patches_after_any_local_training(model
     update = PatchUpdate.of(seen, seen.peers_update(), embedding)
     expected = update.errors.T @ embedding.patches((image - 0.4) / 0.3)[0]
     torch.testing.assert_close(update.products, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
-    if update.total is not None:
+    if embedding.bias:
         torch.testing.assert_close(update.total, update.errors.sum(0))
+        frozen = seen.peers_update() | {embedding.bias: torch.zeros(VIT["hidden_dim"])}
+        assert PatchUpdate.of(seen, frozen, embedding).total is None
 
 
 def test_scattering_is_the_adjoint_of_gathering() -> None:

@@ -3,10 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attack_modules.analytic.suspicion import suspected_defenses
+from attack_modules.analytic.suspicion import qualified, suspected_defenses
+from attack_modules.attack import Level, Verdict
 from attack_modules.threat_model.assumptions import Assumptions
 from fl_lightning.defenses import (
     QSGD,
+    Augmentation,
     ClientDefense,
     Clipping,
     GaussianNoise,
@@ -67,6 +69,14 @@ def test_compression_is_suspected(defense: ClientDefense, words: str) -> None:
     assert suspected_defenses(mean_of(defense), BEFORE, replace(ASSUMED, defenses=(Clipping(),))) == [clause]
     told = replace(ASSUMED, sources={"defenses": "known", "optimizer": "known"})
     assert suspected_defenses(mean_of(defense), BEFORE, told) == []
+
+
+def test_views_are_not_taken_for_images() -> None:
+    certain, told = Verdict([Level.CERTAIN]), replace(ASSUMED, defenses=(Augmentation(),))
+    assert qualified(certain, mean_of(), BEFORE, ASSUMED) == certain
+    found = qualified(certain, mean_of(), BEFORE, told)
+    assert found.level is Level.UNRELIABLE
+    assert "views" in found.sentence()
 
 
 @pytest.mark.parametrize("defenses", [(), (GaussianNoise(rho=1.0),), (Quantization(bits=8),)], ids=str)

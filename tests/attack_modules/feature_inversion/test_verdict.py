@@ -50,6 +50,10 @@ def test_rounding_that_closes_the_gap_is_no_mismatch() -> None:
     assert set(verdict(leakage(replace(SURE, residual=0.04, gap=24.0))).levels) == {Level.CERTAIN}
 
 
+def test_features_that_nothing_checks_are_unreliable() -> None:
+    assert set(verdict(leakage(replace(SURE, checked=False))).levels) == {Level.UNRELIABLE}
+
+
 def test_images_without_features_of_their_own_disturb_the_others() -> None:
     evidence = Evidence(leakage(), leakage().features, torch.tensor([0.01, 3.0, 0.01]), drifts=False)
     found = judge(evidence, [30.0, 5.0, 30.0], 35.0, MODEL)

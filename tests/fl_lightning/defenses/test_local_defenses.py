@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import VisionTransformer
 
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, local_update, parameters
 from fl_lightning.data import ImageSet
@@ -22,7 +23,7 @@ from fl_lightning.defenses import (
     Soteria,
 )
 from fl_lightning.defenses.defense import occasions
-from fl_lightning.models import ImageClassifier
+from fl_lightning.models import ImageClassifier, WrappedClassifier
 
 
 class Small(ImageClassifier):
@@ -189,6 +190,21 @@ def test_partial_sharing_keeps_its_layers_at_the_client(task: ClientTask) -> Non
     )
     with pytest.raises(ValueError, match=r"fit none of the parameters that are trained, which are features\.0\.weight"):
         trained(task, PartialSharing(private=["*bn*"]))
+
+
+def test_layers_of_a_wrapped_module_are_found_by_their_names() -> None:
+    sizes = {"image_size": 8, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 8}
+    torch.manual_seed(0)
+    model = WrappedClassifier(4, (3, 8, 8), VisionTransformer, {**sizes, "num_classes": 4})
+    nn.init.normal_(next(iter(model.head)).weight)
+    images = ImageSet(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.arange(2))
+    task = ClientTask(model, images, seed=3)
+    hidden = trained(task, Soteria(percent=30.0, probes=2)).update["heads.head.weight"]
+    assert 0 < (hidden == 0).all(0).sum() < hidden.shape[1]
+    private = PartialSharing(private=["conv_proj"])
+    memory = trained(task, private).memory
+    again = trained(ClientTask(model, images, 3, memory), private).memory
+    assert not torch.equal(memory["0/conv_proj.weight"], again["0/conv_proj.weight"])
 
 
 def test_dp_sgd_clips_single_images_and_adds_noise(task: ClientTask) -> None:
