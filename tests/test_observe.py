@@ -18,19 +18,22 @@ from fl_lightning.foreign import Recorder
 from fl_lightning.observation import Observation
 
 NET = """
-from torch import nn
+from collections.abc import Callable
+
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 class Net(nn.Module):
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int = 48, gate: Callable[[Tensor], Tensor] = F.relu) -> None:
         super().__init__()
+        self.gate = gate
         self.last = nn.Linear(width, 10)
         self.convolution = nn.Conv2d(3, 16, 5, padding=2)
         self.first = nn.Linear(16 * 8 * 8, width)
 
     def forward(self, x):
         x = F.relu(F.max_pool2d(self.convolution(x), 2))
-        return self.last(F.relu(self.first(x.view(x.size(0), -1))))
+        return self.last(self.gate(self.first(x.view(x.size(0), -1))))
 """
 GUESSES = {
     "labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred",
@@ -227,6 +230,7 @@ def test_files_and_settings_that_do_not_fit_are_refused(states: dict[str, State]
         ({}, {"round": "1", "mean": "0.5,0.5,0.5"}, "is of another model"),
         ({}, {"model.class_path": "own_net.Nat"}, "has no attribute 'Nat'"),
         ({}, {"model.init_args.depth": "3"}, "depth"),
+        ({}, {"model.init_args.gate": "torch.nn.functional.gelu"}, "a record cannot hold"),
     ]
     for changed, more, words in wrong:
         with pytest.raises(AuditError, match=words) as error:

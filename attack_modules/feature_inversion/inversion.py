@@ -518,8 +518,8 @@ class FeatureInversion(Attack):
         refinable = not self.refinement and assumptions.in_full_batches and distinct
         parts = [part.introduction() for part in (self.rounds, self.refinement, self.guidance) if part]
         return (
-            f"Closed form: the head's {subject} {found.num_images} images, {found.disentangled} disentangled, of "
-            f"{counted(len(self.leakage.peers.unique()), 'peer')}; labels {assumptions.sources['labels']}. "
+            f"Closed form: the head's {subject} {counted(found.num_images, 'image')}, {found.disentangled} disentangled"
+            f", of {counted(len(self.leakage.peers.unique()), 'peer')}; labels {assumptions.sources['labels']}. "
             f"Singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "
             f"{found.conditioning:.3g}, drift {found.drift:.2%}, outside {found.outside:.2%}."
             f"{self._dropout_introduction()}\n"

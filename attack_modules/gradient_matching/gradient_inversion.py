@@ -293,8 +293,8 @@ class GradientInversion(Attack):
         clients = "one merged client" if sizes is None else f"{len(sizes)} clients"
         detail = " Detail beyond the latent counts as noise." if self.detail else ""
         return (
-            f"Gradient matching: {count} images with labels {assumptions.sources['labels']}, as latents of shape "
-            f"{shape}: {unknown:,} unknowns, {known:,} equations.{detail}\n"
+            f"Gradient matching: {counted(count, 'image')} with labels {assumptions.sources['labels']}, as latents of "
+            f"shape {shape}: {unknown:,} unknowns, {known:,} equations.{detail}\n"
             f"It simulates {clients} (lr {assumptions.client_lr:g}, {assumptions.local_epochs} local epochs) and "
             f"minimises {type(self.objective).__name__}"
             + "".join(f" + {prior.weight:g} {type(prior).__name__}" for prior in self.priors)

@@ -1,5 +1,6 @@
 """The command `observe`: its settings, and those that a user may write in short."""
 
+import inspect
 import re
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -54,10 +55,25 @@ def observe(record_round: Callable[..., Any], args: list[str]) -> Any:
             "`mynet.Net` needs its file on the Python path."
         ) from error
     chosen = settings.pop("model")
-    arguments = chosen.get("init_args")
-    return record_round(
-        locate(chosen.class_path), {} if arguments is None else arguments.as_dict(), **settings.as_dict()
-    )
+    model_class, arguments = locate(chosen.class_path), chosen.get("init_args")
+    named = {} if arguments is None else _named(model_class, arguments.as_dict())
+    return record_round(model_class, named, **settings.as_dict())
+
+
+def _named(model_class: type[nn.Module], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without functions and classes that are left at their default, which a record cannot hold.
+
+    Raises:
+        UsageError: one is set to another function or class.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
+    named = {name: v for name, v in arguments.items() if not (callable(v) and v is defaults.get(name))}
+    if unnamed := [name for name, value in named.items() if callable(value)]:
+        raise UsageError(
+            f"`model.init_args.{unnamed[0]}` is a function or a class, which a record cannot hold. Name a class of "
+            "your own that is built with it."
+        )
+    return named
 
 
 def _with_lists(args: list[str]) -> list[str]:
