@@ -15,7 +15,7 @@ from attack_modules.feature_inversion.rounds import RoundsReader, refuse_other_i
 from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.requirements import Requirement, SameClients
 from fl_lightning.client import Tensors
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import SettingError, counted
 
 
 class HeadAlone(Requirement):
@@ -46,8 +46,8 @@ class OneStep(Requirement):
             steps = known.local_steps > 1 or not known.in_full_batches
             if steps or known.optimizer != "SGD" or known.class_weights is not None:
                 return (
-                    f"the peers take {known.local_epochs} epoch(s) in batches of {known.batch_size or 'all images'} by "
-                    f"{known.optimizer}, or weigh classes. Set `federation.client.local_epochs: 1`, `batch_size: "
+                    f"the peers take {counted(known.local_epochs, 'epoch')} in batches of "
+                    f"{known.batch_size or 'all images'} by {known.optimizer}, or weigh classes. Set `federation.client.local_epochs: 1`, `batch_size: "
                     "null`, `optimizer: SGD` and `class_weights: null`, or attack one round."
                 )
         return None
@@ -118,7 +118,7 @@ class FrozenBackbone(RoundsReader):
         )
         if not found.explained:
             raise AttackError(
-                f"The features of {rounds.num_images} images were not found in rounds {numbers[0]} to {numbers[-1]}: "
+                f"The features of {counted(rounds.num_images, 'image')} were not found in rounds {numbers[0]} to {numbers[-1]}: "
                 f"{len(found.tried)} starts leave {found.residual:.3g} times the noise unexplained. The peers may have "
                 "trained otherwise, or changed. Otherwise raise `model.rounds.starts` or `iterations`, or observe more "
                 "rounds."
