@@ -47,8 +47,9 @@ class OneStep(Requirement):
             if steps or known.optimizer != "SGD" or known.class_weights is not None:
                 return (
                     f"the peers take {counted(known.local_epochs, 'epoch')} in batches of "
-                    f"{known.batch_size or 'all images'} by {known.optimizer}, or weigh classes. Set `federation.client.local_epochs: 1`, `batch_size: "
-                    "null`, `optimizer: SGD` and `class_weights: null`, or attack one round."
+                    f"{known.batch_size or 'all images'} by {known.optimizer}, or weigh classes. Set "
+                    "`federation.client.local_epochs: 1`, `batch_size: null`, `optimizer: SGD` and "
+                    "`class_weights: null`, or attack one round."
                 )
         return None
 
@@ -118,10 +119,10 @@ class FrozenBackbone(RoundsReader):
         )
         if not found.explained:
             raise AttackError(
-                f"The features of {counted(rounds.num_images, 'image')} were not found in rounds {numbers[0]} to {numbers[-1]}: "
-                f"{len(found.tried)} starts leave {found.residual:.3g} times the noise unexplained. The peers may have "
-                "trained otherwise, or changed. Otherwise raise `model.rounds.starts` or `iterations`, or observe more "
-                "rounds."
+                f"The features of {counted(rounds.num_images, 'image')} were not found in rounds {numbers[0]} to "
+                f"{numbers[-1]}: {counted(len(found.tried), 'start')} leave {found.residual:.3g} times the noise "
+                "unexplained. The peers may have trained otherwise, or changed. Otherwise raise `model.rounds.starts` or "
+                "`iterations`, or observe more rounds."
             )
         diagnosis = Diagnosis(
             num_images=rounds.num_images,
