@@ -120,9 +120,9 @@ class FrozenBackbone(RoundsReader):
         if not found.explained:
             raise AttackError(
                 f"The features of {counted(rounds.num_images, 'image')} were not found in rounds {numbers[0]} to "
-                f"{numbers[-1]}: the least residual of {counted(len(found.tried), 'start')} is {found.residual:.3g} times "
-                "the noise. The peers may have trained otherwise, or changed. Otherwise raise `model.rounds.starts` or "
-                "`iterations`, or observe more rounds."
+                f"{numbers[-1]}: the least residual of {counted(len(found.tried), 'start')} is {found.residual:.3g} "
+                "times the noise. The peers may have trained otherwise, or changed. Otherwise raise "
+                "`model.rounds.starts` or `iterations`, or observe more rounds."
             )
         diagnosis = Diagnosis(
             num_images=rounds.num_images,
