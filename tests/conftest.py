@@ -96,16 +96,17 @@ def attack(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Attack]:
     """Run an attack on observed rounds for some steps, without leaving files, and return it."""
     monkeypatch.setattr(Attack, "configure_callbacks", lambda self: [])
 
-    def run(module: Attack, *rounds: ObservedRound, steps: int, precision: str = "32-true") -> Attack:
+    def run(module: Attack, *rounds: ObservedRound, steps: int, accelerator: str = "cpu", **trainer: object) -> Attack:
         Trainer(
             max_steps=steps,
-            precision=precision,
-            accelerator="cpu",
+            accelerator=accelerator,
+            devices=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             limit_val_batches=0,
+            **trainer,
         ).fit(module, datamodule=GivenRounds(rounds))
         return module
 

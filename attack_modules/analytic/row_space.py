@@ -70,8 +70,9 @@ class RowSpace:
     def of(cls, update: Tensor, weight: Tensor) -> "RowSpace":
         precision, spacing = torch.finfo(weight.dtype).eps, float_spacing(weight)
         if min(update.shape) <= WIDE:
-            rows, mixing = row_coordinates(update.double(), precision)
-            within = weight.double() @ update.double().T @ mixing.T
+            whole = update.double()
+            rows, mixing = row_coordinates(whole, precision)
+            within = weight.double() @ whole.T @ mixing.T
             rest = torch.zeros_like(rows[:, 0])
         else:
             mixing, basis = leading_directions(update)

@@ -27,7 +27,7 @@ def expected_psnr(
     features: Tensor,
     model: ImageClassifier,
     invert: Callable[[Tensor], Tensor],
-    shape: tuple[int, ...],
+    controls: Tensor,
 ) -> list[float]:
     """PSNR in dB that images with such errors in their features have, as measured on synthetic images.
 
@@ -41,9 +41,9 @@ def expected_psnr(
         features: (N, D) leaked.
         model: whose features they are.
         invert: (K, D) features -> (K, C, H, W) images, as the attack reconstructs them.
-        shape: (C, H, W) of an image.
+        controls: (K, C, H, W), one for each of `ERRORS`.
     """
-    controls = control_images(len(ERRORS), shape).to(model.mean)
+    controls = controls.to(model.mean)
     right = torch.cat([model.embed(control[None]) for control in controls])
     generator = torch.Generator().manual_seed(SEED)
     wrong = F.normalize(torch.randn(right.shape, generator=generator).to(right), dim=1)
@@ -60,10 +60,9 @@ def expected_psnr(
     return np.interp(np.log(np.clip(errors, ERRORS[0], ERRORS[-1])), np.log(ERRORS), psnr).tolist()
 
 
-def mean_colour_psnr(shape: tuple[int, ...]) -> float:
-    """PSNR in dB of the mean colour of the control image without an error: what an image has that shows nothing."""
-    control = control_images(len(ERRORS), shape)[0]
-    return -10 * (control - control.mean((1, 2), keepdim=True)).square().mean().log10().item()
+def mean_colour_psnr(image: Tensor) -> float:
+    """PSNR in dB of the mean colour of an image (C, H, W), which shows nothing of it."""
+    return -10 * (image - image.mean((1, 2), keepdim=True)).square().mean().log10().item()
 
 
 def control_images(count: int, shape: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from attack_modules.analytic.observed_head import head_parameters, training_know
 from attack_modules.analytic.row_space import space_bytes
 from attack_modules.analytic.suspicion import qualified
 from attack_modules.attack import Attack, Reconstruction, Verdict
-from attack_modules.feature_inversion.controls import ERRORS, expected_psnr, mean_colour_psnr
+from attack_modules.feature_inversion.controls import ERRORS, control_images, expected_psnr, mean_colour_psnr
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
@@ -486,23 +486,23 @@ class FeatureInversion(Attack):
     def verdict(self, misfit: Tensor) -> Verdict:
         leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())
         evidence = Evidence(leakage, self.features.cpu(), misfit.cpu(), self._drifts, self.scale)
-        steps, shape = max(self.global_step, 1), self.observed_rounds[0].observation.image_shape
+        observed, steps = self.observed_rounds[0], max(self.global_step, 1)
         noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device)
         seen = None if self.seen is None else self.seen[torch.arange(len(ERRORS)) % len(self.seen)]
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+            controls = control_images(len(ERRORS), observed.observation.image_shape)
             *psnr, best = expected_psnr(
                 [*evidence.errors.tolist(), 0.0],
                 self.features.clone(),
                 self.model,
                 lambda wrong: self.invert(wrong, steps, noise, seen),
-                shape,
+                controls,
             )
         if self.unmixing is not None:  # as if the images that are added up were wrong independently
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
-        seen = self.observed_rounds[0]
-        verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(shape))
-        return qualified(verdict, self.update_of(seen), seen.observation.before, seen.assumptions)
+        verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(controls[0]))
+        return qualified(verdict, self.update_of(observed), observed.observation.before, observed.assumptions)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)

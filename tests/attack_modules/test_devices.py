@@ -5,14 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor
 
 from attack_modules import ChromaTotalVariation, DiffusionGuidance, FeatureInversion, GradientInversion, Refinement
 from attack_modules.attack import Attack
 from attack_modules.enhance.direct.enhancer import PRIOR
-from attack_modules.threat_model.observed import GivenRounds, ObservedRound
+from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import LocalTraining
 from fl_lightning.defenses import DPSGD, FedProx, LocalDP, Mixup, Soteria, TopK
 from fl_lightning.federation import Federation
@@ -38,29 +36,15 @@ class NewTensorsElsewhere(SingleDeviceStrategy):
 
 
 @pytest.mark.parametrize("make", ATTACKS, ids=NAMES)
-def test_an_attack_is_prepared_on_the_cpu(make: Callable[[], Attack], observe: Callable[..., ObservedRound]) -> None:
+def test_an_attack_is_prepared_on_the_cpu(
+    make: Callable[[], Attack], observe: Callable[..., ObservedRound], attack: Callable[..., Attack]
+) -> None:
     seen = observe(Federation(client=TRAINING))
-    expected = images_of(make(), seen, "64-true", accelerator="cpu")
-    assert torch.equal(
-        images_of(make(), seen, "64-true", accelerator="cpu", strategy=NewTensorsElsewhere("cpu")), expected
+    expected, found = (
+        attack(make(), seen, steps=3, precision="64-true", **where).reconstruction().images
+        for where in ({}, {"strategy": NewTensorsElsewhere("cpu")})
     )
-
-
-def images_of(attack: Attack, seen: ObservedRound, precision: str = "32-true", **where: object) -> Tensor:
-    """The images after three steps."""
-    attack.configure_callbacks = list  # no checkpoints
-    Trainer(
-        max_steps=3,
-        precision=precision,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **where,
-    ).fit(attack, datamodule=GivenRounds([seen]))
-    return attack.reconstruction().images.cpu()
+    assert torch.equal(found, expected)
 
 
 def needs_cuda() -> None:
@@ -70,11 +54,16 @@ def needs_cuda() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", ATTACKS, ids=NAMES)
-def test_an_attack_gives_the_same_on_a_gpu(make: Callable[[], Attack], observe: Callable[..., ObservedRound]) -> None:
+def test_an_attack_gives_the_same_on_a_gpu(
+    make: Callable[[], Attack], observe: Callable[..., ObservedRound], attack: Callable[..., Attack]
+) -> None:
     """In float64: Adam's first steps amplify what float32 rounds."""
     needs_cuda()
     seen = observe(Federation(client=TRAINING))
-    expected, found = (images_of(make(), seen, "64-true", accelerator=name) for name in ("cpu", "gpu"))
+    expected, found = (
+        attack(make(), seen, steps=3, precision="64-true", accelerator=name).reconstruction().images.cpu()
+        for name in ("cpu", "gpu")
+    )
     assert (found - expected).abs().max() < 1e-3
 
 

@@ -196,6 +196,22 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _trainer(steps: int, precision: str, device: str, watch: Watch, **options: Any) -> Trainer:
+    """A Trainer on one device that is watched, and leaves nothing on disk."""
+    return Trainer(
+        max_steps=steps,
+        precision=precision,
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        logger=False,
+        callbacks=[watch],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
 def mebibytes(memory: int) -> str:
     """Peak memory of the GPU; nothing where it was not measured."""
     return f"{memory} MiB" if memory else ""
@@ -271,18 +287,7 @@ class Bench:
         attack.configure_callbacks = list  # no checkpoints
         watch = Watch(truth if goal else None, ordered=given is not None)
         self.reset_memory()
-        settings = {"accelerator": "gpu" if device == "cuda" else "cpu", "devices": 1, "callbacks": [watch]}
-        Trainer(
-            max_steps=steps,
-            precision=precision,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            **settings,
-            **trainer,
-        ).fit(attack, datamodule=rounds)
+        _trainer(steps, precision, device, watch, limit_val_batches=0, **trainer).fit(attack, datamodule=rounds)
         memory, found = self.memory(), attack.reconstruction()
         seen = found.images.detach().float().cpu()
         step = statistics.median(watch.taken)
@@ -375,18 +380,8 @@ class Bench:
         if compiled:
             module.network.compile()
         self.reset_memory()
-        Trainer(
-            max_steps=steps,
-            precision=precision,
-            accelerator="gpu" if self.device == "cuda" else "cpu",
-            devices=1,
-            logger=False,
-            callbacks=[watch],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=self.folder,
-        ).fit(module, torch.utils.data.DataLoader(crops, batch_size=batch))
+        loader = torch.utils.data.DataLoader(crops, batch_size=batch)
+        _trainer(steps, precision, self.device, watch, default_root_dir=self.folder).fit(module, loader)
         step = statistics.median(watch.taken)
         remarks = f"{batch / step:.0f} crops of 48x48 a second", self.share(watch.flops, step, precision)
         return f"{step * 1000:.1f} ms a step", mebibytes(self.memory()), "", ", ".join(filter(None, remarks))

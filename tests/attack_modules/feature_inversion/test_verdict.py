@@ -124,16 +124,16 @@ def test_the_whole_is_what_most_images_are_and_missing_ones_count() -> None:
 
 
 def test_expected_psnr_falls_with_the_error() -> None:
-    kept, asked = [], [1e-9, *ERRORS, 5.0, 0.02]
+    kept, asked, controls = [], [1e-9, *ERRORS, 5.0, 0.02], control_images(len(ERRORS), (3, 32, 32))
 
     def invert(features: torch.Tensor) -> torch.Tensor:
         kept.append(features)
-        right = torch.cat([MODEL.embed(image[None]) for image in control_images(len(ERRORS), (3, 32, 32))])
+        right = torch.cat([MODEL.embed(image[None]) for image in controls])
         error = (features - right).norm(dim=1) / right.norm(dim=1)
-        return control_images(len(ERRORS), (3, 32, 32)) + error[:, None, None, None]  # PSNR is -20 log10(error)
+        return controls + error[:, None, None, None]  # PSNR is -20 log10(error)
 
     with torch.no_grad():
-        found = expected_psnr(asked, MODEL.embed(torch.rand(4, 3, 32, 32)), MODEL, invert, (3, 32, 32))
+        found = expected_psnr(asked, MODEL.embed(torch.rand(4, 3, 32, 32)), MODEL, invert, controls)
     assert found[1:7] == pytest.approx([50.46, 40, 30.46, 20, 10.46, 0], abs=0.3)
     assert found[0] == found[1]
     assert found[7] == found[6]
