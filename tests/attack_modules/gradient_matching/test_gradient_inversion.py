@@ -77,6 +77,7 @@ def test_signs_move_all_pixels_alike(observe: Observe, attack: Run) -> None:
     moved = (module.starts[0] - module._start(0, (3, 16, 16))).abs()
     assert moved.median().item() == pytest.approx(0.01, rel=1e-3)
     assert moved.std() < 1e-4
+    assert set(module.starts[0].grad.unique().tolist()) == {-1.0, 1.0}  # Adam's first step is alike without them, too
 
 
 def test_divergence_returns_to_the_best_and_says_so(observe: Observe, attack: Run) -> None:
