@@ -33,8 +33,9 @@ def test_environment_yml_is_in_step_with_pyproject() -> None:
 
 def test_the_lowest_version_of_python_is_enough() -> None:
     lowest = re.search(r'requires-python = ">=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())[1]
-    ask = ["--no-tips", "--violations", f"--target={lowest}-", "cli.py", "fl_lightning", "attack_modules"]
-    asked = subprocess.run([sys.executable, "-c", "from vermin import main; main()", *ask], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", "from vermin import main; main()", "--no-tips", "--violations"]
+    command += [f"--target={lowest}-", "cli.py", "fl_lightning", "attack_modules"]
+    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert asked.returncode == 0, asked.stdout + asked.stderr
 
 
