@@ -17,7 +17,7 @@ unknowns of a step are `O (N x N)`, `X + O X`, in which the normal matrix is nea
 which is inverted exactly and preconditions the conjugate gradients, together with the blocks of pairs of classes
 (`PairBlocks`); up to `DIRECT` images it is factorised instead. For C classes of n images, a step of the conjugate
 gradients takes about `10 R C N^2 + 4 N^2 n^2` flops, and memory is for `10 R C N + 6 N^2 n^2` numbers; a factorisation
-takes `N^6 / 3` flops, with several steps `16 T R C N^4` more, and `5 N^4` numbers. The start is drawn around the means
+takes `N^6 / 3` flops, with several steps `10 T R C N^4` more, and `5 N^4` numbers. The start is drawn around the means
 of the classes, which are fitted first, with their counts.
 """
 
@@ -395,8 +395,10 @@ class JointProblem:
         """(N N, N N), exactly."""
         if self.steps > 1:
             units = torch.eye(self.size**2).to(at.gram).view(-1, self.size, self.size)
-            columns = torch.func.vmap(lambda unit: self.normal(at, unit), chunk_size=256)(units)
-            return columns.reshape(self.size**2, -1)
+            turned = torch.func.vmap(lambda unit: self.turned(at, unit), chunk_size=64)(units)
+            turned = (turned @ torch.linalg.cholesky(at.gram)).flatten(1)
+            ones, identity = at.coordinates @ self.one, torch.eye(self.size).to(at.gram)
+            return turned @ turned.T + self.weight * torch.kron(identity, torch.outer(ones, ones))
         every = torch.arange(self.size, device=at.gram.device)
         return self.normal_block(at, every.repeat_interleave(self.size), every.repeat(self.size))
 
