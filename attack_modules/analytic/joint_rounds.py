@@ -81,7 +81,7 @@ class LocalSteps:
 
 
 ONE_STEP = LocalSteps(1, 0.0)
-"""Of any number of peers, which need not be told apart."""
+"""Then images do not move each other, so that the number of peers does not matter."""
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,7 @@ class JointProblem:
         if self.steps > 1:
             units = torch.eye(self.size**2).to(at.gram).view(-1, self.size, self.size)
             turned = torch.func.vmap(lambda unit: self.turned(at, unit), chunk_size=64)(units)
-            turned = (turned @ torch.linalg.cholesky(at.gram)).flatten(1)
+            turned = (turned @ at.coordinates).flatten(1)
             ones, identity = at.coordinates @ self.one, torch.eye(self.size).to(at.gram)
             return turned @ turned.T + self.weight * torch.kron(identity, torch.outer(ones, ones))
         every = torch.arange(self.size, device=at.gram.device)
