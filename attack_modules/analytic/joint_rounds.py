@@ -2,8 +2,13 @@
 
 Features do not change from round to round. With one full-batch step a round, the gradients of R rounds, summed over
 the N images and stacked, are `G = A F`: `F (N x D)` the features (with a 1 for the bias), and `A (R C x N)` the errors
-`softmax(W_t f_n) - t_n` of every image in every round. So the rank of G is N, its row space is that of the features,
-and in an orthonormal basis of it `A(X) X = G` are R C N equations for the N x N coordinates X of all features.
+`softmax(W_t f_n) - t_n` of every image in every round; with T local steps, their sums over the steps. So the rank of G
+is N, its row space is that of the features, and in an orthonormal basis of it `A(X) X = G` are R C N equations for the
+N x N coordinates X of all features.
+
+Several local steps of one peer are a closed system in X: step s adds `-lr / N A_s X` to the weights, which moves the
+logits of the next steps by `-lr / N A_s X X^T`. So they are simulated exactly, at T times the cost. With several peers,
+only images of the same peer would move each other; who holds which image is neither told nor found here.
 
 They are solved by Levenberg and Marquardt's method. A rotation of the images of one class among each other changes the
 residual in third order only, so the way to the solution is a narrow curved valley: without the second-order correction
@@ -12,8 +17,8 @@ unknowns of a step are `O (N x N)`, `X + O X`, in which the normal matrix is nea
 which is inverted exactly and preconditions the conjugate gradients, together with the blocks of pairs of classes
 (`PairBlocks`); up to `DIRECT` images it is factorised instead. For C classes of n images, a step of the conjugate
 gradients takes about `10 R C N^2 + 4 N^2 n^2` flops, and memory is for `10 R C N + 6 N^2 n^2` numbers; a factorisation
-takes `N^6 / 3` flops and `5 N^4` numbers. The start is drawn around the means of the classes, which are fitted first,
-with their counts.
+takes `N^6 / 3` flops, with several steps `10 T R C N^4` more, and `5 N^4` numbers. The start is drawn around the means
+of the classes, which are fitted first, with their counts.
 """
 
 import math
@@ -63,6 +68,23 @@ PROBES = 4
 
 
 @dataclass(frozen=True)
+class LocalSteps:
+    """What one peer does in a round, if it holds all the images.
+
+    Attributes:
+        steps: full batches.
+        rate: of a step; of no importance if there is one.
+    """
+
+    steps: int
+    rate: float
+
+
+ONE_STEP = LocalSteps(1, 0.0)
+"""Then images do not move each other, so that the number of peers does not matter."""
+
+
+@dataclass(frozen=True)
 class StackedRounds:
     """The rounds of a head, in an orthonormal basis of the row space of all their gradients.
 
@@ -90,7 +112,7 @@ class StackedRounds:
 
         Args:
             weights: (R, C, D) the head before each round; a bias is its last column.
-            gradients: (R, C, D) of the mean loss over the peers' images, in each round.
+            gradients: (R, C, D) of the mean loss over the peers' images, in each round; summed over the local steps.
             biased: whether there is a bias.
             num_images: N, if it is told.
 
@@ -167,7 +189,9 @@ class ClassMeans:
     means: Tensor
 
     @classmethod
-    def of(cls, rounds: StackedRounds, smoothing: float = 0.0, iterations: int = 150) -> "ClassMeans":
+    def of(
+        cls, rounds: StackedRounds, smoothing: float = 0.0, training: LocalSteps = ONE_STEP, iterations: int = 150
+    ) -> "ClassMeans":
         """The images of a class as so many copies of one, whose features and number explain all rounds best.
 
         The input of a bias is always 1, which settles the numbers.
@@ -175,12 +199,14 @@ class ClassMeans:
         Args:
             rounds: of a head with a bias.
             smoothing: of the labels.
+            training: of the peers in each round.
             iterations: of L-BFGS, for each part of the rounds.
         """
         number, classes, size = rounds.weights.shape
         gradients = rounds.gradients.view(number, classes, size)
         targets = torch.eye(classes).to(gradients) * (1 - smoothing) + smoothing / classes
-        share = (1 / classes - gradients[0] @ rounds.one / size).clamp_min(0.1 / size)  # of the first predictions
+        first = gradients[0] @ rounds.one / training.steps
+        share = (1 / classes - first / size).clamp_min(0.1 / size)  # of the first predictions
         shares = (share / share.sum()).log().requires_grad_()
         means = (rounds.one / rounds.one.square().sum()).repeat(classes, 1).requires_grad_()
         for part in FIRST_ROUNDS:
@@ -191,8 +217,14 @@ class ClassMeans:
 
             def loss(seen: Tensor = seen, weights: Tensor = weights, optimizer: Any = optimizer) -> Tensor:
                 optimizer.zero_grad()
-                errors = (means @ weights.transpose(1, 2)).softmax(2) - targets  # (rounds, class of the images, C)
-                fitted = (errors * (shares.softmax(0) * size)[:, None]).transpose(1, 2) @ means
+                parts = shares.softmax(0)
+                logits = means @ weights.transpose(1, 2)  # (rounds, class of the images, C)
+                errors = summed = logits.softmax(2) - targets
+                for _ in range(training.steps - 1):
+                    logits = logits - training.rate * (means @ means.T * parts) @ errors
+                    errors = logits.softmax(2) - targets
+                    summed = summed + errors
+                fitted = (summed * (parts * size)[:, None]).transpose(1, 2) @ means
                 fit = (fitted - seen).square().sum() / seen.square().sum()
                 value = fit + 0.1 * (means @ rounds.one - 1).square().mean()
                 value.backward()
@@ -250,11 +282,25 @@ class JointSolution:
 
 @dataclass(frozen=True)
 class Point:
-    """An iterate: coordinates (N, N); logits, probabilities, errors and residual (R C, N); that of the 1 (N,)."""
+    """An iterate of the coordinates.
+
+    Attributes:
+        coordinates: (N, N).
+        gram: (N, N) their inner products.
+        logits: (T, R C, N) in each local step, as are the two that follow.
+        probabilities: (T, R C, N).
+        each: (T, R C, N) errors.
+        errors: (R C, N) the sum over the steps.
+        residual: (R C, N) of the gradients.
+        ones: (N,) of the 1 of a bias.
+        cost: weighted sum of their squares.
+    """
 
     coordinates: Tensor
+    gram: Tensor
     logits: Tensor
     probabilities: Tensor
+    each: Tensor
     errors: Tensor
     residual: Tensor
     ones: Tensor
@@ -268,12 +314,17 @@ class JointProblem:
         rounds: in the basis.
         labels: (N,) long.
         smoothing: of the labels.
+        training: of the peers in each round.
     """
 
-    def __init__(self, rounds: StackedRounds, labels: Tensor, smoothing: float = 0.0) -> None:
+    def __init__(
+        self, rounds: StackedRounds, labels: Tensor, smoothing: float = 0.0, training: LocalSteps = ONE_STEP
+    ) -> None:
         number, self.classes, self.size = rounds.weights.shape
         self.rounds = rounds
         self.labels = labels
+        self.steps = training.steps
+        self.pace = training.rate / self.size
         self.flat = rounds.weights.reshape(number * self.classes, self.size)
         hard = F.one_hot(labels, self.classes).to(self.flat)
         self.targets = (hard * (1 - smoothing) + smoothing / self.classes).T
@@ -283,13 +334,21 @@ class JointProblem:
 
     def point(self, coordinates: Tensor) -> Point:
         """Evaluate the equations."""
-        logits = self.flat @ coordinates.T
-        probabilities = logits.view(-1, self.classes, self.size).softmax(1)
-        errors = (probabilities - self.targets).view(-1, self.size)
-        residual = errors @ coordinates - self.rounds.gradients
+        gram = coordinates @ coordinates.T
+        logits, probabilities, each = [self.flat @ coordinates.T], [], []
+        for step in range(self.steps):
+            soft = logits[-1].view(-1, self.classes, self.size).softmax(1)
+            probabilities.append(soft.view(-1, self.size))
+            each.append((soft - self.targets).view(-1, self.size))
+            if step < self.steps - 1:
+                logits.append(logits[-1] - self.pace * each[-1] @ gram)
+        errors = torch.stack(each)
+        summed = errors.sum(0)
+        residual = summed @ coordinates - self.rounds.gradients
         ones = coordinates @ self.one - float(self.rounds.biased)
         cost = (residual.square().sum() + self.weight * ones.square().sum()).item()
-        return Point(coordinates, logits, probabilities.view(-1, self.size), errors, residual, ones, cost)
+        parts = torch.stack(logits), torch.stack(probabilities), errors
+        return Point(coordinates, gram, *parts, summed, residual, ones, cost)
 
     def softened(self, probabilities: Tensor, change: Tensor) -> Tensor:
         """(R C, M) change of the probabilities (R C, M) that a change of the logits (R C, M) causes."""
@@ -299,30 +358,59 @@ class JointProblem:
             change
         )
 
+    def turned(self, at: Point, step: Tensor) -> Tensor:
+        """(R C, N) change of the residual by coordinates `X + step X`, in first order, in terms of X."""
+        total = torch.zeros_like(at.errors)
+        for logits, probabilities, errors in zip(at.logits, at.probabilities, at.each, strict=True):
+            change = torch.addmm(logits @ step.T, total, at.gram, alpha=-self.pace)  # the weights have changed too
+            total = torch.addmm(total + self.softened(probabilities, change), errors, step)
+        return total
+
+    def turned_back(self, at: Point, mixed: Tensor) -> Tensor:
+        """(N, N): the transpose of `turned`."""
+        step = torch.zeros_like(at.gram)
+        parts = (at.logits, at.probabilities, at.each)
+        for logits, probabilities, errors in zip(*(part.flip(0) for part in parts), strict=True):
+            change = self.softened(probabilities, mixed)
+            step = step + change.T @ logits + errors.T @ mixed
+            mixed = torch.addmm(mixed, change, at.gram, alpha=-self.pace)
+        return step
+
     def forward(self, at: Point, step: Tensor) -> tuple[Tensor, Tensor]:
         """Change of the residual (R C, N) and of the ones (N,) by coordinates `X + step X`, in first order."""
-        changed = self.softened(at.probabilities, at.logits @ step.T)
-        moved = step @ at.coordinates
-        return changed @ at.coordinates + at.errors @ moved, moved @ self.one
+        return self.turned(at, step) @ at.coordinates, step @ (at.coordinates @ self.one)
 
     def backward(self, at: Point, residual: Tensor, ones: Tensor) -> Tensor:
         """(N, N): the transpose of `forward`."""
-        mixed = residual @ at.coordinates.T
         by_ones = self.weight * ones[:, None] * (at.coordinates @ self.one)
-        return self.softened(at.probabilities, mixed).T @ at.logits + at.errors.T @ mixed + by_ones
+        return self.turned_back(at, residual @ at.coordinates.T) + by_ones
 
-    def normal(self, at: Point, step: Tensor, gram: Tensor) -> Tensor:
-        """(N, N): `backward` of `forward`, with the inner products (N, N) of the coordinates."""
-        changed = self.softened(at.probabilities, at.logits @ step.T)
-        mixed = torch.addmm(changed @ gram, at.errors, step @ gram)
+    def normal(self, at: Point, step: Tensor) -> Tensor:
+        """(N, N): `backward` of `forward`."""
         ones = at.coordinates @ self.one
         by_ones = self.weight * (step @ ones)[:, None] * ones
-        return self.softened(at.probabilities, mixed).T @ at.logits + at.errors.T @ mixed + by_ones
+        return self.turned_back(at, self.turned(at, step) @ at.gram) + by_ones
+
+    def normal_matrix(self, at: Point) -> Tensor:
+        """(N N, N N), exactly."""
+        if self.steps > 1:
+            units = torch.eye(self.size**2).to(at.gram).view(-1, self.size, self.size)
+            turned = torch.func.vmap(lambda unit: self.turned(at, unit), chunk_size=64)(units)
+            turned = (turned @ at.coordinates).flatten(1)
+            ones, identity = at.coordinates @ self.one, torch.eye(self.size).to(at.gram)
+            return turned @ turned.T + self.weight * torch.kron(identity, torch.outer(ones, ones))
+        every = torch.arange(self.size, device=at.gram.device)
+        return self.normal_block(at, every.repeat_interleave(self.size), every.repeat(self.size))
 
     def normal_block(self, at: Point, rows: Tensor, columns: Tensor) -> Tensor:
-        """(M, M) of the normal matrix, exactly, for the M unknowns `O[rows, columns]`."""
-        gram, ones = at.coordinates @ at.coordinates.T, at.coordinates @ self.one
-        turned = self.softened(at.probabilities[:, rows], at.logits[:, columns])
+        """(M, M) of the normal matrix for the M unknowns `O[rows, columns]`.
+
+        It is exact for one step; of several, what the change of one does to the next is left out.
+        """
+        gram, ones = at.gram, at.coordinates @ self.one
+        turned = torch.zeros(len(self.flat), len(rows)).to(gram)
+        for logits, probabilities in zip(at.logits, at.probabilities, strict=True):
+            turned += self.softened(probabilities[:, rows], logits[:, columns])
         left, right = rows[:, None], columns[:, None]
         mixed = (at.errors.T @ turned)[rows].mul_(gram[right, rows])
         block = (turned.T @ turned).mul_(gram[left, rows])
@@ -337,9 +425,7 @@ Solve = Callable[[Tensor, float], Tensor]
 
 def direct_solve(problem: JointProblem, at: Point) -> Solve:
     """By Cholesky's factorisation."""
-    every = torch.arange(problem.size, device=at.coordinates.device)
-    matrix = problem.normal_block(at, every.repeat_interleave(problem.size), every.repeat(problem.size))
-    gram = at.coordinates @ at.coordinates.T
+    matrix, gram = problem.normal_matrix(at), at.gram
     metric = torch.kron(torch.eye(len(gram)).to(gram), gram) * gram.diagonal().mean()
     factors: dict[float, Tensor] = {}
 
@@ -366,7 +452,7 @@ class PairBlocks:
     def __init__(self, problem: JointProblem, at: Point) -> None:
         members = [(problem.labels == label).nonzero()[:, 0] for label in problem.labels.unique()]
         blocks: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # those of one size are solved at once
-        gram = at.coordinates @ at.coordinates.T
+        gram = at.gram
         for place, first in enumerate(members):
             for second in members[place:]:
                 rows, columns = (side.reshape(-1) for side in torch.meshgrid(first, second, indexing="ij"))
@@ -406,13 +492,13 @@ def iterative_solve(problem: JointProblem, at: Point, steps: int | None = None, 
         tolerance: norm of the residual in the metric of the preconditioner, relative to that at the beginning.
     """
     n, shape = problem.size, (-1, problem.classes, problem.size)
-    gram, ones = at.coordinates @ at.coordinates.T, at.coordinates @ problem.one
-    probabilities, logits = at.probabilities.view(shape), at.logits.view(shape)
+    gram, ones = at.gram, at.coordinates @ problem.one
+    probabilities, logits = at.probabilities.mean(0).view(shape), at.logits.mean(0).view(shape)
     squared = probabilities.square()
     mixed = squared @ probabilities.transpose(1, 2)
     mean = torch.diag_embed(squared.sum(2)) - mixed - mixed.transpose(1, 2)
     mean = (mean + (probabilities * squared.sum(1, keepdim=True)) @ probabilities.transpose(1, 2)) / n
-    softened = torch.einsum("rci,rcj->ij", logits, mean @ logits)
+    softened = problem.steps**2 * torch.einsum("rci,rcj->ij", logits, mean @ logits)
     softened = softened + problem.weight * n / gram.trace() * ones[:, None] * ones
     left, rows = _pencil(at.errors.T @ at.errors, gram)
     right, columns = _pencil(softened, gram)
@@ -430,7 +516,7 @@ def iterative_solve(problem: JointProblem, at: Point, steps: int | None = None, 
         direction, product = preconditioned.clone(), (rest * preconditioned).sum()
         least = tolerance**2 * product
         for _ in range(steps or STEPS * n):
-            image = problem.normal(at, direction, gram) + damping * (gram @ direction @ gram)
+            image = problem.normal(at, direction) + damping * (gram @ direction @ gram)
             length = product / (direction * image).sum()
             solution += length * direction
             rest -= length * image
@@ -506,6 +592,7 @@ def solve_rounds(
     rounds: StackedRounds,
     labels: Tensor | None = None,
     smoothing: float = 0.0,
+    training: LocalSteps = ONE_STEP,
     starts: int = 6,
     iterations: int = 200,
     spread: float = 0.3,
@@ -518,6 +605,7 @@ def solve_rounds(
         rounds: as `StackedRounds.of` finds them.
         labels: (N,) long, if they are told; else a bias shows their counts.
         smoothing: of the labels.
+        training: of the peers in each round.
         starts: most random starts.
         iterations: most of each start.
         spread: of the starts around the means of the classes, relative to the spread of the images.
@@ -532,12 +620,12 @@ def solve_rounds(
             "The head has no bias, from which the number of images of each class is read. Rounds of such a head cannot "
             "be solved together yet; attack one round with FeatureInversion."
         )
-    means = ClassMeans.of(rounds, smoothing)
+    means = ClassMeans.of(rounds, smoothing, training)
     if labels is None:
         labels = torch.arange(len(means.counts)).repeat_interleave(means.counts)
     elif not torch.equal(labels.bincount(minlength=len(means.counts)), means.counts):
         means = ClassMeans(labels.bincount(minlength=len(means.counts)), means.means)
-    problem = JointProblem(rounds.on(torch.device(device)), labels.to(device), smoothing)
+    problem = JointProblem(rounds.on(torch.device(device)), labels.to(device), smoothing, training)
     generator = torch.Generator().manual_seed(seed)
     noise = rounds.noise**2 * rounds.gradients.numel()
     found: list[Point] = []

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from attack_modules.analytic.joint_rounds import JointSolution, StackedRounds, solve_rounds
+from attack_modules.analytic.joint_rounds import JointSolution, LocalSteps, StackedRounds, solve_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import augmented
 from attack_modules.attack import AttackError
@@ -36,20 +36,24 @@ class HeadAlone(Requirement):
         return None
 
 
-class OneStep(Requirement):
-    """One local step on full batches, by plain SGD on a cross entropy without class weights."""
+class FullBatches(Requirement):
+    """Plain SGD on full batches, without class weights: one step, or several of a single peer."""
 
-    name = "one local step of plain SGD on full batches in each round"
+    name = "plain SGD on full batches in each round, and of several peers one local step"
 
     def violation(self, rounds: RoundsSummary) -> str | None:
         for known in rounds.assumptions:
-            steps = known.local_steps > 1 or not known.in_full_batches
-            if steps or known.optimizer != "SGD" or known.class_weights is not None:
+            if not known.in_full_batches or known.optimizer != "SGD" or known.class_weights is not None:
                 return (
-                    f"the peers take {counted(known.local_epochs, 'epoch')} in batches of "
-                    f"{known.batch_size or 'all images'} by {known.optimizer}, or weigh classes. Set "
-                    "`federation.client.local_epochs: 1`, `batch_size: null`, `optimizer: SGD` and "
-                    "`class_weights: null`, or attack one round."
+                    f"the peers train in batches of {known.batch_size or 'all images'} by {known.optimizer}, or weigh "
+                    "classes. Set `federation.client.batch_size: null`, `optimizer: SGD` and `class_weights: null`, or "
+                    "attack one round."
+                )
+            if known.local_steps > 1 and (known.momentum or known.weight_decay or (known.num_clients or 1) > 1):
+                return (
+                    f"{counted(known.num_clients or 1, 'peer')} of momentum {known.momentum} and weight decay "
+                    f"{known.weight_decay} take {known.local_steps} steps each. Set `federation.client.local_epochs: "
+                    "1`, or `data.num_clients: 2`, `momentum: 0` and `weight_decay: 0`, or attack one round."
                 )
         return None
 
@@ -58,6 +62,7 @@ class FrozenBackbone(RoundsReader):
     """The same peers train a linear head over a frozen backbone in every observed round; all are solved together.
 
     Images that share classes come out too. Neither labels nor their counts nor the number of images need to be told.
+    Where rounds have several local steps, all images are taken to be those of one peer, which moves with them.
     About as many rounds are needed as give twice as many equations, rounds times classes less one, as there are images.
 
     Args:
@@ -89,7 +94,7 @@ class FrozenBackbone(RoundsReader):
         self.device = device
 
     def requirements(self) -> list[Requirement]:
-        return [SameClients(), HeadAlone(), OneStep()]
+        return [SameClients(), HeadAlone(), FullBatches()]
 
     def read(
         self,
@@ -112,6 +117,7 @@ class FrozenBackbone(RoundsReader):
             rounds,
             labels,
             known.loss.label_smoothing,
+            LocalSteps(known.steps, known.lr),
             self.starts,
             self.iterations,
             seed=self.seed,

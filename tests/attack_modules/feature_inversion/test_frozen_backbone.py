@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from attack_modules.analytic.noisy_gates import NoisyGates
 from attack_modules.analytic.results import TrainingKnowledge
 from attack_modules.attack import AttackError
-from attack_modules.feature_inversion.frozen_backbone import FrozenBackbone, HeadAlone, OneStep
+from attack_modules.feature_inversion.frozen_backbone import FrozenBackbone, FullBatches, HeadAlone
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.observed import RoundsSummary
 from fl_lightning.client import Tensors
@@ -78,11 +78,13 @@ def test_rounds_that_train_more_than_a_layer_or_take_more_than_a_step_are_named(
     one = [Assumptions(client_lr=0.1, local_epochs=1)]
     backbone = RoundsSummary(EfficientNetLite0(10, shape), shape, one)
     assert HeadAlone().violation(backbone) is None
-    assert OneStep().violation(backbone) is None
+    assert FullBatches().violation(backbone) is None
     assert "no bias" in HeadAlone().violation(RoundsSummary(LeNet5(10, shape), shape, one))
     trained = TorchvisionClassifier(10, shape, "resnet18")
     assert "they train features." in HeadAlone().violation(RoundsSummary(trained, shape, one))
-    several = RoundsSummary(EfficientNetLite0(10, shape), shape, [Assumptions(client_lr=0.1, local_epochs=3)])
-    assert "3 epochs" in OneStep().violation(several)
+    for told, refused in (({}, None), ({"num_clients": 2}, "2 peers"), ({"momentum": 0.9}, "momentum 0.9")):
+        several = [Assumptions(client_lr=0.1, local_epochs=3, **told)]
+        violation = FullBatches().violation(RoundsSummary(EfficientNetLite0(10, shape), shape, several))
+        assert violation is None if refused is None else refused in violation
     adam = RoundsSummary(EfficientNetLite0(10, shape), shape, [Assumptions(0.1, 1, optimizer="Adam")])
-    assert "by Adam" in OneStep().violation(adam)
+    assert "by Adam" in FullBatches().violation(adam)
