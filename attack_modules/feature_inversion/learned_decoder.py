@@ -26,7 +26,7 @@ RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Candidates, in variances of a feature."""
 MOST_INPUTS = 2560
 """Most features in a regression: those of the whole map if it has no more, else of a position and its neighbours."""
-MOST_PLACES = 40000
+MOST_PLACES = 20000
 """Most positions of all crops together, where blocks are regressed."""
 MOST_OUTPUTS = 12288
 """Most pixel values that are regressed at once. Beyond, images are decoded smaller: so few features show no more."""

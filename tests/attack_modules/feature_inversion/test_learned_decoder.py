@@ -36,7 +36,7 @@ def test_copies_are_left_out_and_block_means_come_back() -> None:
     assert wrong.abs().mean() < 0.2 * spread
     assert mean_psnr(decoded, originals) > mean_colour_psnr(originals) + 1.5
     noisy = PhotographDecoder(learn(model, crops, known, 1.0))  # features that are noise say little of an image
-    assert noisy(model.embed(originals)).std(0).mean() < 0.6 * decoded.std(0).mean()
+    assert noisy(model.embed(originals)).std(0).mean() < 0.8 * decoded.std(0).mean()
 
 
 def test_blocks_are_regressed_where_a_map_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
