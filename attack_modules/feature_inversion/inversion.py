@@ -42,8 +42,8 @@ LEAST_SIZE = 1e-10
 PRIOR_FLOOR = 1 / 255
 """Added to the prior P before its logarithm: a total variation of one grey level. Without it, flat images would win."""
 EXPLAINS = 0.1
-"""Share of a grey image's E below which an iterate's P counts when iterates are ranked. Others show too little of the
-features, and would win by being flat."""
+"""Share of a grey image's E below which an iterate's P counts in its rank, where the start is grey. Those above show
+too little of the features, and would win by being flat."""
 UNEXPLAINED = 1e3
 """Added to the rank of those: more than any logarithm of E and P."""
 FINAL_RATE = 0.03
@@ -349,12 +349,10 @@ class FeatureInversion(Attack):
         tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to divide by
         weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=limit)
         loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
-        if noise is None:
-            rank = scale.log() + self.balance * (prior + PRIOR_FLOOR).log()
+        rank = scale.log() + self.balance * (prior + PRIOR_FLOOR).log() if noise is None else error + final * prior
+        if noise is None and self._starter[0] is None:
             grey = self._distance(self.grey.expand_as(features), features, seen)
             rank = torch.where(error < EXPLAINS * grey, rank, UNEXPLAINED + scale.log())
-        else:
-            rank = error + final * prior
         return loss, torch.stack([error, rank], 1).detach()
 
     def invert(self, features: Tensor, steps: int, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:

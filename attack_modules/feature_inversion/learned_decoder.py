@@ -36,8 +36,9 @@ KEPT = 24
 """Held-out photographs that are kept as known images."""
 CHUNK = 50
 """Images that are passed through the model at once."""
-SAME = 1e-5
-"""Difference, relative to the largest feature, up to which rows of a map are copies, or features constant."""
+SAME = 1e-4
+"""Share of a map's row that those before do not explain, up to which it is a copy; and spread of a feature, relative to
+the largest one, up to which it is constant."""
 VERSION = 1
 """Of the file."""
 
@@ -110,19 +111,13 @@ class LearnedDecoder:
         known = [paths[index] for index in order[:held_out]]
         photographs = [read_photograph(paths[index]) for index in order[held_out:]]
         crops = Crops(photographs, max(image_shape[1:]), self.reduction, self.seed)
-        state = learn(
-            model, _cropped(crops, self._count(model, image_shape), image_shape), _whole(known, image_shape), noise
-        )
+        known = _whole(known, image_shape)
+        places = math.prod(Distinct.of(model, known[:CHUNK]).layout(image_shape).places)
+        count = self.crops if places == 1 else min(self.crops, max(LEAST_CROPS, MOST_PLACES // places))
+        state = learn(model, _cropped(crops, count, image_shape), known, noise)
         if file:
             save_checkpoint(file, state)
         return PhotographDecoder(state).to(model.mean)
-
-    def _count(self, model: ImageClassifier, image_shape: ImageShape) -> int:
-        """Number of crops, fewer where each has many positions."""
-        map_shape = feature_map_shape(model, image_shape)
-        if math.prod(map_shape) <= MOST_INPUTS:
-            return self.crops
-        return min(self.crops, max(LEAST_CROPS, MOST_PLACES // math.prod(map_shape[1:])))
 
     def _key(self, paths: list[Path], model: ImageClassifier, image_shape: ImageShape, noise: float) -> str:
         """What the decoder depends on, in 16 hexadecimal digits."""
@@ -152,10 +147,11 @@ class PhotographDecoder(nn.Module):
 
     def __init__(self, state: dict[str, Any]) -> None:
         super().__init__()
-        self.map_shape, self.image_size = tuple(state["map_shape"]), tuple(state["image_size"])
+        self.distinct = Distinct(tuple(state["map_shape"]), state["rows"], state["columns"])
+        self.image_size = tuple(state["image_size"])
         self.layout = Layout(tuple(state["places"]), state["neighbourhood"], tuple(state["block"]))
         self.numbers = state["numbers"]
-        for name in ("rows", "columns", "centre", "scale", "weight", "offset", "known"):
+        for name in ("centre", "scale", "weight", "offset", "known"):
             self.register_buffer(name, state[name])
 
     @torch.no_grad()
@@ -164,8 +160,35 @@ class PhotographDecoder(nn.Module):
         return torch.cat([self._decode(chunk) for chunk in features.to(self.weight).split(CHUNK)])
 
     def _decode(self, features: Tensor) -> Tensor:
-        around = self.layout.around(_distinct(features.unflatten(1, self.map_shape), self.rows, self.columns))
+        around = self.layout.around(self.distinct.maps(features))
         return self.layout.images((around - self.centre) * self.scale @ self.weight + self.offset, self.image_size)
+
+
+class Distinct(NamedTuple):
+    """What of a feature map is no copy: adaptive pooling to a larger map makes copies, and means of neighbours."""
+
+    map_shape: tuple[int, int, int]
+    """(c, h, w) of the map."""
+    rows: list[int]
+    """That are no linear combinations of those before."""
+    columns: list[int]
+    """Likewise."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: ImageClassifier, images: Tensor) -> "Distinct":
+        """As it shows on some images (N, C, H, W) uint8."""
+        map_shape = feature_map_shape(model, tuple(images.shape[1:]))
+        maps = model.embed(images.to(model.mean) / 255).unflatten(1, map_shape)
+        return cls(map_shape, _independent(maps.transpose(1, 2)) or [0], _independent(maps.transpose(1, 3)) or [0])
+
+    def maps(self, features: Tensor) -> Tensor:
+        """(N, D) -> (N, c, h', w')."""
+        return features.unflatten(1, self.map_shape)[:, :, self.rows][:, :, :, self.columns]
+
+    def layout(self, image_shape: ImageShape) -> "Layout":
+        """Which pixels of images (C, H, W) are regressed on which of these features."""
+        return Layout.of((self.map_shape[0], len(self.rows), len(self.columns)), image_shape)
 
 
 class Layout(NamedTuple):
@@ -223,15 +246,13 @@ def learn(model: ImageClassifier, crops: Tensor, known: Tensor, noise: float) ->
     Returns:
         The state of a `PhotographDecoder`: tensors and plain types.
     """
-    map_shape = feature_map_shape(model, tuple(crops.shape[1:]))
-    maps = _maps(model, crops[:CHUNK], map_shape)
-    rows, columns = _differing(maps.transpose(1, 2)), _differing(maps.transpose(1, 3))
-    layout = Layout.of(_distinct(maps, rows, columns).shape[1:], tuple(crops.shape[1:]))
+    distinct = Distinct.of(model, known[:CHUNK])
+    layout = distinct.layout(tuple(crops.shape[1:]))
 
     def pairs(images: Tensor) -> tuple[Tensor, Tensor]:
         """(places of all images, inputs), and (the same, outputs)."""
         chunks = images.tensor_split(math.ceil(len(images) / CHUNK))  # evenly: BatchNorm refuses a single image
-        around = [layout.around(_distinct(_maps(model, chunk, map_shape), rows, columns)) for chunk in chunks]
+        around = [layout.around(distinct.maps(model.embed(chunk.to(model.mean) / 255))) for chunk in chunks]
         blocks = [layout.blocks(chunk.to(model.mean) / 255) for chunk in chunks]
         return torch.cat(around).flatten(0, 1), torch.cat(blocks).flatten(0, 1)
 
@@ -257,11 +278,9 @@ def learn(model: ImageClassifier, crops: Tensor, known: Tensor, noise: float) ->
     per_place = layout.neighbourhood**2 or 1
     return {
         **layout._asdict(),
-        "map_shape": map_shape,
+        **distinct._asdict(),
         "image_size": tuple(crops.shape[2:]),
         "numbers": int(varies.sum()) // per_place * math.prod(layout.places),
-        "rows": rows,
-        "columns": columns,
         "centre": centre,
         "scale": scale,
         "weight": vectors @ ridged(ridge),
@@ -270,20 +289,17 @@ def learn(model: ImageClassifier, crops: Tensor, known: Tensor, noise: float) ->
     }
 
 
-def _maps(model: ImageClassifier, images: Tensor, map_shape: tuple[int, ...]) -> Tensor:
-    """(N, C, H, W) uint8 -> (N, c, h, w) features."""
-    return model.embed(images.to(model.mean) / 255).unflatten(1, map_shape)
-
-
-def _distinct(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(N, c, h, w) -> (N, c, h', w') without rows and columns that are copies."""
-    return maps[:, :, rows][:, :, :, columns]
-
-
-def _differing(slices: Tensor) -> Tensor:
-    """Indices of the slices of (N, n, ...) that differ from the one before."""
-    change = slices.diff(dim=1).abs().transpose(0, 1).flatten(1).amax(1)
-    return F.pad(change > SAME * slices.abs().amax(), (1, 0), value=True).nonzero().flatten()
+def _independent(slices: Tensor) -> list[int]:
+    """Indices of those of the slices of (N, n, ...) that are no linear combinations of those before."""
+    found, basis = [], []
+    for index, row in enumerate(slices.double().transpose(0, 1).flatten(1)):
+        rest = row
+        for other in basis:
+            rest = rest - (rest @ other) * other
+        if rest.norm() > SAME * row.norm():
+            found.append(index)
+            basis.append(rest / rest.norm())
+    return found
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from attack_modules.feature_inversion.controls import mean_colour_psnr, mean_psnr
 from attack_modules.feature_inversion.dead_leaves import dead_leaves
-from attack_modules.feature_inversion.learned_decoder import Layout, LearnedDecoder, PhotographDecoder, learn
+from attack_modules.feature_inversion.learned_decoder import Distinct, Layout, LearnedDecoder, PhotographDecoder, learn
 from fl_lightning.errors import SettingError
 from fl_lightning.models import ImageClassifier
 
@@ -29,7 +29,7 @@ def test_copies_are_left_out_and_block_means_come_back() -> None:
     crops, known = images(300, 0), images(20, 1)
     decoder = PhotographDecoder(learn(model := Pooled(), crops, known, 0.0))
     assert decoder.numbers == 3 * 4 * 4
-    assert decoder.rows.tolist() == decoder.columns.tolist() == [0, 2, 4, 6]
+    assert decoder.distinct.rows == decoder.distinct.columns == [0, 2, 4, 6]
     originals = known / 255
     decoded = decoder(model.embed(originals))
     wrong, spread = model.embed(decoded) - model.embed(originals), model.embed(originals).std()
@@ -37,6 +37,12 @@ def test_copies_are_left_out_and_block_means_come_back() -> None:
     assert mean_psnr(decoded, originals) > mean_colour_psnr(originals) + 1.5
     noisy = PhotographDecoder(learn(model, crops, known, 1.0))  # features that are noise say little of an image
     assert noisy(model.embed(originals)).std(0).mean() < 0.8 * decoded.std(0).mean()
+
+
+def test_means_of_neighbours_are_no_further_numbers() -> None:
+    """VGG11 makes 7 x 7 positions of 2 x 2: three copies, their mean, and three copies."""
+    distinct = Distinct.of(Pooled(2, 7), images(5, 0))
+    assert distinct.rows == distinct.columns == [0, 3]
 
 
 def test_blocks_are_regressed_where_a_map_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
