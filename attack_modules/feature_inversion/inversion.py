@@ -192,9 +192,10 @@ class FeatureInversion(Attack):
         ridge = FeatureDecoder(self.model, shape, noise) if FeatureDecoder.fits(self.model, shape) else None
         self.scale = found_scale(self.leakage, self.model, ridge, self.steps)
         self._starter = (self._better_start(ridge, noise),)  # a tuple, so that it is no submodule
-        with torch.no_grad():
-            grey = self.model.embed(self.model.mean.new_full((2, *shape), 0.5))  # BatchNorm refuses a single image
-        self.register_buffer("grey", grey[:1], persistent=False)
+        grey = None
+        if self._starter[0] is None:  # BatchNorm refuses a single image
+            grey = self._embedded(torch.full((2, *shape), 0.5))[:1]
+        self.register_buffer("grey", grey, persistent=False)  # (1, D) features of the start
         if self.scale != 1:
             self.leakage = replace(self.leakage, features=self.scale * self.leakage.features)
         self.register_buffer("features", self.leakage.features.clone())  # target: under the model half way
@@ -244,8 +245,9 @@ class FeatureInversion(Attack):
 
     @torch.no_grad()
     def _embedded(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, D) features, a chunk at a time."""
-        return torch.cat([self.model.embed(chunk) for chunk in images.to(self.model.mean).split(self.chunk_size)])
+        """(N, C, H, W) -> (N, D) features, a chunk at a time, of at least two images where there are as many."""
+        chunks = images.to(self.model.mean).tensor_split(math.ceil(len(images) / max(self.chunk_size, 3)))
+        return torch.cat([self.model.embed(chunk) for chunk in chunks])
 
     def _warn_of_mixed_images(self, model: ImageClassifier) -> None:
         found = self.leakage.diagnosis
@@ -350,7 +352,7 @@ class FeatureInversion(Attack):
         weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=limit)
         loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
         rank = scale.log() + self.balance * (prior + PRIOR_FLOOR).log() if noise is None else error + final * prior
-        if noise is None and self._starter[0] is None:
+        if noise is None and self.grey is not None:
             grey = self._distance(self.grey.expand_as(features), features, seen)
             rank = torch.where(error < EXPLAINS * grey, rank, UNEXPLAINED + scale.log())
         return loss, torch.stack([error, rank], 1).detach()

@@ -20,6 +20,8 @@ from fl_lightning.storage import load_checkpoint, save_checkpoint
 
 HELD_OUT = 0.1
 """Share of the photographs, on which the ridge is chosen and the decoder is measured."""
+FEWEST = 11
+"""Fewest photographs: two are held out, since BatchNorm refuses a single image."""
 MOST_HELD_OUT = 100
 """Most photographs that are held out."""
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -98,10 +100,10 @@ class LearnedDecoder:
             StorageError: the file cannot be written, or is damaged.
         """
         paths = [path for root in self.photographs for path in image_paths(root)]
-        if len(paths) < 2:
+        if len(paths) < FEWEST:
             raise SettingError(
-                f"`decoder.photographs` holds {len(paths)} image, but some are learned from and others measure what "
-                "was learned. Give folders of at least 2, better of hundreds."
+                f"`decoder.photographs` holds only {len(paths)}, but some are learned from and others measure what was "
+                f"learned. Give folders of at least {FEWEST} photographs, better of hundreds."
             )
         file = self.cache and self.cache / f"{self._key(paths, model, image_shape, noise)}.ckpt"
         if file and file.is_file():

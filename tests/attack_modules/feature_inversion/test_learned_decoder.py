@@ -74,5 +74,5 @@ def test_a_decoder_is_learned_once_for_the_weights(tmp_path: Path, monkeypatch: 
         LearnedDecoder([tmp_path], crops=1)
     (tmp_path / "one").mkdir()
     (tmp_path / "0.png").rename(tmp_path / "one" / "0.png")
-    with pytest.raises(SettingError, match="1 image,"):
+    with pytest.raises(SettingError, match="holds only 1,"):
         LearnedDecoder([tmp_path / "one"], cache=None).fitted(model, (3, 16, 16))
