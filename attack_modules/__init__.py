@@ -22,6 +22,7 @@ _HOMES = {
     "GuidedInversion": "feature_inversion.aliases",
     "Karras": "diffusion.schedules",
     "LatentDiffusion": "diffusion.released.latent_diffusion",
+    "LearnedDecoder": "feature_inversion.learned_decoder",
     "LinearBetas": "diffusion.schedules",
     "MDTv2": "diffusion.released.mdt",
     "OpenAIDenoiser": "diffusion.released.openai",

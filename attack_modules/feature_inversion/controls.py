@@ -29,10 +29,10 @@ def expected_psnr(
     invert: Callable[[Tensor], Tensor],
     controls: Tensor,
 ) -> list[float]:
-    """PSNR in dB that images with such errors in their features have, as measured on synthetic images.
+    """PSNR in dB that images with such errors in their features have, as measured on known images.
 
     What an error of the features does to an image depends on the model: on how much of an image its features keep, and
-    which errors look like other images. So dead leaves are reconstructed like the leaked images, after an error was
+    which errors look like other images. So known images are reconstructed like the leaked ones, after an error was
     added to their features: half of it white, as of noise, half of it along the difference of two leaked images, as of
     images that are mixed. Between the control images, the PSNR is interpolated over the logarithm of the error.
 
@@ -41,28 +41,35 @@ def expected_psnr(
         features: (N, D) leaked.
         model: whose features they are.
         invert: (K, D) features -> (K, C, H, W) images, as the attack reconstructs them.
-        controls: (K, C, H, W), one for each of `ERRORS`.
+        controls: (K, C, H, W), as many for each of `ERRORS`, in their order.
     """
     controls = controls.to(model.mean)
     right = torch.cat([model.embed(control[None]) for control in controls])
     generator = torch.Generator().manual_seed(SEED)
     wrong = F.normalize(torch.randn(right.shape, generator=generator).to(right), dim=1)
     if len(features) > 1:
-        pairs = torch.stack([torch.randperm(len(features), generator=generator)[:2] for _ in ERRORS]).to(
+        pairs = torch.stack([torch.randperm(len(features), generator=generator)[:2] for _ in controls]).to(
             features.device
         )
         wrong = F.normalize(wrong + F.normalize(features[pairs[:, 0]] - features[pairs[:, 1]], dim=1), dim=1)
-    size = right.norm(dim=1, keepdim=True) * torch.tensor(ERRORS).to(right)[:, None]
+    each = len(controls) // len(ERRORS)
+    size = right.norm(dim=1, keepdim=True) * torch.tensor(ERRORS).repeat_interleave(each).to(right)[:, None]
     with torch.enable_grad():
         found = invert(right + size * wrong)
     psnr = -10 * (found - controls).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+    psnr = psnr.unflatten(0, (len(ERRORS), each)).mean(1)
     psnr = psnr.cummin(0).values.tolist()  # a larger error is never better; single images scatter
     return np.interp(np.log(np.clip(errors, ERRORS[0], ERRORS[-1])), np.log(ERRORS), psnr).tolist()
 
 
-def mean_colour_psnr(image: Tensor) -> float:
-    """PSNR in dB of the mean colour of an image (C, H, W), which shows nothing of it."""
-    return -10 * (image - image.mean((1, 2), keepdim=True)).square().mean().log10().item()
+def mean_psnr(images: Tensor, originals: Tensor) -> float:
+    """Mean PSNR in dB of images (N, C, H, W) of which the originals are known."""
+    return -10 * (images - originals).square().mean((1, 2, 3)).clamp_min(1e-10).log10().mean().item()
+
+
+def mean_colour_psnr(images: Tensor) -> float:
+    """PSNR in dB of the mean colours of images (N, C, H, W), which show nothing of them; their mean."""
+    return mean_psnr(images.mean((2, 3), keepdim=True), images)
 
 
 def control_images(count: int, shape: tuple[int, ...]) -> Tensor:

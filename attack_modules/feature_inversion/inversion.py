@@ -15,10 +15,11 @@ from attack_modules.analytic.observed_head import head_parameters, training_know
 from attack_modules.analytic.row_space import space_bytes
 from attack_modules.analytic.suspicion import qualified
 from attack_modules.attack import Attack, Reconstruction, Verdict
-from attack_modules.feature_inversion.controls import ERRORS, control_images, expected_psnr, mean_colour_psnr
+from attack_modules.feature_inversion.controls import ERRORS, control_images, expected_psnr, mean_colour_psnr, mean_psnr
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
+from attack_modules.feature_inversion.learned_decoder import LearnedDecoder, PhotographDecoder
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
@@ -40,6 +41,11 @@ LEAST_SIZE = 1e-10
 """Least squared norm of features: an image without any has a large error, but a finite one."""
 PRIOR_FLOOR = 1 / 255
 """Added to the prior P before its logarithm: a total variation of one grey level. Without it, flat images would win."""
+EXPLAINS = 0.1
+"""Share of a grey image's E below which an iterate's P counts in its rank, where the start is grey. Those above show
+too little of the features, and would win by being flat."""
+UNEXPLAINED = 1e3
+"""Added to the rank of those: more than any logarithm of E and P."""
 FINAL_RATE = 0.03
 """Share of the learning rate that is left at the last step. The rate falls like a Gaussian of the step."""
 PRIOR_OF_NOISE = 1.0
@@ -48,6 +54,8 @@ EARLY = 4.0
 """Factor of that weight at the first step."""
 MOST_NOISE = 3.0
 """Relative noise beyond which features tell nothing."""
+TRIED = 4
+"""Known photographs on which it is tried whether inversion improves what a learned decoder makes of them."""
 RESIMULATIONS = 2
 """Default number of simulations of the peers' training without a refinement."""
 
@@ -71,7 +79,8 @@ class FeatureInversion(Attack):
     The head's part of the peers' update gives every image's features (`analytic.leak`), which leaves N separate
     problems: Adam on the feature error `E = |features(x) - f|^2 / |f|^2` plus priors P, with one forward and one
     backward pass of the convolutions a step. `trainer.max_steps` is the number of steps. The start is a linear
-    regression from features to pixels (`FeatureDecoder`), or grey images where the features are not a map.
+    regression from features to pixels (`FeatureDecoder`), or grey images where the features are not a map; with
+    `decoder`, one that is learned from photographs, unless held-out ones come out worse.
 
     E falls by four orders of magnitude, further for some images and models than for others, and a weight of P that
     suits the start over-regularises late iterations. So each image minimises `log E + balance * log P`: both terms
@@ -95,6 +104,7 @@ class FeatureInversion(Attack):
         refinement: corrects the leaked features with the simulated training; null for none.
         guidance: a diffusion prior as a further penalty; null for none.
         rounds: how several observed rounds are read; null for `SameImages`: the same peers and images in each.
+        decoder: learns the start from public photographs, which pays where features are few; null for none.
     """
 
     def __init__(
@@ -111,6 +121,7 @@ class FeatureInversion(Attack):
         refinement: Refinement | None = None,
         guidance: DiffusionGuidance | None = None,
         rounds: RoundsReader | None = None,
+        decoder: LearnedDecoder | None = None,
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
         if resimulations is None:
@@ -132,6 +143,7 @@ class FeatureInversion(Attack):
         self.refinement = refinement
         self.guidance = guidance
         self.rounds = rounds or SameImages()
+        self.decoder = decoder
 
     @property
     def title(self) -> str:
@@ -177,8 +189,13 @@ class FeatureInversion(Attack):
         noise = self.leakage.uncertainty.clamp_max(MOST_NOISE).to(device) if self.leakage.noisy else None
         self.register_buffer("noise", noise)  # of the features, relative to their size; None if they are exact
         noise = 0.0 if noise is None else noise.median().item()
-        self.decoder = (FeatureDecoder(self.model, shape, noise) if FeatureDecoder.fits(self.model, shape) else None,)
-        self.scale = found_scale(self.leakage, self.model, self.decoder[0], self.steps)
+        ridge = FeatureDecoder(self.model, shape, noise) if FeatureDecoder.fits(self.model, shape) else None
+        self.scale = found_scale(self.leakage, self.model, ridge, self.steps)
+        self._starter = (self._better_start(ridge, noise),)  # a tuple, so that it is no submodule
+        grey = None
+        if self._starter[0] is None:  # BatchNorm refuses a single image
+            grey = self._embedded(torch.full((2, *shape), 0.5))[:1]
+        self.register_buffer("grey", grey, persistent=False)  # (1, D) features of the start
         if self.scale != 1:
             self.leakage = replace(self.leakage, features=self.scale * self.leakage.features)
         self.register_buffer("features", self.leakage.features.clone())  # target: under the model half way
@@ -198,6 +215,39 @@ class FeatureInversion(Attack):
             self.refinement.start(self.leakage.features, self.labels)
         if self.guidance:
             self.guidance.start(self.images.detach())
+        self.inverts = True
+        self.inverts = self._inversion_pays()
+
+    def _better_start(self, ridge: FeatureDecoder | None, noise: float) -> FeatureDecoder | PhotographDecoder | None:
+        """Of the decoders, the one that makes more of photographs that were held out."""
+        if self.decoder is None:
+            return ridge
+        learned = self.decoder.fitted(self.model, self.observed_rounds[0].observation.image_shape, noise)
+        features = self._embedded(learned.known)
+        if ridge and mean_psnr(ridge(features), learned.known) > mean_psnr(learned(features), learned.known):
+            return ridge
+        return learned
+
+    def _inversion_pays(self) -> bool:
+        """Whether known photographs come out better if they are inverted, than as a learned decoder makes them.
+
+        Where a model keeps few numbers of an image, very different images have the features, and the decoded one is
+        nearer to the right one than that which a prior prefers.
+        """
+        start = self._starter[0]
+        if not isinstance(start, PhotographDecoder) or self.guidance or self.noise is not None:
+            return True
+        known = start.known[:TRIED]
+        features = self._embedded(known)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+            found = self.invert(features.clone(), max(self.trainer.max_steps, 1))
+        return mean_psnr(found, known) > mean_psnr(start(features), known)
+
+    @torch.no_grad()
+    def _embedded(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D) features, a chunk at a time, of at least two images where there are as many."""
+        chunks = images.to(self.model.mean).tensor_split(math.ceil(len(images) / max(self.chunk_size, 3)))
+        return torch.cat([self.model.embed(chunk) for chunk in chunks])
 
     def _warn_of_mixed_images(self, model: ImageClassifier) -> None:
         found = self.leakage.diagnosis
@@ -216,11 +266,11 @@ class FeatureInversion(Attack):
 
     def _start(self, features: Tensor, seen: Tensor | None = None) -> Tensor:
         """(N, C, H, W) initial images for features (N, D), of which those that are not `seen` are unknown."""
-        if self.decoder[0]:
+        if self._starter[0]:
             if seen is not None:  # else the mean of the other images' that are
                 mean = (features * seen).sum(0) / seen.sum(0).clamp_min(1)
                 features = torch.where(seen, features, mean)
-            return self.decoder[0](features.to(self.model.mean))
+            return self._starter[0](features.to(self.model.mean))
         return self.model.mean.new_full((len(features), *self.observed_rounds[0].observation.image_shape), 0.5)
 
     @property
@@ -262,6 +312,11 @@ class FeatureInversion(Attack):
 
     def _descend(self, chunk: Tensor) -> Tensor:
         """Set `images.grad` of the images `chunk` (n,); return (n, 2) their E, and the loss that ranks iterates."""
+        if not self.inverts:
+            seen = None if self.seen is None else self.seen[chunk]
+            with torch.no_grad():
+                error = self.feature_error(self.images[chunk], self.features[chunk], seen)
+            return torch.stack([error, error], 1)
         with torch.enable_grad():
             images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
             noise, seen = (None if of is None else of[chunk] for of in (self.noise, self.seen))
@@ -297,6 +352,9 @@ class FeatureInversion(Attack):
         weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=limit)
         loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
         rank = scale.log() + self.balance * (prior + PRIOR_FLOOR).log() if noise is None else error + final * prior
+        if noise is None and self.grey is not None:
+            grey = self._distance(self.grey.expand_as(features), features, seen)
+            rank = torch.where(error < EXPLAINS * grey, rank, UNEXPLAINED + scale.log())
         return loss, torch.stack([error, rank], 1).detach()
 
     def invert(self, features: Tensor, steps: int, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
@@ -309,6 +367,8 @@ class FeatureInversion(Attack):
             seen: (K, D) which of the features count; None for all.
         """
         images = self._start(features, seen).requires_grad_()
+        if not self.inverts:
+            return images.detach()
         best, best_loss = images.detach().clone(), images.new_full((len(images),), torch.inf)
         optimizer, scheduler = self._adam(images, steps)
         for step in range(steps):
@@ -377,6 +437,8 @@ class FeatureInversion(Attack):
 
         self.ranks.gather(self.features, target, self.chunk_size)
         self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
+        if not self.inverts:
+            self.images.copy_(self._start(self.features, self.seen))
 
     def _simulate(self) -> list[SimulatedRound]:
         """The peers' training of all rounds on the best images so far, without images that a round does not show."""
@@ -414,7 +476,10 @@ class FeatureInversion(Attack):
 
         Those that are not `seen` (N, D) do not count.
         """
-        shown = self.model.embed(images)
+        return self._distance(self.model.embed(images), features, seen)
+
+    def _distance(self, shown: Tensor, features: Tensor, seen: Tensor | None) -> Tensor:
+        """(N,) the same of the features (N, D) that images have."""
         if seen is not None:
             shown, features = shown * seen, features * seen
         if self.scale != 1:
@@ -483,14 +548,28 @@ class FeatureInversion(Attack):
             "images_by_class": dict(sorted(counts.items())),
         }
 
+    def _usual_misfit(self) -> float:
+        """The largest misfit of known photographs as they are decoded, where images are not inverted beyond; else 0."""
+        if self.inverts:
+            return 0.0
+        known = self._starter[0].known
+        features = self._embedded(known)
+        return self._distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
+
     def verdict(self, misfit: Tensor) -> Verdict:
         leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())
-        evidence = Evidence(leakage, self.features.cpu(), misfit.cpu(), self._drifts, self.scale)
+        misfit = (misfit.cpu() - self._usual_misfit()).clamp_min(0)
+        evidence = Evidence(leakage, self.features.cpu(), misfit, self._drifts, self.scale)
         observed, steps = self.observed_rounds[0], max(self.global_step, 1)
-        noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device)
-        seen = None if self.seen is None else self.seen[torch.arange(len(ERRORS)) % len(self.seen)]
+        start = self._starter[0]
+        if isinstance(start, PhotographDecoder):  # photographs, and the same ones at each error
+            known = start.known[: TRIED if self.inverts else None]
+            controls, each = known.repeat(len(ERRORS), 1, 1, 1), len(known)
+        else:
+            controls, each = control_images(len(ERRORS), observed.observation.image_shape), 1
+        noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device).repeat_interleave(each)
+        seen = None if self.seen is None else self.seen[torch.arange(len(controls)) % len(self.seen)]
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
-            controls = control_images(len(ERRORS), observed.observation.image_shape)
             *psnr, best = expected_psnr(
                 [*evidence.errors.tolist(), 0.0],
                 self.features.clone(),
@@ -501,7 +580,7 @@ class FeatureInversion(Attack):
         if self.unmixing is not None:  # as if the images that are added up were wrong independently
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
-        verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(controls[0]))
+        verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(controls[:each]))
         return qualified(verdict, self.update_of(observed), observed.observation.before, observed.assumptions)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -513,7 +592,14 @@ class FeatureInversion(Attack):
         found, assumptions = self.leakage.diagnosis, self.observed_rounds[0].assumptions
         several = len(self.observed_rounds) > 1
         subject = f"updates of {len(self.observed_rounds)} rounds hold" if several else "update holds"
-        start = "linearly decoded images" if self.decoder[0] else "grey images, since the features are not a map"
+        match self._starter[0]:
+            case None:
+                start = "grey images, since the features are not a map"
+            case FeatureDecoder():
+                start = "linearly decoded images"
+            case learned:
+                start = f"images decoded by regression of photographs on {learned.numbers:,} distinct features"
+                start += "" if self.inverts else ", which are kept, since held-out ones are not improved by inversion"
         distinct = len(self.labels.unique()) > len(self.labels) / 2  # images that share their class are not refined
         refinable = not self.refinement and assumptions.in_full_batches and distinct
         parts = [part.introduction() for part in (self.rounds, self.refinement, self.guidance) if part]

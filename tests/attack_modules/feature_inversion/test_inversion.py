@@ -1,19 +1,24 @@
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from attack_modules import FeatureInversion
 from attack_modules.attack import Attack
 from attack_modules.evaluation.assignment import match
+from attack_modules.feature_inversion.controls import mean_psnr
+from attack_modules.feature_inversion.dead_leaves import dead_leaves
 from attack_modules.feature_inversion.decoder import FeatureDecoder
+from attack_modules.feature_inversion.learned_decoder import LearnedDecoder
 from attack_modules.priors import TotalVariation
 from attack_modules.threat_model.knowledge import Knowledge
 from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation
-from fl_lightning.models import TorchvisionClassifier
+from fl_lightning.models import ImageClassifier, ImageShape, TorchvisionClassifier
 from fl_lightning.observation import Observation
 
 Observe = Callable[..., Observation]
@@ -94,6 +99,53 @@ def test_it_begins_with_grey_images_if_the_features_are_no_map(observe: Observe,
     assert "grey images, since the features are not a map" in module.introduction()
     assert module.images.isfinite().all()  # though a grey image has no variation to compare with
     assert attack(FeatureInversion(balance=0.0), seen, steps=1).images.isfinite().all()
+
+
+class Pooled(ImageClassifier):
+    """Its features are means over a third of the image in each direction, which divide no image of 16 pixels."""
+
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__((0.5,), (0.25,))
+        self.save_hyperparameters()
+        self.features = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(27, num_classes))
+
+
+def test_an_iterate_that_shows_the_features_ranks_before_a_flat_one(
+    observe: Observe, attack: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = observe(Federation(model=Pooled, client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
+    module = attack(FeatureInversion(), seen, steps=1)
+    images = torch.stack([torch.rand(3, 16, 16), torch.full((3, 16, 16), 0.5)])
+    features = 1.05 * module.model.embed(images[:1]).expand(2, -1)
+
+    def ranks() -> Tensor:
+        return module._losses(images, features, 0, 1, None, None)[1][:, 1]
+
+    assert ranks()[0] < ranks()[1]
+    monkeypatch.setattr("attack_modules.feature_inversion.inversion.EXPLAINS", 2.0)  # as if grey explained them
+    assert ranks()[0] > ranks()[1]
+
+
+def test_decoded_images_are_kept_where_known_ones_are_not_improved(
+    observe: Observe, attack: Run, linear_classifier: type, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for index, image in enumerate(dead_leaves(12, (3, 24, 24))):
+        Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+    decoder = LearnedDecoder([folder], crops=100, cache=None)
+    seen = observe(Federation(model=Pooled, client=LocalTraining(local_epochs=2)), BLIND, **WIDE)
+    module = attack(FeatureInversion(decoder=decoder), seen, steps=1)  # which scores the start alone
+    assert not module.inverts
+    torch.testing.assert_close(module.best, module._start(module.features), rtol=0, atol=1e-6)
+    assert "27 distinct features, which are kept" in module.introduction()
+    verdict = module.verdict(module.misfit(module.best, module.labels))
+    known = module._starter[0].known
+    best = mean_psnr(module._starter[0](module.model.embed(known)), known)
+    assert best - 3 < min(verdict.expected_psnr) <= max(verdict.expected_psnr) < best + 0.1
+    exact = observe(Federation(model=linear_classifier, client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
+    assert attack(FeatureInversion(decoder=decoder), exact, steps=30).inverts
 
 
 def test_impossible_settings_are_refused() -> None:
