@@ -542,8 +542,8 @@ class FeatureInversion(Attack):
         reading = self.leakage.defended.reading
         again = f", and once more at {reading.resolves} steps with the images found so far" if reading.resolves else ""
         line = (
-            f"\nKnown defence or optimiser: the head's first layer is read by {type(reading).__name__}{again}. It leaves "
-            f"the features off by {self.leakage.uncertainty.median():.1%}"
+            f"\nKnown defence or optimiser: the head's first layer is read by {type(reading).__name__}{again}. It "
+            f"leaves the features off by {self.leakage.uncertainty.median():.1%}"
         )
         if self.leakage.noisy:
             line += ", in proportion to which the prior weighs"

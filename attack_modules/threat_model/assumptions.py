@@ -77,9 +77,9 @@ class Assumptions:
         lines = [f"Told to the attacker: {', '.join(told) or 'nothing'}; not told: {', '.join(rest) or 'nothing'}."]
         if self.optimizer != "SGD":
             lines.append(
-                f"The peers are taken to train by {self.optimizer}, of which FeatureInversion reads a single local step "
-                "in full batches, without weight decay or defences; it else attacks as if they trained by SGD, as every "
-                "other attack does, and mostly fails."
+                f"The peers are taken to train by {self.optimizer}, of which FeatureInversion reads a single local "
+                "step in full batches, without weight decay or defences. It else attacks as if they trained by SGD, as "
+                "every other attack does, and mostly fails."
             )
         return "\n".join(lines)
 
