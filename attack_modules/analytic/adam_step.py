@@ -249,7 +249,7 @@ def errors_of(gates: Tensor, peers: Tensor, probabilities: Tensor, last: LastLay
 
 
 def solve_columns(votes: Votes, expected: Expected) -> tuple[Tensor, Tensor, float]:
-    """(N, D) float64 features, their variance, and the relative Frobenius norm of what they leave of the votes.
+    """(N, D) float64 features, their variance, and the relative norm of the features that do not explain the votes.
 
     Columns that the first attempt leaves unexplained are tried again; where none explains a column, what is expected
     counts as its error.
@@ -271,14 +271,8 @@ def solve_columns(votes: Votes, expected: Expected) -> tuple[Tensor, Tensor, flo
             features[:, kept], variance[:, kept], unexplained[kept] = found[:, better], off[:, better], left[better]
     failed = unexplained > FAILED
     variance[:, failed] += spread[:, failed] + (features - prior)[:, failed].square()
-    left = sum(
-        (steps(votes.part(slice(None), columns).entries(features[:, columns])).sum(0) - votes.sums[:, columns])
-        .square()
-        .sum()
-        .item()
-        for columns in torch.arange(features.shape[1]).split(CHUNK)
-    )
-    return features, variance, (left / votes.sums.double().square().sum().item()) ** 0.5
+    weight = (features.square() + variance).sum(0)  # in signs, columns of small features count as much as others
+    return features, variance, ((weight * unexplained).sum() / weight.sum()).sqrt().item()
 
 
 def steps(gradient: Tensor) -> Tensor:

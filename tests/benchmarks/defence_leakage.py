@@ -20,6 +20,7 @@ from defence_table import arguments, fill
 
 from attack_modules import FeatureInversion
 from attack_modules.evaluation.assignment import match
+from attack_modules.panels import draw_panel
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRounds
 from fl_lightning.allocation import keep_freed_memory
@@ -98,6 +99,9 @@ def row_of(name: str, seed: int, given: Namespace) -> dict[str, object]:
         signal.alarm(0)
     order = match(result.images, truth.images)
     found = order >= 0
+    if given.pictures:
+        rows = {"original": truth.images[found], "found": result.images[order[found]]}
+        draw_panel(rows).save(given.pictures / f"{name.replace(' ', '_')}_{seed}.png")
     errors = (result.images[order[found]] - truth.images[found]).square().mean((1, 2, 3))
     psnr, levels = -10 * errors.log10(), [result.verdict.levels[index] for index in order[found].tolist()]
     classes = max(int(result.labels.max()), int(truth.labels.max())) + 1
@@ -135,5 +139,6 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rate", type=float, help="of the peers' optimiser")
     parser.add_argument("--rounds", type=int, default=1, help="of the same images, all observed")
+    parser.add_argument("--pictures", type=Path, help="a folder that exists, for a panel of each row")
     given = parser.parse_args()
     fill(given, COLUMNS, partial(row_of, given=given))
