@@ -136,7 +136,8 @@ class AdamStep(DefendedReading):
         last, count = seen.last, len(seen.last.labels)
         number = number_of_peers(seen.update / count)
         gates, peers = gates_of_votes(last.gradient[:, : len(seen.update)] * (number / count), last.labels, number)
-        noise = rounding(seen.weight, number) * (last.scale / count)
+        rate = count / last.scale
+        noise = rounding(seen.weight.abs() + rate, number) / rate
         probabilities = last.probabilities.expand_as(last.targets)
         features, errors = expected.features, None
         for _ in range(2):
@@ -157,12 +158,16 @@ class AdamStep(DefendedReading):
         )
 
 
-def rounding(weight: Tensor, peers: int) -> Tensor:
+def rounding(size: Tensor, peers: int) -> Tensor:
     """(H, D) standard deviation of the sum of the peers' updates: that of each own model, and of the global one.
 
-    Of the global model's update, the attacker's own part was taken, which is another peer's.
+    The attacker's own update was taken from the mean, as that of one more peer.
+
+    Args:
+        size: (H, D) of the weights, at most, in the precision of the models.
+        peers: without the attacker.
     """
-    spacing = torch.finfo(weight.dtype).eps * torch.ldexp(torch.full_like(weight, 0.5), torch.frexp(weight).exponent)
+    spacing = torch.finfo(size.dtype).eps * torch.ldexp(torch.full_like(size, 0.5), torch.frexp(size).exponent)
     return (spacing.double().square() * (peers + (peers + 1) ** 2) / 12).sqrt()
 
 
