@@ -66,6 +66,9 @@ DECADES = 10.0
 """Width of the range of remainders that wrong equations have, in powers of e."""
 RESOLVED = 3.0
 """Remainder over the rounding from which it tells of an entry."""
+LEAST_RESOLVED = 0.7
+"""Share of the remainders of several peers that are resolved, below which the errors of the features are underrated.
+Measured: 0.89 for LeNet5 at a rate of 0.0003; of 0.42, features come out 40 % off where 14 % are foretold."""
 LEAST_ENTRY = 1e-9
 """Error of an entry, at least."""
 FAILED = 0.1
@@ -145,6 +148,7 @@ class AdamStep(DefendedReading):
             if former is not None and (errors - former).norm() < MOVED * former.norm():
                 break
             votes = Votes((seen.update * (number / count)).float(), noise.float(), errors, peers)
+            refuse_coarse(votes)
             features, variance, left = solve_columns(votes, expected)
             shown = (features @ seen.weight.T.double()).relu()
             ones = shown.new_ones(len(shown), last.weight.shape[1] - shown.shape[1])
@@ -278,6 +282,22 @@ def solve_columns(votes: Votes, expected: Expected) -> tuple[Tensor, Tensor, flo
     variance[:, failed] += spread[:, failed] + (features - prior)[:, failed].square()
     weight = (features.square() + variance).sum(0)  # in signs, columns of small features count as much as others
     return features, variance, ((weight * unexplained).sum() / weight.sum()).sqrt().item()
+
+
+def refuse_coarse(votes: Votes) -> None:
+    """Refuse votes of several peers of which little more than the signs is left.
+
+    Raises:
+        UnreadableDefense: with the share of remainders that the models' rounding leaves.
+    """
+    voters = torch.stack([(own != 0).any(0) for own in votes.of_peers()]).sum(0)
+    remainder = (nearest_votes(votes.sums, voters) - votes.sums).abs()
+    resolved = (remainder > RESOLVED * votes.noise)[voters > 0].double().mean().item()
+    if resolved < LEAST_RESOLVED and len(votes.peers.unique()) > 1:
+        raise UnreadableDefense(
+            f"The peers are said to train by Adam, but the rounding of the models leaves only {resolved:.0%} of what "
+            "tells their steps from signs: their rate is too small beside their weights."
+        )
 
 
 def steps(gradient: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attack_modules.analytic.adam_step import AdamStep, gates_of_votes, number_of_peers
+from attack_modules.analytic.adam_step import AdamStep, Votes, gates_of_votes, number_of_peers, refuse_coarse
 from attack_modules.analytic.defended_head import Expected, HeadRound, LastLayer, UnreadableDefense
 from fl_lightning.defenses import TopK
 
@@ -70,3 +70,12 @@ def test_peers_of_other_sizes_are_refused() -> None:
 def test_defences_beside_it_are_not_read() -> None:
     assert AdamStep.against([TopK(0.1)]) is None
     assert AdamStep.against([]) is not None
+
+
+def test_steps_of_which_rounding_leaves_signs_alone_are_refused() -> None:
+    seen, *_ = stepped(torch.arange(IMAGES) % 3)
+    sums, fine = seen.update * 3 / IMAGES, torch.full_like(seen.update, 1e-7)
+    errors = seen.last.weight[:IMAGES, :HIDDEN]
+    refuse_coarse(Votes(sums, fine, errors, torch.arange(IMAGES) % 3))
+    with pytest.raises(UnreadableDefense, match="rate is too small"):
+        refuse_coarse(Votes(sums, 1e5 * fine, errors, torch.arange(IMAGES) % 3))
