@@ -18,7 +18,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -122,7 +121,7 @@ class AdamStep(DefendedReading):
     """Reads the first step of Adam of peers that have equally many images."""
 
     @classmethod
-    def against(cls, defenses: Sequence[Defense]) -> Self | None:
+    def against(cls, defenses: Sequence[Defense]) -> "AdamStep | None":
         """For peers that train by Adam: None if they, or the server, have defences as well."""
         return None if defenses else cls()
 
