@@ -61,8 +61,8 @@ UNLIKELY = 2.0
 """Log odds against a hypothesis that leaves it less."""
 WRONG = 0.02
 """Probability that an equation is wrong, as where a gate was overlooked since its unit is hardly active."""
-DECADES = 10.0
-"""Width of the range of remainders that wrong equations have, in powers of e."""
+LOG_RANGE = 10.0
+"""Range of the logarithm of the remainders that wrong equations have."""
 RESOLVED = 3.0
 """Remainder over the rounding from which it tells of an entry."""
 LEAST_RESOLVED = 0.7
@@ -456,7 +456,7 @@ def moments(ballot: Ballot, mean: Tensor, width: Tensor, blur: float) -> tuple[T
             entries.append(moved)
             variances.append(left_over)
     measure = math.log(EPSILON) + math.log(2 * math.pi) / 2  # which the other logarithms leave out
-    spread = measure - math.log(DECADES) - ballot.remainder.clamp_min(ARITHMETIC).log()
+    spread = measure - math.log(LOG_RANGE) - ballot.remainder.clamp_min(ARITHMETIC).log()
     logs.append(math.log(WRONG) + (spread if ballot.resolved else torch.zeros_like(ballot.remainder)))
     entries.append(mean)
     variances.append(width.square())
