@@ -10,8 +10,8 @@ from fl_lightning.server_optimizers import ServerOptimizer
 def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
     """Average the clients' updates and buffers, each weighted by the client's number of examples.
 
-    A client without examples has no weight. The mean is computed incrementally, so that at most two clients' updates
-    need to be in memory. Integer buffers (BatchNorm's batch counters) are taken from the first client.
+    A client without examples has no weight. The mean is computed incrementally, so that one client's update at
+    a time needs to be in memory. Integer buffers (BatchNorm's batch counters) are taken from the first client.
 
     Args:
         clients: results of the round's clients, in any order.
@@ -29,15 +29,21 @@ def aggregate(clients: Iterable[ClientUpdate]) -> ClientUpdate:
         if not client.num_examples:
             continue
         total += client.num_examples
-        for mean, terms in ((update, client.update), (buffers, client.buffers)):
-            for name, term in terms.items():
-                if name not in mean:
-                    mean[name] = term.clone()
-                elif term.is_floating_point():
-                    mean[name].lerp_(term, client.num_examples / total)  # running weighted mean
+        _average(update, client.update, client.num_examples / total)
+        _average(buffers, client.buffers, client.num_examples / total)
+        del client  # before the next one trains
     if not total:
         raise SettingError("No client with images took part in this round, so there is nothing to aggregate.")
     return ClientUpdate(update, buffers, total)
+
+
+def _average(mean: Tensors, terms: Tensors, share: float) -> None:
+    """One more term of a running weighted mean, in place."""
+    for name, term in terms.items():
+        if name not in mean:
+            mean[name] = term.clone()
+        elif term.is_floating_point():
+            mean[name].lerp_(term, share)
 
 
 def server_step(

@@ -342,7 +342,7 @@ class Federation:
         kept: Kept,
     ) -> tuple[ImageClassifier, dict[View, Observation]]:
         """The next global model, and what the seat sees of the round if it receives its models."""
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        before = dict(model.state_dict())  # the next model gets tensors of its own, so that these stay
         seed = seed_of(self.seed, round_)
         at_server = occasions(self.server_defenses, parameters(model), seed, kept.kept_memory.get(SERVER, {}))
         members = self.seat.members(data.num_clients)
@@ -355,7 +355,9 @@ class Federation:
                 yield ClientTask(model, data.clients[client], own_seed, own_memory, client, round_, own_buffers)
 
         def updates() -> Iterator[ClientUpdate]:
-            for client, result in zip(training, self.engine.train(tasks(), self.client, self.accelerator), strict=True):
+            results = self.engine.train(tasks(), self.client, self.accelerator)
+            for client in training:
+                result = next(results)
                 if not self.share_buffers:
                     kept.kept_buffers[str(client)] = result.buffers
                 if result.memory:
@@ -367,12 +369,14 @@ class Federation:
                 if self.seat.keeps(client, data.num_clients):  # its part of the mean, or what a curious server receives
                     known[client] = result if client in members else sent
                 yield result
+                del result, sent  # before the next client trains
 
         if not training:  # only an observer without images was sampled
             after = {name: tensor.clone() for name, tensor in before.items()}
             return model, {None: Observation(round_, before, after, {}, 0.0, describe_model(model))}
         mean = aggregate(updates())
-        update = mean.update
+        update, total, averaged = mean.update, mean.num_examples, mean.buffers if self.share_buffers else {}
+        del mean
         for defense, occasion in at_server:
             update = defense.on_mean(update, occasion)
         if self.server_defenses:
@@ -380,10 +384,11 @@ class Federation:
         parameters_after = server_step(
             parameters(model), update, self.server_lr, self.server, kept.server_memory, round_
         )
-        model.load_state_dict({**before, **parameters_after, **(mean.buffers if self.share_buffers else {})})
-        after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        whole = Observation(round_, before, after, {}, 0.0, describe_model(model))
-        return model, self.seat.observe(whole, known, mean.num_examples)
+        stays = {name: tensor.clone() for name, tensor in before.items() if name not in update | averaged}
+        del update
+        model.load_state_dict({**parameters_after, **stays, **averaged}, assign=True)
+        whole = Observation(round_, before, dict(model.state_dict()), {}, 0.0, describe_model(model))
+        return model, self.seat.observe(whole, known, total)
 
     def truth(self, round_: int, data: FederatedData, client: View = None) -> Truth:
         """The ground truth of a round, or of one client's update in it, which is known before the round is run.

@@ -72,7 +72,7 @@ class CuriousClient(Seat):
     def observe(self, whole: Observation, updates: Mapping[int, ClientUpdate], total: int) -> dict[View, Observation]:
         if not updates:
             return {None: whole}
-        own = aggregate(updates.values())
+        own = aggregate(updates.values()) if len(updates) > 1 else next(iter(updates.values()))
         return {None: replace(whole, own_update=own.update, own_weight=own.num_examples / total)}
 
 

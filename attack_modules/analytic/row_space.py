@@ -70,9 +70,8 @@ class RowSpace:
     def of(cls, update: Tensor, weight: Tensor) -> "RowSpace":
         precision, spacing = torch.finfo(weight.dtype).eps, float_spacing(weight)
         if min(update.shape) <= WIDE:
-            whole = update.double()
-            rows, mixing = row_coordinates(whole, precision)
-            within = weight.double() @ whole.T @ mixing.T
+            rows, mixing = row_coordinates(update, precision)
+            within = sum(w @ u.T for w, u in zip(columns(weight), columns(update), strict=True)) @ mixing.T
             rest = torch.zeros_like(rows[:, 0])
         else:
             mixing, basis = leading_directions(update)
@@ -117,10 +116,9 @@ def float_spacing(weight: Tensor) -> float:
 def space_bytes(weight: Tensor) -> int:
     """Bytes that `RowSpace.of` certainly holds at once of such a layer, which may be on the meta device.
 
-    The update in float64 and its QR decomposition; of a wide layer, the update and the weight, each with its bias.
+    The update and the weight, each with its bias.
     """
-    precise = torch.finfo(torch.float64).bits // 8
-    return 2 * weight.numel() * (precise if min(weight.shape) <= WIDE else weight.element_size())
+    return 2 * weight.numel() * weight.element_size()
 
 
 def row_coordinates(update: Tensor, precision: float | None = None) -> tuple[Tensor, Tensor]:
@@ -131,13 +129,16 @@ def row_coordinates(update: Tensor, precision: float | None = None) -> tuple[Ten
     own, does not mix into the other directions.
 
     Args:
-        update: (out, D) float64.
+        update: (out, D); it is read once, some columns at a time.
         precision: relative size of singular values that count as 0, by default float64's; their rows of `mixing` are
             0.
     """
-    rows = torch.linalg.qr(update.T, mode="r").R.T
+    triangle = torch.zeros(0, len(update), dtype=torch.float64, device=update.device)
+    for part in columns(update):
+        triangle = torch.linalg.qr(torch.cat([triangle, part.T]), mode="r").R
+    rows = triangle.T
     left, singular, right = torch.linalg.svd(rows, full_matrices=False)
-    least = (torch.finfo(update.dtype).eps if precision is None else precision) * singular.norm()
+    least = (torch.finfo(rows.dtype).eps if precision is None else precision) * singular.norm()
     scale = torch.where(singular > least, 1 / singular, 0.0)
     return rows @ right.T, (left * scale).T  # rows of inactive units stay exactly 0
 
@@ -156,20 +157,25 @@ def leading_directions(update: Tensor) -> tuple[Tensor, Tensor]:
     while True:
         sketch = torch.randn(update.shape[1], count, generator=generator, dtype=torch.float64).to(update.device)
         for _ in range(POWER_ITERATIONS):
-            columns = torch.linalg.qr(times(update, sketch)).Q
-            sketch, triangle = torch.linalg.qr(transposed_times(update, columns))
+            outputs = torch.linalg.qr(times(update, sketch)).Q
+            sketch, triangle = torch.linalg.qr(transposed_times(update, outputs))
         left, singular, right = torch.linalg.svd(triangle.T, full_matrices=False)
-        # the update is nearly `columns @ triangle.T @ sketch.T`
+        # the update is nearly `outputs @ triangle.T @ sketch.T`
         if count == most or singular[count // 2] < FLAT * singular[-1]:
             break
         count = min(2 * count, most)
     inverse = torch.where(singular > torch.finfo(torch.float64).eps * singular.norm(), 1 / singular, 0.0)
-    return (columns @ (left * inverse)).T, sketch @ right.T
+    return (outputs @ (left * inverse)).T, sketch @ right.T
 
 
 def chunks(matrix: Tensor) -> Iterator[Tensor]:
     """The rows of a matrix, some at a time, in float64."""
     return (part.double() for part in matrix.split(max(CHUNK // matrix.shape[1], 1)))
+
+
+def columns(matrix: Tensor) -> Iterator[Tensor]:
+    """The columns of a matrix, some at a time, in float64; at least as many as there are rows."""
+    return (part.double() for part in matrix.split(max(CHUNK // len(matrix), len(matrix)), dim=1))
 
 
 def times(matrix: Tensor, other: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ class FeatureInversion(Attack):
     def prepare(self) -> None:
         seen, device = self.observed_rounds, self.trainer.strategy.root_device
         updates = [self.update_of(observed) for observed in seen]
-        model, assumptions = seen[0].observation.build_model(), seen[0].assumptions
+        model, assumptions = seen[0].observation.build_model(shared=True), seen[0].assumptions
         self.steps = assumptions.local_steps
         if assumptions.batch_size and not assumptions.client_sizes:
             rank_zero_warn(
