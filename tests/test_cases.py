@@ -1,6 +1,7 @@
 """What users of other systems have at hand, as public threads show it: each case ends in a record or a sentence."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +221,10 @@ def test_a_head_alone_still_tells_labels_counts_and_features(states: dict[str, S
 
 def test_adam_is_recognised_and_momentum_can_be_told(states: dict[str, State]) -> None:
     states["after"] = {n: t - 0.001 * (t - states["after"][n]).sign() for n, t in states["before"].items()}
-    (doubt,) = doubts(observed(states, own=None, own_weight=0.0))
+    seen = observed(states, own=None, own_weight=0.0)
+    (doubt,) = doubts(seen)
     assert "it looks like Adam" in doubt
+    assert not list(doubts(replace(seen, assumptions=replace(seen.assumptions, optimizer="Adam"))))
     told = Assumptions(client_lr=0.01, local_epochs=3, momentum=0.9)
     assert told.mean_rate == pytest.approx(0.01 * (1 + 1.9 + 2.71) / 3)
 

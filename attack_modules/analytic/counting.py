@@ -178,6 +178,10 @@ def count_images(
                 return fewer, True, False
             views = distinct and fewer == held
     rank = start + int(two[start - 1 : most].argmax())
+    before_end = int(MOST_OF_COMPRESSED * len(singular))
+    if rank > before_end > start:  # as rounding ends, too: 8 bits are not seen to be compressed
+        earlier = start + int(two[start - 1 : before_end].argmax())
+        rank = earlier if two[earlier - 1] > COMPRESSED_FALL else rank
     if rank != held and rank < most and one[rank - 1] < min(one[rank].item(), max(2.0, one[rank].sqrt().item())):
         rank += 1  # nearly all of the fall is in the second of the two steps
     if two[rank - 1] <= clear_fall:

@@ -116,6 +116,11 @@ class DefendedReading(ABC):
         return True
 
     @property
+    def harm(self) -> float:
+        """Factor by which errors of the features harm an image more than as much independent noise."""
+        return 1.0
+
+    @property
     def shows_rank(self) -> bool:
         """Whether the rank of the update tells of the number of images; else it is that of the held classes."""
         return True

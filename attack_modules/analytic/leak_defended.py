@@ -33,12 +33,12 @@ MOST_AMPLIFIED = 100.0
 def leak_known(
     updates: Sequence[Mapping[str, Tensor]], weights: Sequence[Mapping[str, Tensor]], training: TrainingKnowledge
 ) -> Leakage:
-    """`leak_rounds`, or `leak_defended` where a defence is known that asks for it and can be read."""
+    """`leak_rounds`, or `leak_defended` where a defence or optimiser is known that asks for it and can be read."""
     if training.reading:
         try:
             return leak_defended(updates, weights, training, training.reading)
         except UnreadableDefense as error:
-            rank_zero_warn(f"{error} The attack goes on as if it knew of no defence.")
+            rank_zero_warn(f"{error} The attack goes on as if the peers trained by SGD without a defence.")
     return leak_rounds(updates, weights, training)
 
 
@@ -77,7 +77,7 @@ def leak_defended(
         )
     if reading.single_step and len(updates) * training.steps > 1:
         raise UnreadableDefense(
-            f"The peers' defence is read from a single local step by {type(reading).__name__}, but "
+            f"{type(reading).__name__} reads the peers' updates from a single local step, but "
             f"{counted(len(updates), 'round')} of {counted(training.steps, 'step')} came."
         )
     scale = len(labels) / (training.lr * training.steps)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from attack_modules.analytic.adam_step import AdamStep
 from attack_modules.analytic.counting import read_counts
 from attack_modules.analytic.defended_head import DefendedReading
 from attack_modules.analytic.mixed_images import MixedImages
@@ -34,7 +35,8 @@ def training_knowledge(seen: ObservedRound, model: ImageClassifier) -> TrainingK
     known = seen.assumptions
     labels = None if known.labels is None else torch.tensor(known.labels)
     defenses = [*known.defenses, *known.server_defenses]
-    reading = next((made for kind in READINGS if (made := kind.against(defenses))), None)
+    kinds = READINGS if known.optimizer == "SGD" else () if known.weight_decay else (AdamStep,)
+    reading = next((made for kind in kinds if (made := kind.against(defenses))), None)
     typical = TypicalHead.of(model, seen.observation.image_shape) if labels is None or reading else None
     ordered = labels is not None and known.sources.get("labels") == "known"
     return TrainingKnowledge(

@@ -15,12 +15,14 @@ MANY_ZEROS = 0.2
 FEW_LEVELS = (Quantization, QSGD)
 
 
-def qualified(verdict: Verdict, update: Tensors, before: Tensors, assumptions: Assumptions) -> Verdict:
+def qualified(
+    verdict: Verdict, update: Tensors, before: Tensors, assumptions: Assumptions, read: bool = False
+) -> Verdict:
     """A verdict with what else is to be suspected; arguments as of `suspected_defenses`.
 
     Of a single local step, what a known augmentation made of an image comes out as exactly as an image would.
     """
-    verdict = verdict.suspecting(suspected_defenses(update, before, assumptions))
+    verdict = verdict.suspecting(suspected_defenses(update, before, assumptions, read))
     if not any(isinstance(defense, Augmentation) for defense in assumptions.defenses):
         return verdict
     return replace(
@@ -30,7 +32,7 @@ def qualified(verdict: Verdict, update: Tensors, before: Tensors, assumptions: A
     )
 
 
-def suspected_defenses(update: Tensors, before: Tensors, assumptions: Assumptions) -> list[str]:
+def suspected_defenses(update: Tensors, before: Tensors, assumptions: Assumptions, read: bool = False) -> list[str]:
     """What an update looks like, each a clause; noise, clipping and views are told by what is read from it.
 
     What is assumed anyway is not suspected, and no defence is where all are told.
@@ -39,6 +41,7 @@ def suspected_defenses(update: Tensors, before: Tensors, assumptions: Assumption
         update: parameters before minus after, by name.
         before: the same parameters before.
         assumptions: what the attacker is told of the round, and guesses.
+        read: whether the attack read the update as what the assumed optimiser and defences made it.
     """
     assumed = [*assumptions.defenses, *assumptions.server_defenses]
     told = assumptions.sources.get("defenses") == "known"
@@ -47,8 +50,8 @@ def suspected_defenses(update: Tensors, before: Tensors, assumptions: Assumption
         return any(isinstance(defense, kinds) for defense in assumed)
 
     found = []
-    if assumptions.optimizer == "Adam":
-        found.append("the peers train by Adam, which no attack simulates")
+    if assumptions.optimizer == "Adam" and not read:
+        found.append("the peers train by Adam, which this attack takes for SGD")
     still = [name for name, tensor in update.items() if not tensor.any()]
     if still and len(still) < len(update) and not explained(PartialSharing):
         shown = ", ".join(still[:3]) + (", ..." if len(still) > 3 else "")

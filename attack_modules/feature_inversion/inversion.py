@@ -581,7 +581,8 @@ class FeatureInversion(Attack):
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
         verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(controls[:each]))
-        return qualified(verdict, self.update_of(observed), observed.observation.before, observed.assumptions)
+        update, read = self.update_of(observed), self.leakage.defended is not None
+        return qualified(verdict, update, observed.observation.before, observed.assumptions, read)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -627,8 +628,8 @@ class FeatureInversion(Attack):
         reading = self.leakage.defended.reading
         again = f", and once more at {reading.resolves} steps with the images found so far" if reading.resolves else ""
         line = (
-            f"\nKnown defence: the head's first layer is read by {type(reading).__name__}{again}. It leaves the "
-            f"features off by {self.leakage.uncertainty.median():.1%}"
+            f"\nKnown defence or optimiser: the head's first layer is read by {type(reading).__name__}{again}. It "
+            f"leaves the features off by {self.leakage.uncertainty.median():.1%}"
         )
         if self.leakage.noisy:
             line += ", in proportion to which the prior weighs"

@@ -76,7 +76,9 @@ class Evidence:
         """
         found = self.leakage.diagnosis
         drift = torch.where(self.moved > 0, LEFT_OF_CORRECTION * self.moved, DRIFT_TO_ERROR * found.drift)
-        uncertainty = self.leakage.uncertainty * (COMPRESSION if found.compressed and not self.leakage.noisy else 1)
+        defended = self.leakage.defended if self.leakage.noisy else None
+        harm = defended.reading.harm if defended else COMPRESSION if found.compressed else 1.0
+        uncertainty = self.leakage.uncertainty * harm
         return torch.stack([uncertainty, drift * self.drifts, self.misfit]).amax(0)
 
     @property

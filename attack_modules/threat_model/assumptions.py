@@ -39,7 +39,7 @@ class Assumptions:
         labels: one label an image, ordered by peer if labels are told, sorted if only their counts are; None if they
             must be inferred.
         client_sizes: images of each peer; told together with `num_clients`, split evenly if that is guessed.
-        optimizer: of the peers; no attack simulates another than SGD.
+        optimizer: of the peers; of Adam, the closed form reads a single step, and no attack simulates it.
         defenses: of the peers, in the order in which they apply them; empty where there are none or they are unknown.
         server_defenses: of the server, likewise.
         sources: `known`, `guessed`, `inferred` or `unknown` for each item of `Knowledge`; written into every result.
@@ -77,8 +77,9 @@ class Assumptions:
         lines = [f"Told to the attacker: {', '.join(told) or 'nothing'}; not told: {', '.join(rest) or 'nothing'}."]
         if self.optimizer != "SGD":
             lines.append(
-                f"The peers are taken to train by {self.optimizer}, which no attack simulates: each attacks as if they "
-                "trained by SGD, and mostly fails."
+                f"The peers are taken to train by {self.optimizer}, of which FeatureInversion reads a single local "
+                "step in full batches, without weight decay or defences. It else attacks as if they trained by SGD, as "
+                "every other attack does, and mostly fails."
             )
         return "\n".join(lines)
 

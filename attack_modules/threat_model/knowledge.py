@@ -42,7 +42,7 @@ class Knowledge:
         weight_decay: of the peers' SGD.
         label_smoothing: of the peers' cross entropy, likewise.
         class_weights: of the peers' cross entropy, one number for each class; null guesses none.
-        optimizer: of the peers; it is recorded with the result, and all attacks take it for SGD.
+        optimizer: of the peers. Of Adam, `FeatureInversion` reads a single local step; all else takes it for SGD.
         defenses: whether it is told the defences of the peers and of the server with their settings; or a guess of the
             peers'.
     """

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import Tensors
+from fl_lightning.defenses import Sign
 from fl_lightning.errors import AuditError
 from fl_lightning.observation import Observation, build_on_meta
 
@@ -94,8 +95,9 @@ def _beyond_rounding(observation: Observation, server_lr: float, name: str, befo
 def doubts(seen: ObservedRound) -> Iterator[str]:
     """What speaks against a round of SGD from `before` to `after`, each a warning with its likely cause."""
     update = seen.without_weight_decay(seen.peers_update())
-    round_ = seen.observation.round
-    if looks_like_signs(update):
+    round_, known = seen.observation.round, seen.assumptions
+    signs = known.optimizer == "Adam" or any(isinstance(defense, Sign) for defense in known.defenses)
+    if looks_like_signs(update) and not signs:
         yield (
             f"In round {round_} the entries of the peers' update are nearly of one size: it looks like Adam, or like "
             "signs or few levels of a compressed update. The attack assumes plain SGD, whose update is a sum of "

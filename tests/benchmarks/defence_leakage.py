@@ -2,13 +2,15 @@
 
     python tests/benchmarks/defence_leakage.py FOLDER notebooks/defence_leakage.csv --seeds 0 1 2
 
-takes images as FOLDER/<class>/*.jpg: LeNet5 as initialised at 64x64, 4 peers with 4 images each and the attacker, one
-local epoch at rate 0.003 (Adam: 0.0003), nothing told but the rates, and with `--knowledge known` the defence. A run of
-more than `--seconds` is given up, as where hundreds of images are counted.
+takes images as FOLDER/<class>/*.jpg, or CIFAR-10 as a `.tar.gz` of JPEG files: LeNet5 as initialised, 4 peers with 4
+images each and the attacker, one local epoch at rate 0.003 (Adam: 0.0003), one round, images of 64x64 pixels (CIFAR-10:
+32x32) unless options say otherwise; nothing told but the rates, and with `--knowledge known` the defence. A run of more
+than `--seconds` is given up, as where hundreds of images are counted.
 """
 
 import signal
 import tempfile
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +20,12 @@ from defence_table import arguments, fill
 
 from attack_modules import FeatureInversion
 from attack_modules.evaluation.assignment import match
+from attack_modules.panels import draw_panel
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRounds
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.client import LocalTraining
-from fl_lightning.data import IID, ImageFolder
+from fl_lightning.data import CIFAR10, IID, ImageFolder
 from fl_lightning.errors import AuditError
 from fl_lightning.federation import Federation
 from fl_lightning.truth import Truth
@@ -50,23 +53,44 @@ COLUMNS = (
 )
 
 
-def row_of(name: str, seed: int, root: Path, knowledge: str, steps: int, seconds: int) -> dict[str, object]:
+def row_of(name: str, seed: int, given: Namespace) -> dict[str, object]:
     """Attack one federation."""
-    setting = SETTINGS[name]
-    told = Knowledge("inferred", "inferred", "inferred", "inferred", defenses=knowledge)
-    data = ImageFolder(root=root, num_clients=5, images_per_client=4, image_size=64, partition=IID(), seed=seed)
-    lr = 0.0003 if setting.optimizer == "Adam" else 0.003
-    training = LocalTraining(lr=lr, local_epochs=1, optimizer=setting.optimizer, defenses=setting.client)
-    federation = Federation(client=training, server_defenses=setting.server, seed=seed)
+    setting, seconds = SETTINGS[name], given.seconds
+    told = Knowledge("inferred", "inferred", "inferred", "inferred", defenses=given.knowledge)
+    archive = given.root.name.endswith(".tar.gz")
+    size = given.size or (32 if archive else 64)
+    data = (CIFAR10 if archive else ImageFolder)(
+        root=given.root,
+        num_clients=given.peers + 1,
+        images_per_client=given.images,
+        image_size=size,
+        partition=IID(),
+        seed=seed,
+    )
+    training = LocalTraining(
+        lr=given.rate or (0.0003 if setting.optimizer == "Adam" else 0.003),
+        local_epochs=given.epochs,
+        optimizer=setting.optimizer,
+        label_smoothing=setting.label_smoothing,
+        defenses=setting.client,
+    )
+    federation = Federation(
+        client=training,
+        rounds=given.rounds,
+        observed_rounds=list(range(given.rounds)),
+        server_defenses=setting.server,
+        seed=seed,
+    )
     with tempfile.TemporaryDirectory() as folder:
         rounds = ObservedRounds(told, federation, data, Path(folder))
         rounds.prepare_data()
         rounds.setup()
-        truth, seen = Truth.load(rounds.record.truth(0)), rounds.rounds[0]
-    row = {"knowledge": knowledge, "steps": steps, "originals": len(truth.labels), "found": 0, "good": 0}
+        truth = Truth.load(rounds.record.truth(0))
+        seen = [one.observation for one in rounds.rounds]
+    row = {"knowledge": given.knowledge, "steps": given.steps, "originals": len(truth.labels), "found": 0, "good": 0}
     signal.alarm(seconds)
     try:
-        result = FeatureInversion().reconstruct(seen.observation, seen.assumptions, steps)
+        result = FeatureInversion().reconstruct(seen, rounds.rounds[0].assumptions, given.steps)
     except AuditError as error:
         return row | {"reasons": f"refused: {error}"}
     except TimeoutError:
@@ -75,6 +99,9 @@ def row_of(name: str, seed: int, root: Path, knowledge: str, steps: int, seconds
         signal.alarm(0)
     order = match(result.images, truth.images)
     found = order >= 0
+    if given.pictures:
+        rows = {"original": truth.images[found], "found": result.images[order[found]]}
+        draw_panel(rows).save(given.pictures / f"{name.replace(' ', '_')}_{seed}.png")
     errors = (result.images[order[found]] - truth.images[found]).square().mean((1, 2, 3))
     psnr, levels = -10 * errors.log10(), [result.verdict.levels[index] for index in order[found].tolist()]
     classes = max(int(result.labels.max()), int(truth.labels.max())) + 1
@@ -106,6 +133,12 @@ if __name__ == "__main__":
     parser.add_argument("--knowledge", choices=["known", "unknown"], default="unknown")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seconds", type=int, default=300)
+    parser.add_argument("--peers", type=int, default=4)
+    parser.add_argument("--images", type=int, default=4, help="of each peer")
+    parser.add_argument("--size", type=int, help="pixels of an image's edge")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rate", type=float, help="of the peers' optimiser")
+    parser.add_argument("--rounds", type=int, default=1, help="of the same images, all observed")
+    parser.add_argument("--pictures", type=Path, help="a folder that exists, for a panel of each row")
     given = parser.parse_args()
-    told = {"knowledge": given.knowledge, "steps": given.steps, "seconds": given.seconds}
-    fill(given, COLUMNS, partial(row_of, root=given.root, **told))
+    fill(given, COLUMNS, partial(row_of, given=given))

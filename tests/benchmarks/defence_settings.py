@@ -33,6 +33,7 @@ class Setting:
     client: list[ClientDefense] = field(default_factory=list)
     server: list[ServerDefense] = field(default_factory=list)
     optimizer: Literal["SGD", "Adam"] = "SGD"
+    label_smoothing: float = 0.0
 
 
 def settings(norm: float) -> dict[str, Setting]:
@@ -65,4 +66,6 @@ def settings(norm: float) -> dict[str, Setting]:
         "adaptive clipping": Setting(server=[AdaptiveClipping(initial=0.1 * norm)]),
         "dropout 0.5 of features": Setting([Dropout(where="features")]),
         "noise rho 30": Setting([GaussianNoise(rho=30.0)]),
+        "noise rho 0.3": Setting([GaussianNoise(rho=0.3)]),
+        "label smoothing 0.1": Setting(label_smoothing=0.1),
     }

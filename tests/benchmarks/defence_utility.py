@@ -47,6 +47,7 @@ def row_of(name: str, seed: int, root: Path, images: int, rounds: int) -> dict[s
         batch_size=10,
         momentum=0.0 if adam else 0.9,
         optimizer=setting.optimizer,
+        label_smoothing=setting.label_smoothing,
         defenses=setting.client,
     )
     federation = Federation(client=training, rounds=rounds, server_defenses=setting.server, seed=seed)

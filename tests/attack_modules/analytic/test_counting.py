@@ -117,6 +117,13 @@ def test_count_knows_drifting_features() -> None:
     assert count_images(singular, held=4, epochs=3)[0] == 8
 
 
+def test_rounding_that_ends_before_the_rank_is_no_image() -> None:
+    singular = torch.cat([torch.linspace(3, 1, 16), torch.linspace(0.13, 0.1, 361), torch.full((21,), 0.003)])
+    assert count_images(singular, held=9, epochs=1, distinct=False) == (16, True, False)
+    full = torch.cat([torch.linspace(3, 1, 377), torch.full((21,), 0.003)])
+    assert count_images(full, held=9, epochs=1, distinct=False) == (377, True, False)
+
+
 def test_the_count_is_a_lower_bound_where_nothing_falls() -> None:
     singular = 0.9 ** torch.arange(40.0)
     assert count_images(singular, held=12, epochs=1) == (12, False, False)

@@ -100,8 +100,9 @@ def test_adam_is_suspected_where_it_is_not_told_and_named_where_it_is() -> None:
     (clause,) = suspected_defenses(signs, BEFORE, adam_alone)
     assert clause.endswith("nearly of one size, as by Adam at the clients")
     adam = replace(ASSUMED, optimizer="Adam")
-    assert suspected_defenses(signs, BEFORE, adam) == ["the peers train by Adam, which no attack simulates"]
-    assert "each attacks as if they trained by SGD" in adam.introduction()
+    assert suspected_defenses(signs, BEFORE, adam) == ["the peers train by Adam, which this attack takes for SGD"]
+    assert suspected_defenses(signs, BEFORE, adam, read=True) == []
+    assert "as if they trained by SGD" in adam.introduction()
     assert "Adam" not in ASSUMED.introduction()
 
 

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from attack_modules.analytic.defended_head import DefendedLayer
+from attack_modules.analytic.noisy_gates import NoisyGates
+from attack_modules.analytic.pruned_update import PrunedUpdate
 from attack_modules.analytic.results import Diagnosis, Leakage
 from attack_modules.attack import Level, Verdict
 from attack_modules.feature_inversion.controls import ERRORS, control_images, expected_psnr
@@ -36,7 +39,11 @@ def test_errors_are_the_largest_of_what_can_be_seen() -> None:
     assert errors(found) == pytest.approx([0.03] * 3)
     assert errors(found, corrected=1.1) == pytest.approx([0.02] * 3)
     assert errors(found, misfit=0.5, drifts=False) == pytest.approx([0.001, 0.5, 0.001])
-    assert errors(leakage(replace(SURE, compressed=True)), drifts=False) == pytest.approx([0.0035] * 3)
+    compressed = leakage(replace(SURE, compressed=True))
+    assert errors(compressed, drifts=False) == pytest.approx([0.0035] * 3)
+    for reading, expected in ((PrunedUpdate(), 0.0019), (NoisyGates(), 0.001)):
+        read = replace(compressed, noisy=True, defended=DefendedLayer(reading, []))
+        assert errors(read, drifts=False) == pytest.approx([expected] * 3)
 
 
 def test_an_update_that_drift_does_not_explain_makes_all_images_unreliable() -> None:
