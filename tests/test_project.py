@@ -1,6 +1,7 @@
 """The project's own promises about itself."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,14 @@ def test_environment_yml_is_in_step_with_pyproject() -> None:
         listed.add(f"{CONDA_NAMES.get(name, name)}>={version}")
     assert f"python{project['requires-python']}" in listed
     assert set(project["dependencies"]) <= listed
+
+
+def test_the_lowest_version_of_python_is_enough() -> None:
+    lowest = re.search(r'requires-python = ">=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    command = [sys.executable, "-c", "from vermin import main; main()", "--no-tips", "--violations"]
+    command += [f"--target={lowest}-", "cli.py", "fl_lightning", "attack_modules"]
+    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert asked.returncode == 0, asked.stdout + asked.stderr
 
 
 ROOMS = [

@@ -63,11 +63,20 @@ def read_counts(
         gradients = [gradient / weights[:, None] for gradient in gradients]
         typical = typical and replace(typical, probabilities=typical.probabilities / weights)
     held, distinct = held_classes(gradients[0], hidden, typical, smoothing)
-    num_held = int(held.sum())
     noise, above = noise_floor(first.singular, tuple(first.update.shape)) or (None, 1)
     compressed = is_compressed(active_entries(first.update, first.spacing), first.spacing)
     epochs = training.epochs or training.steps
-    found, clear, views = count_images(first.singular, num_held, epochs, distinct, above, compressed)
+
+    def counted(held: Tensor, distinct: bool) -> tuple[int, bool, bool]:
+        return count_images(first.singular, int(held.sum()), epochs, distinct, above, compressed)
+
+    found, clear, views = counted(held, distinct)
+    if not distinct:  # by the scale of the gradient, which clipping, say, makes another one
+        evident = class_evidence(gradients[0])[1]
+        fewer = counted(evident, True)
+        if fewer[1] and fewer[0] < held.sum():  # as many classes cannot have images
+            held, distinct, (found, clear, views) = evident, True, fewer
+    num_held = int(held.sum())
     told = training.num_images or (None if training.labels is None else len(training.labels))
     num_images = told or found
     if told is None:

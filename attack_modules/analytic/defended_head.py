@@ -4,7 +4,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -98,7 +97,7 @@ class DefendedReading(ABC):
 
     @classmethod
     @abstractmethod
-    def against(cls, defenses: Sequence[Defense]) -> Self | None:
+    def against(cls, defenses: Sequence[Defense]) -> "DefendedReading | None":
         """The reading for these defences of the peers and the server; None if they do not ask for it."""
 
     @property

@@ -13,7 +13,6 @@ What is read then are the features of mixed images; the images themselves are un
 """
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -55,7 +54,7 @@ class MixedImages(DefendedReading):
     """Reads updates of a local step on mixtures of two images each; pairs and shares are estimated."""
 
     @classmethod
-    def against(cls, defenses: Sequence[Defense]) -> Self | None:
+    def against(cls, defenses: Sequence[Defense]) -> "MixedImages | None":
         return cls() if any(isinstance(defense, Mixup) for defense in defenses) else None
 
     @property

@@ -10,7 +10,6 @@ the noise: its size in each unit is what the features leave unexplained there.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ class NoisyGates(DefendedReading):
         self.optimism = DEPENDENT if dependent else 1.0
 
     @classmethod
-    def against(cls, defenses: Sequence[Defense]) -> Self | None:
+    def against(cls, defenses: Sequence[Defense]) -> "NoisyGates | None":
         if any(isinstance(defense, Quantization) and defense.bits <= COARSE for defense in defenses):
             return cls(dependent=True)
         noisy = (GaussianNoise, LocalDP, DPFedAvg, DPSGD, QSGD)

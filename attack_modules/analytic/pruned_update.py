@@ -11,7 +11,6 @@ or cancel; images of two peers do not.
 """
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class PrunedUpdate(DefendedReading):
     """Reads updates of which every peer sent only the largest entries; how many is estimated."""
 
     @classmethod
-    def against(cls, defenses: Sequence[Defense]) -> Self | None:
+    def against(cls, defenses: Sequence[Defense]) -> "PrunedUpdate | None":
         return cls() if any(isinstance(defense, TopK) for defense in defenses) else None
 
     @property

@@ -101,8 +101,12 @@ class RowSpace:
 
     @cached_property
     def singular(self) -> Tensor:
-        """Singular values of the update, one for each unit that was ever active, clamped to the floor."""
-        return torch.linalg.svdvals(self.rows[(self.rows != 0).any(1)]).clamp_min(self.floor)
+        """Singular values of the update, one for each unit that was ever active, clamped to the floor.
+
+        Arithmetic beside the training, such as a strategy's own noise of 1e-12, leaves rows below the floor.
+        """
+        active = torch.linalg.vector_norm(self.rows, dim=1) > self.floor
+        return torch.linalg.svdvals(self.rows[active]).clamp_min(self.floor)
 
 
 def float_spacing(weight: Tensor) -> float:

@@ -15,7 +15,6 @@ single peer: the aggregation is undone. Then, peer by peer:
 import math
 from collections.abc import Sequence
 from itertools import combinations, product
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ class SignedUpdate(DefendedReading):
         self._found: tuple[HeadRound, Tensor, Tensor, Tensor, float] | None = None  # it is read again and again
 
     @classmethod
-    def against(cls, defenses: Sequence[Defense]) -> Self | None:
+    def against(cls, defenses: Sequence[Defense]) -> "SignedUpdate | None":
         return cls() if any(isinstance(one, Sign) and one.scale is None for one in defenses) else None
 
     @property

@@ -1,6 +1,5 @@
 """What the head computes for typical images: the attacker's estimate where the update alone does not tell."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +43,8 @@ def pink_noise(count: int, image_shape: ImageShape, seed: int = 0) -> Tensor:
     _, height, width = image_shape
     generator = torch.Generator().manual_seed(seed)
     frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None, :])
-    frequency[0, 0] = math.inf
+    frequency[0, 0] = 1.0  # an infinite one would make NaN before PyTorch 2.7
     spectrum = torch.fft.fft2(torch.randn(count, *image_shape, generator=generator)) / frequency
+    spectrum[..., 0, 0] = 0.0
     noise = torch.fft.ifft2(spectrum).real
     return (0.45 + 0.25 * noise / noise.std((1, 2, 3), keepdim=True)).clamp(0, 1)

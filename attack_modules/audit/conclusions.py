@@ -83,6 +83,11 @@ class Group:
         return [reading for reading in self.done if reading.compared]
 
     @property
+    def seat(self) -> str | None:
+        """Who looked, in words; None where no result says it."""
+        return next((reading.seat for reading in self.done), None)
+
+    @property
     def images(self) -> int:
         """Originals of all cells."""
         return sum(len(reading.rows) for reading in self.compared)
@@ -219,7 +224,7 @@ class Conclusions:
         elif worst.above_chance:
             copies = sum(reading.copies for reading in worst.compared)
             sentences.append(
-                f"Images leak. In the worst setting that was tried ({worst.title}), {worst.scenario.seat}, "
+                f"Images leak. In the worst setting that was tried ({worst.title}), {worst.seat or 'the attacker'} "
                 f"reconstructed {worst.leaked} of {worst.images} images of the others so that each can be told from "
                 f"all strangers compared with; {copies} of them are copies (PSNR of {COPY:.0f} dB or more)."
             )

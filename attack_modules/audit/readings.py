@@ -17,6 +17,7 @@ from attack_modules.evaluation.finished_run import FinishedRun, ImageRow, Strang
 from attack_modules.evaluation.persons import RECOGNISABLE
 from attack_modules.evaluation.strangers import Confirmed
 from attack_modules.panels import to_pil
+from fl_lightning import seats
 from fl_lightning.errors import AuditError, counted, in_short
 
 COPY = 30.0
@@ -115,6 +116,14 @@ class Reading:
     def told(self) -> dict[str, str]:
         """What the attacker was told: item -> `known`, `guessed` or `inferred`."""
         return dict(self.results.get("knowledge") or {})
+
+    @property
+    def seat(self) -> str | None:
+        """Who looked, in words; None where no result says it."""
+        described = dict(self.results.get("seat") or {})
+        name = described.pop("class", None)
+        kind = getattr(seats, name or "", None)
+        return kind(**described).words if kind else name
 
     @property
     def leaked(self) -> int | None:

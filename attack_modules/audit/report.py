@@ -25,6 +25,8 @@ from fl_lightning.storage import strict_json, write_text
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_BYTES = 10 * 2**20
 """Size of a report, beyond which pictures are left out."""
+PICTURED = 6
+"""Settings whose pictures are shown; those of the others are shown on demand."""
 MOST_LISTED = 40
 """Items of a list in report.html; report.json has all."""
 LETTERS = {
@@ -146,7 +148,8 @@ class Report:
         while True:
             page = template.render(
                 found=self.conclusions, report=self, shown=shown, content=self.content, letters=LETTERS,
-                most=MOST_LISTED, no_proof=NO_PROOF, compared=self.conclusions.comparisons(), plot=self.plot(),
+                most=MOST_LISTED, pictured=PICTURED, no_proof=NO_PROOF, compared=self.conclusions.comparisons(),
+                plot=self.plot(),
                 made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             )  # fmt: skip
             if len(page.encode()) <= MOST_BYTES or not shown:
@@ -179,7 +182,7 @@ class Report:
         return {
             "scenario": group.scenario.name,
             "defence": group.defence.name,
-            "seat": group.scenario.seat,
+            "seat": group.seat,
             "letter": letter(settings, told) if settings is not None and told else None,
             "runs": len(group.done),
             "of_runs": len(group.readings),

@@ -34,7 +34,6 @@ class Scenario:
         grid: dotted name -> list of values, each combination of which makes a scenario of its own.
         base: configurations in place of the study's.
         configs: configurations on top of these.
-        seat: who looks, in words.
         defences: names of the study's defences that are tried; null for all.
     """
 
@@ -44,7 +43,6 @@ class Scenario:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     base: list[Path] | None = None
     configs: list[Path] = field(default_factory=list)
-    seat: str = "one of the clients, honest but curious"
     defences: list[str] | None = None
 
 
@@ -194,7 +192,10 @@ class Study:
         for scenario in self.scenarios:
             for chosen in itertools.product(*scenario.grid.values()):
                 picked = dict(zip(scenario.grid, chosen, strict=True))
-                shown = ", ".join(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in picked.items())
+                shown = ", ".join(
+                    _text(value) if len(picked) == 1 else f"{key.rpartition('.')[2]} {_text(value)}"
+                    for key, value in picked.items()
+                )
                 name = f"{scenario.name}: {shown}" if picked else scenario.name
                 found.append(replace(scenario, name=name, settings={**scenario.settings, **picked}, grid={}))
         return found

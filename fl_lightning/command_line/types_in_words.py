@@ -89,4 +89,5 @@ def _phrase(kind: Any, several: bool = False) -> str:
 
 
 def _is(kind: Any, *bases: type) -> bool:
-    return isinstance(kind, type) and issubclass(kind, bases)
+    """Whether this is one of these classes; `tuple[int, int]` is an instance of `type` in Python 3.10, but no class."""
+    return isinstance(kind, type) and typing.get_origin(kind) is None and issubclass(kind, bases)

@@ -181,7 +181,7 @@ def _made(module: str | Prototype, arguments: Mapping[str, Any] | None) -> nn.Mo
         SettingError: the class is not loaded, is none of a module, or does not take these arguments.
     """
     if isinstance(module, Prototype):
-        return copy.deepcopy(module.module).to(torch.get_default_device())
+        return copy.deepcopy(module.module).to(torch.empty(0).device)
     found = _loaded(module)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise SettingError(

@@ -104,7 +104,8 @@ def test_a_common_drift_may_have_been_counted() -> None:
 def test_rank_counts_images() -> None:
     torch.manual_seed(0)
     update = torch.rand(30, 5, dtype=torch.float64) @ torch.rand(5, 50, dtype=torch.float64)
-    update[7] = 0  # a unit that was never active
+    update += 1e-7 * torch.randn(30, 50, dtype=torch.float64)  # rounding of the active units' weights
+    update[7:12] = 1e-17 * torch.rand(5, 50)  # units that were never active, and what a strategy adds to all parameters
     singular = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).singular
     for held, epochs in ((0, 1), (3, 3)):
         assert count_images(singular, held, epochs) == (5, True, False)
@@ -187,6 +188,19 @@ def test_images_of_distinct_classes_are_counted_whatever_is_done_to_the_update(
     assert labels.tolist() == list(range(8))
     assert (count.held, count.num_images) == (8, 8)
     assert (count.noise is not None) == noisy
+
+
+def test_clipping_makes_no_images_of_empty_classes(observe: Observe) -> None:
+    """In the clipped update, rows of 12 empty classes look like those of classes with their mean share of images."""
+    seen = observe(Federation(client=SHY), UNKNOWN, num_classes=20, images_per_client=4)
+    model = seen.observation.build_model()
+    layers = [0.1 * layer for layer in augmented(head_parameters(seen.peers_update(), model))]
+    space = RowSpace.of(layers[0], augmented(head_parameters(seen.observation.before, model))[0])
+    count, labels = read_counts(
+        space, [layers[-1].double()], model.head[-1].in_features, training_knowledge(seen, model)
+    )
+    assert labels.tolist() == list(range(8))
+    assert (count.held, count.num_images, count.counted) == (8, 8, True)
 
 
 @pytest.mark.parametrize("lr", [0.003, 0.03])

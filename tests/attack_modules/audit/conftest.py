@@ -76,6 +76,7 @@ def leave_run(cell: Cell, out: Path, error: float) -> None:
             "verdict": {"level": level, "images": {}, "missing": 0, "reasons": ["it is noise"] if error >= 1 else []},
             "scores": {"psnr_mean": psnr, "psnr_min": psnr, "ssim_mean": 0.5, "labels_found": 1.0},
             "misfit": error,
+            **({"seat": {"class": "CuriousClient"}} if told == "known" else {}),
             "diagnosis": {"num_images": IMAGES, "disentangled": IMAGES, "uncertainty": 0.01},
             "attribution": {"peers": 2, "clients": 2, "adjusted_rand": 1.0},
             "knowledge": {"labels": told, "label_counts": told, "client_lr": "known"},

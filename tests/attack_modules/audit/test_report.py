@@ -93,8 +93,9 @@ def test_the_report_says_what_leaked_and_what_failed(study: Study, fake: Callabl
     assert plain["leaked_share"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 3}
     assert plain["letter"] == "E"
     assert groups["not told", "none"]["letter"] == "C"
+    assert (plain["seat"], groups["not told", "none"]["seat"]) == ("an honest-but-curious client", None)
+    assert "an honest-but-curious client reconstructed 18 of 18" in content["verdict"][0]
     assert not noisy["above_chance"]
-    assert "18 of 18 images" in content["verdict"][0]
     assert "no proof of protection" in " ".join(content["verdict"])
     assert [failure[0] for failure in content["failures"]] == [
         "told, defence: noise", "not told, defence: noise",

@@ -38,6 +38,8 @@ def test_values_make_scenarios_and_settings_are_written_as_on_the_command_line(s
     ]  # fmt: skip
     assert '--data.partition={"class_path": "Dirichlet", "init_args": {"alpha": 0.5}}' in cells[0].arguments
     assert "--federation.client.batch_size=null" in cells[0].arguments
+    alone = replace(scenario, grid={"federation.client.lr": [0.01, 0.1]})
+    assert [s.name for s in replace(study, scenarios=[alone]).expanded()] == ["rates: 0.01", "rates: 0.1"]
 
 
 def test_a_cell_of_an_edited_configuration_is_another_cell(study: Study, tmp_path: Path) -> None:

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from attack_modules import FeatureInversion
+from attack_modules.attack import Level
+from attack_modules.threat_model.assumptions import Assumptions
+from cli import main
+from fl_lightning.defenses import Clipping, LocalDP
+from fl_lightning.engines.flower import deployment
 from fl_lightning.foreign import recorded_rounds
 from fl_lightning.foreign.flower import curious_mod
+from fl_lightning.observation import Observation
 from fl_lightning.server_optimizers import FedAvg, FedAvgM, FlowerFedAdam, ServerOptimizer
 from fl_lightning.state_files import read_state
 from fl_lightning.storage import read_json
@@ -118,8 +125,9 @@ class Loopback(Grid):
 
     run = set_run = create_message = push_messages = pull_messages = None  # strategies need none of them
 
-    def __init__(self, app: ClientApp) -> None:
+    def __init__(self, app: ClientApp, **run_config: object) -> None:
         self.app = app
+        self.run_config = run_config
 
     def get_node_ids(self) -> list[int]:
         return [10, 11, 12, 13]
@@ -127,7 +135,8 @@ class Loopback(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         for asked in messages:
             node = asked.metadata.dst_node_id
-            yield self.app(asked, SimpleNamespace(run_id=1, node_id=node, node_config={"partition-id": node - 10}))
+            at = {"run_id": 1, "node_id": node, "node_config": {"partition-id": node - 10}}
+            yield self.app(asked, SimpleNamespace(**at, run_config=self.run_config))
 
 
 def update_of(client: int, server_round: int) -> np.ndarray:
@@ -185,3 +194,46 @@ def test_flowers_own_strategies_are_undone_from_what_one_client_saw(
         whole = sum(float(np.linalg.norm(update_of(client, t + 1))) for client in clients.values())
         sent = sum(float(update.norm()) for update in own.values())
         assert sent == pytest.approx(0.006 if mods else whole, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_attack_under_flowers_own_privacy_mods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The app to copy, its clients behind mods that clip and add noise: what the curious one reconstructs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(deployment.__file__).parent / "app"))
+    import client_app
+    from net import Net, own_images
+
+    truth = {int(label): image for client in range(3) for image, label in zip(*own_images(client), strict=True)}
+    norm, rates = 0.002, {"lr": 0.003, "local-epochs": 3}  # a fourteenth of what the largest update has
+    everyone = strategies.FedAvg(min_train_nodes=4, min_evaluate_nodes=4, min_available_nodes=4)
+    clipping = DifferentialPrivacyClientSideFixedClipping(everyone, 1e-9, norm, 4)
+
+    def private(epsilon: float) -> Callable[..., Message]:
+        return LocalDpMod(clipping_norm=norm, sensitivity=2 * norm, epsilon=epsilon, delta=1e-5)
+
+    for name, mod, strategy, told, level, least in (
+        ("clipping", fixedclipping_mod, clipping, Clipping(norm), Level.LIKELY, 30),
+        ("little noise", private(1e5), everyone, LocalDP(norm, 1e5), Level.LIKELY, 27),
+        ("noise", private(1e4), everyone, LocalDP(norm, 1e4), Level.NOT_READ, 0),
+    ):
+        app = ClientApp(mods=[curious_mod(tmp_path / name), mod])
+        app.train()(client_app.fit)
+        app.evaluate()(client_app.evaluate)
+        torch.manual_seed(0)
+        np.random.seed(0)
+        strategy.start(Loopback(app, **rates), ArrayRecord(Net().state_dict()), num_rounds=1)
+        recorded = ["--recorded", str(tmp_path / name / "run_1/client_3"), "--total_examples", "8"]
+        main(["observe", *recorded, "--model.class_path", "net.Net", "--image_shape", "3,64,64",
+              "--out", str(tmp_path / name / "record")])  # fmt: skip
+        observation = Observation.load(tmp_path / name / "record/observed/round_0000")
+        found = FeatureInversion().reconstruct(
+            observation, Assumptions(client_lr=0.003, local_epochs=3, defenses=(told,))
+        )
+        assert found.verdict.level is level, name
+        errors = [
+            (image - truth[label]).square().mean()
+            for image, label in zip(found.images, found.labels.tolist(), strict=True) if label in truth
+        ]  # fmt: skip
+        assert len(errors) == 6 or level is Level.NOT_READ
+        assert -10 * torch.stack(errors).log10().mean() > least
