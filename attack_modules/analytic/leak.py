@@ -171,7 +171,7 @@ def _read_shared(
     training: TrainingKnowledge,
     iterations: int,
 ) -> tuple[ImageCount, Tensor, Reading]:
-    """`read_shared` with the number of images that explains the first layer's update best; with the count."""
+    """`read_shared` with the number of images of which fewest are missing, and that explains the update best."""
     trials: list[tuple[ImageCount, Tensor, Reading]] = []
     refusals: list[AttackError] = []
     for number in counts_to_try(first.singular, count, training):
@@ -184,4 +184,4 @@ def _read_shared(
             refusals.append(error)
     if not trials:
         raise refusals[0]
-    return min(trials, key=lambda trial: trial[2].residual)
+    return min(trials, key=lambda trial: (trial[0].num_images - len(trial[1]), trial[2].residual))

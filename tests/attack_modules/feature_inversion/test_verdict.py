@@ -85,7 +85,8 @@ def test_level_follows_the_expected_psnr(psnr: float, level: Level) -> None:
         ({"views": True}, Level.UNRELIABLE, "augmented"),
         ({"residual": 0.7}, Level.UNRELIABLE, "70% of the head's update are unexplained"),
         ({"residual": 0.05}, Level.UNRELIABLE, "mixup"),
-        ({"disentangled": 2}, Level.LIKELY, "1 of 3 images were not disentangled"),
+        ({"num_images": 4}, Level.LIKELY, "1 of 4 images were not disentangled"),
+        ({"num_images": 6}, Level.UNRELIABLE, "3 of 6 images were not disentangled"),
     ],
 )
 def test_what_the_expectation_does_not_see_limits_the_level(changed: dict, level: Level, words: str) -> None:
