@@ -96,7 +96,7 @@ class Reading:
         if record.status != "done":
             return cls(cell, "failed", record.sentence, **ran)
         try:
-            run = FinishedRun.load(cell.folder(out) / "run", strangers_of)
+            run = FinishedRun.load(cell.folder(out) / "run", strangers_of, cell.record(out))
         except AuditError as error:
             return cls(cell, "unreadable", str(error), **ran)
         except Exception as error:  # a damaged file must not cost the report of all others

@@ -108,7 +108,7 @@ class Cell:
             "class_path": "lightning.pytorch.loggers.CSVLogger",
             "init_args": {"save_dir": str(self.folder(out)), "name": "", "version": "run"},
         }
-        record = [] if self.federation is None else [f"--observation={out / 'federations' / self.federation}"]
+        record = [] if self.federation is None else [f"--observation={self.record(out)}"]
         return [
             *self.arguments,
             *record,
@@ -117,6 +117,10 @@ class Cell:
             "--trainer.enable_progress_bar=false",
             "--trainer.limit_val_batches=0",  # panels during the run, which nobody looks at
         ]
+
+    def record(self, out: Path) -> Path | None:
+        """The record that the run reads; None for rounds of another system."""
+        return None if self.federation is None else out / "federations" / self.federation
 
     def folder(self, out: Path) -> Path:
         """Where the cell's results lie: `run/` is the attack's run directory."""

@@ -77,12 +77,13 @@ class FinishedRun:
     accuracy: tuple[str, float] | None
 
     @classmethod
-    def load(cls, directory: Path, strangers_of: "StrangersOf") -> "FinishedRun":
+    def load(cls, directory: Path, strangers_of: "StrangersOf", observation: Path | None = None) -> "FinishedRun":
         """Read a run's directory.
 
         Args:
             directory: of `fit`.
             strangers_of: the shape of an image -> what it is compared with.
+            observation: the record that the run read; None for where it was then.
 
         Raises:
             StorageError: a file is missing or damaged.
@@ -92,7 +93,7 @@ class FinishedRun:
         try:
             table = list(csv.DictReader((directory / "per_image.csv").read_text(encoding="utf-8").splitlines()))
             places = [int(row["reconstruction"]) if row["reconstruction"] else -1 for row in table]
-            record, rounds = Record(Path(results["observation"])), results["observed_rounds"]
+            record, rounds = Record(observation or Path(results["observation"])), results["observed_rounds"]
             clients = results.get("observed_clients") or [None] * len(rounds)  # runs of before had none
             stems = [record.truth(*view) for view in zip(rounds, clients, strict=True)]
         except (OSError, KeyError, ValueError) as error:

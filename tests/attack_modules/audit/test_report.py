@@ -217,6 +217,16 @@ def test_rounds_without_originals_are_judged_by_the_attack_alone(study: Study, f
     assert "No originals to compare with." in Page((tmp_path / "report.html").read_text()).text
 
 
+def test_a_study_whose_folder_was_moved_is_reported_as_before(study: Study, fake: Callable, tmp_path: Path) -> None:
+    run(study, fake, tmp_path / "here")
+    first = json.loads((tmp_path / "here/report.json").read_text())
+    (tmp_path / "here").rename(tmp_path / "there")
+    run(study, fake, tmp_path / "there")
+    second = json.loads((tmp_path / "there/report.json").read_text())
+    assert (second["verdict"], second["groups"]) == (first["verdict"], first["groups"])
+    assert "18 of 18" in second["verdict"][0]
+
+
 def test_what_a_server_saw_of_each_client_is_compared_with_that_clients_originals(
     study: Study, fake: Callable, tmp_path: Path
 ) -> None:
