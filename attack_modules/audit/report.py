@@ -326,9 +326,8 @@ def _share(interval: Mapping[str, float] | None) -> str:
     """An interval of shares in words."""
     if interval is None:
         return "not known"
-    if interval["count"] == 1:
-        return f"{interval['mean']:.0%}"
-    return f"{interval['mean']:.0%} ({interval['low']:.0%} to {interval['high']:.0%})"
+    mean, low, high = (f"{interval[name]:.0%}" for name in ("mean", "low", "high"))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _number(interval: Mapping[str, float] | None, digits: int = 1) -> str:
@@ -336,4 +335,4 @@ def _number(interval: Mapping[str, float] | None, digits: int = 1) -> str:
     if interval is None:
         return "not known"
     mean, low, high = (f"{interval[name]:.{digits}f}" for name in ("mean", "low", "high"))
-    return mean if interval["count"] == 1 else f"{mean} ({low} to {high})"
+    return mean if low == high else f"{mean} ({low} to {high})"
