@@ -96,7 +96,7 @@ def test_what_a_reading_cannot_solve_is_read_without_it(classes: int, reading: D
     slopes = (errors @ last) * (hidden > 0)
     update = [{"first": 0.1 / 4 * slopes.T @ features, "last": 0.1 / 4 * errors.T @ hidden}]
     training = TrainingKnowledge(0.1, 1, 4, torch.arange(4), reading=reading)
-    with pytest.warns(UserWarning, match=rf"{words}.*goes on as if it knew of no defence"):
+    with pytest.warns(UserWarning, match=rf"{words}.*goes on as if the peers trained by SGD without a defence"):
         found = leak_known(update, weights, training)
     assert found.defended is None
     assert (found.features - features).norm() < 1e-2 * features.norm()
