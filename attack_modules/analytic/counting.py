@@ -71,10 +71,11 @@ def read_counts(
         return count_images(first.singular, int(held.sum()), epochs, distinct, above, compressed)
 
     found, clear, views = counted(held, distinct)
-    if not distinct:  # by the scale of the gradient, which clipping, say, makes another one
-        evident = class_evidence(gradients[0])[1]
+    evident = class_evidence(gradients[0])[1]
+    if not distinct and 1 < evident.sum() < len(evident) / 2:  # one fall is that of the images' mean
         fewer = counted(evident, True)
-        if fewer[1] and fewer[0] < held.sum():  # as many classes cannot have images
+        steep = first.singular[fewer[0] - 1] > STEEP_FALL * first.singular[min(fewer[0], len(first.singular) - 1)]
+        if steep and fewer[0] < held.sum():  # so many classes cannot have images: another scale, as of clipping
             held, distinct, (found, clear, views) = evident, True, fewer
     num_held = int(held.sum())
     told = training.num_images or (None if training.labels is None else len(training.labels))

@@ -19,7 +19,7 @@ from attack_modules.analytic.leak import leak
 from attack_modules.analytic.observed_head import head_parameters, labels_in, training_knowledge
 from attack_modules.analytic.results import ImageCount, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
-from attack_modules.analytic.typical_head import pink_noise
+from attack_modules.analytic.typical_head import TypicalHead, pink_noise
 from attack_modules.attack import AttackError
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRound
@@ -208,6 +208,23 @@ def test_clipping_makes_no_images_of_empty_classes(observe: Observe) -> None:
     )
     assert labels.tolist() == list(range(8))
     assert (count.held, count.num_images, count.counted) == (8, 8, True)
+
+
+def test_the_mean_of_images_that_are_alike_is_no_single_image() -> None:
+    """Of two classes, the one with most images is evident by itself, and the largest singular value stands alone."""
+    torch.manual_seed(0)
+    features, hidden = 1 + 0.05 * torch.rand(16, 60).double(), torch.rand(16, 40).double()
+    hidden *= torch.rand(16, 40) > 0.5
+    errors = torch.full((16, 2), 0.5, dtype=torch.float64) - torch.eye(2)[[0] * 12 + [1] * 4]
+    update = ((errors @ torch.randn(2, 40).double()) * (hidden > 0)).T @ features / 16
+    update += 1e-4 * torch.randn(40, 60)
+    training = TrainingKnowledge(
+        1.0, 1, typical=TypicalHead(torch.full((2,), 0.5).double(), hidden.sum(1).mean().item())
+    )
+    space = RowSpace.of(update, torch.rand(40, 60).double())
+    count, labels = read_counts(space, [errors.T @ hidden / 16], 40, training)
+    assert (count.num_images, count.counted) == (16, True)
+    assert labels.bincount().tolist() == [12, 4]
 
 
 @pytest.mark.parametrize("lr", [0.003, 0.03])
