@@ -496,6 +496,7 @@ def test_what_cannot_be_read_is_one_sentence_with_the_nearest_names(
         ("--federation.accelerator abacus", "`federation.accelerator` is 'abacus', which cannot be used here ("),
         ("--trainer.check_val_every_n_epoch 0", "`trainer.check_val_every_n_epoch` is 0. Give at least 1"),
         ("--model.checkpoint_every 0", "`model.checkpoint_every` is 0, but it must be at least 1."),
+        ("--trainer.precision bf16-true", "`trainer.precision` is bf16-true, but attacks solve linear equations"),
         ("--trainer.precision 16-mixed", "`trainer.precision` is 16-mixed, but processors do not compute in float16."),
         ("--trainer.logger.save_dir afile", "Nothing can be written in 'afile/inversion' ("),
         ("--model.betas [0.9,.nan]", "`model.betas` is nan, but must be a finite number"),
