@@ -471,6 +471,7 @@ def refusal(status: int, command: str, capsys: pytest.CaptureFixture[str]) -> st
         ("--model.lrr 1", "`FeatureInversion` has no setting `model.lrr`. Did you mean `lr`?"),
         ("--model FeatureInversoin", "`model` is 'FeatureInversoin', but must be a subclass of"),
         ("--federation.model LeNet6", "`federation.model` is 'LeNet6', but must be a subclass of"),
+        ("--federation.model ResNet", "`federation.model` is 'ResNet', but must be a subclass of"),
         ("--federation.model my.Net", "`federation.model` names my.Net, which cannot be imported"),
         ("--knowledge.labels no", "`knowledge.labels` is 'no', but must be 'known' or 'inferred'"),
         ("--postprocess.denoiser X", "`postprocess.denoiser` is a setting of a class, but `postp"),
