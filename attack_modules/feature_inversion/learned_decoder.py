@@ -26,8 +26,8 @@ FEWEST = 11
 """Fewest photographs: two are held out, since BatchNorm refuses a single image."""
 MOST_HELD_OUT = 100
 """Most photographs that are held out."""
-RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""Candidates, in variances of a feature."""
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 100.0)
+"""Candidates, in variances of a feature. Few crops need large ones, else known images come back worse than grey."""
 MOST_INPUTS = 2560
 """Most features in a regression: those of the whole map if it has no more, else of a position and its neighbours."""
 MOST_PLACES = 20000
@@ -43,7 +43,7 @@ CHUNK = 50
 SAME = 1e-4
 """Share of a map's row that those before do not explain, up to which it is a copy; and spread of a feature, relative to
 the largest one, up to which it is constant."""
-VERSION = 1
+VERSION = 2
 """Of the file."""
 
 
