@@ -155,7 +155,7 @@ class AuditCLI(LightningCLI):
             if not from_libraries_alone(error):
                 raise
             raise refused_by_trainer(error, asked, self._parser(self.subcommand).get_defaults().trainer) from error
-        refuse_unfit_machine(trainer, asked.precision)
+        refuse_unfit_machine(trainer, asked.precision, isinstance(self.model, Attack))
         evaluation = next(callback for callback in trainer.callbacks if isinstance(callback, Evaluation))
         self.evaluation = evaluation
         evaluation.seed = settings.seed_everything

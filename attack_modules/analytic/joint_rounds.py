@@ -132,10 +132,11 @@ class StackedRounds:
             )
         gap = ratios[found - 1].item()
         if gap < VISIBLE:
+            cause = "" if num_images is None else f"There may not be {counted(found, 'image')}, as is assumed; or r"
             raise AttackError(
                 f"The stacked updates of {rounds} rounds show no rank: singular value {found} is only {gap:.2g} times "
-                "the next. Rounding or noise hides the images: the rounds change the predictions too little. Observe "
-                "more rounds, or rounds of a higher learning rate."
+                f"the next. {cause or 'R'}ounding or noise hides the images: the rounds change the predictions too "
+                "little. Observe more rounds, or rounds of a higher learning rate."
             )
         rest = singular[found:]
         uneven = (rest[0] / rest.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)).item()

@@ -60,7 +60,7 @@ def leak_defended(
     layers, before = [augmented(update) for update in updates], [augmented(weight) for weight in weights]
     if len(layers[0]) != 2:
         raise UnreadableDefense(
-            f"The peers' defence is read from heads of two linear layers, but this one has {len(layers[0])} "
+            f"A known defence or optimiser is read from heads of two linear layers, but this one has {len(layers[0])} "
             f"({', '.join(updates[0])})."
         )
     first, last = (torch.stack([layer[i] for layer in layers]).mean(0) for i in (0, 1))
@@ -72,8 +72,8 @@ def leak_defended(
         count = replace(count, num_images=count.held, counted=False, shown=count.held)
     if len(labels.unique()) < len(labels) or len(labels) == len(last):
         raise UnreadableDefense(
-            f"{len(labels)} images are of {len(labels.unique())} of {len(last)} classes, but the peers' defence is "
-            "read only where every image has a class of its own, and a class has none."
+            f"{len(labels)} images are of {len(labels.unique())} of {len(last)} classes, but a known defence or "
+            "optimiser is read only where every image has a class of its own, and a class has none."
         )
     if reading.single_step and len(updates) * training.steps > 1:
         raise UnreadableDefense(

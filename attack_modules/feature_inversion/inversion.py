@@ -155,7 +155,7 @@ class FeatureInversion(Attack):
         return " + ".join([type(self).__name__, *parts])
 
     def requirements(self, processes: int) -> list[Requirement]:
-        parts = [part for part in (self.rounds, self.refinement, self.guidance) if part]
+        parts = [part for part in (self.rounds, self.refinement, self.guidance, self.decoder) if part]
         of_parts = [needed for part in parts for needed in part.requirements()]
         return [LinearHead(), TrainedHead(), ReadableDropout(), *of_parts]
 

@@ -13,6 +13,8 @@ from attack_modules.diffusion.trained.photo_crops import Crops, content, image_p
 from attack_modules.feature_inversion.controls import mean_psnr
 from attack_modules.priors import rgb_to_ycbcr
 from attack_modules.simulation.feature_map import feature_map_shape
+from attack_modules.threat_model.observed import RoundsSummary
+from attack_modules.threat_model.requirements import Requirement
 from fl_lightning.data.images import read_image
 from fl_lightning.errors import SettingError
 from fl_lightning.models import ImageClassifier, ImageShape
@@ -24,8 +26,8 @@ FEWEST = 11
 """Fewest photographs: two are held out, since BatchNorm refuses a single image."""
 MOST_HELD_OUT = 100
 """Most photographs that are held out."""
-RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""Candidates, in variances of a feature."""
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 100.0)
+"""Candidates, in variances of a feature. Few crops need large ones, else known images come back worse than grey."""
 MOST_INPUTS = 2560
 """Most features in a regression: those of the whole map if it has no more, else of a position and its neighbours."""
 MOST_PLACES = 20000
@@ -41,7 +43,7 @@ CHUNK = 50
 SAME = 1e-4
 """Share of a map's row that those before do not explain, up to which it is a copy; and spread of a feature, relative to
 the largest one, up to which it is constant."""
-VERSION = 1
+VERSION = 2
 """Of the file."""
 
 
@@ -99,12 +101,7 @@ class LearnedDecoder:
             SettingError: there are too few photographs, or one cannot be read or is smaller than the images.
             StorageError: the file cannot be written, or is damaged.
         """
-        paths = [path for root in self.photographs for path in image_paths(root)]
-        if len(paths) < FEWEST:
-            raise SettingError(
-                f"`decoder.photographs` holds only {len(paths)}, but some are learned from and others measure what was "
-                f"learned. Give folders of at least {FEWEST} photographs, better of hundreds."
-            )
+        paths = self.paths()
         file = self.cache and self.cache / f"{self._key(paths, model, image_shape, noise)}.ckpt"
         if file and file.is_file():
             return PhotographDecoder(load_checkpoint(file)).to(model.mean)
@@ -121,6 +118,25 @@ class LearnedDecoder:
             save_checkpoint(file, state)
         return PhotographDecoder(state).to(model.mean)
 
+    def requirements(self) -> list[Requirement]:
+        """Photographs, before any round is simulated."""
+        return [PublicPhotographs(self)]
+
+    def paths(self) -> list[Path]:
+        """Of the photographs.
+
+        Raises:
+            MissingFile: a folder holds no images.
+            SettingError: there are too few.
+        """
+        paths = [path for root in self.photographs for path in image_paths(root, "model.decoder.photographs")]
+        if len(paths) < FEWEST:
+            raise SettingError(
+                f"`model.decoder.photographs` holds only {len(paths)}, but some are learned from and others measure "
+                f"what was learned. Give folders of at least {FEWEST} photographs, better of hundreds."
+            )
+        return paths
+
     def _key(self, paths: list[Path], model: ImageClassifier, image_shape: ImageShape, noise: float) -> str:
         """What the decoder depends on, in 16 hexadecimal digits."""
         digest = hashlib.sha256()
@@ -132,6 +148,19 @@ class LearnedDecoder:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+class PublicPhotographs(Requirement):
+    """Enough photographs in the folders of a decoder, whatever the rounds are."""
+
+    name = "public photographs"
+
+    def __init__(self, decoder: LearnedDecoder) -> None:
+        self.decoder = decoder
+
+    def violation(self, rounds: RoundsSummary) -> str | None:
+        self.decoder.paths()  # says itself what is missing
+        return None
 
 
 class PhotographDecoder(nn.Module):

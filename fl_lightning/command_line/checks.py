@@ -50,17 +50,23 @@ def _numbers(setting: Any, key: str = "") -> Iterator[tuple[str, float]]:
         yield key, setting
 
 
-def refuse_unfit_machine(trainer: Trainer, precision: str | int | None) -> None:
-    """Refuse a precision that the device does not compute in, and far more processes than cores.
+def refuse_unfit_machine(trainer: Trainer, precision: str | int | None, attacks: bool) -> None:
+    """Refuse a precision that the device or an attack does not compute in, and far more processes than cores.
 
     Args:
         trainer: it knows on what the run would be.
         precision: as it was asked for; the trainer replaces what it does not have.
+        attacks: whether the run is an attack.
 
     Raises:
         SettingError: with what to choose instead.
     """
     device, asked = trainer.strategy.root_device.type, str(precision or "32-true")
+    if attacks and asked in ("bf16-true", "16-true"):
+        raise SettingError(
+            f"`trainer.precision` is {asked}, but attacks solve linear equations, which is not done in half precision. "
+            "Choose 32-true, 16-mixed or bf16-mixed."
+        )
     if device == "cpu":
         if asked.startswith("16"):
             raise SettingError(

@@ -22,7 +22,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
 
 
-class ResNet(ImageClassifier):
+class _ResNet(ImageClassifier):
     """7x7 stride-2 convolution to 64 channels, stages of 64, 128, 256 and 512, average pooling to 8x8, linear head."""
 
     blocks_per_stage: int
@@ -43,8 +43,8 @@ class ResNet(ImageClassifier):
         self.head = nn.Sequential(nn.Linear(feature_width(self.features, image_shape), num_classes, bias=False))
 
 
-class ResNet9(ResNet):
-    """`ResNet` with one basic block per stage.
+class ResNet9(_ResNet):
+    """A ResNet of one basic block per stage.
 
     Args:
         num_classes: number of logits.
@@ -55,8 +55,8 @@ class ResNet9(ResNet):
     blocks_per_stage = 1
 
 
-class ResNet18(ResNet):
-    """`ResNet` with two basic blocks per stage.
+class ResNet18(_ResNet):
+    """A ResNet of two basic blocks per stage.
 
     Args:
         num_classes: number of logits.

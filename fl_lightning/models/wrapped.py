@@ -74,6 +74,13 @@ class WrappedClassifier(ImageClassifier):
                 "module's `arguments` that make so many, or other data (`data.num_classes`)."
             )
         self.features = Trunk(_made(module, arguments), self.spec.layers[0])
+        names: dict[nn.Parameter, str] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if (other := names.setdefault(parameter, name)) != name:
+                raise SettingError(
+                    f"{_shown(module)} has one parameter as {other} and {name}, but parameters are aggregated by name, "
+                    "which would make two of it. Give each module a parameter of its own."
+                )
         self.register_state_dict_post_hook(_with_own_names)
         self.register_load_state_dict_pre_hook(_with_names_within)
         if weights is not None and not self.mean.is_meta:

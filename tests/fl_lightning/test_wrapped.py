@@ -36,6 +36,12 @@ class Net(nn.Module):
         return self.mean(self.drop(F.relu(self.features(x.view(len(x), -1)))))
 
 
+class Tied(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm.bias = self.head.bias
+
+
 class LogProbabilities(Net):
     def forward(self, x: Tensor) -> Tensor:
         return F.log_softmax(super().forward(x), 1)
@@ -133,6 +139,7 @@ def test_a_class_takes_arguments_and_weights_from_a_file(tmp_path: Path) -> None
         ({"module": "not_loaded.Net"}, "derives from torch.nn.Module"),
         ({"module": Net, "arguments": {"depth": 3}}, "cannot be built"),
         ({"module": Net, "arguments": {"classes": 4}}, "has 4 logits, but there are 5"),
+        ({"module": Tied}, "has one parameter as head.bias and norm.bias"),
         ({"module": Net, "image_shape": (1, 16, 16)}, "fails on 2 random images"),
     ],
 )

@@ -170,15 +170,19 @@ class Shown(Dataset):
         return self.pixels[index].float() / 255
 
 
-def image_paths(root: Path) -> list[Path]:
+def image_paths(root: Path, setting: str = "data.roots") -> list[Path]:
     """Return all image files in a folder and its subfolders, sorted.
+
+    Args:
+        root: the folder.
+        setting: that names it, for the error.
 
     Raises:
         MissingFile: the folder does not exist or contains no image.
     """
     paths = sorted(path for path in root.rglob("*") if is_image_name(path.name)) if root.is_dir() else []
     if not paths:
-        raise MissingFile(f"There is no folder '{root}' with images in it. Set `data.roots` to folders of photographs.")
+        raise MissingFile(f"There is no folder '{root}' with images in it. Set `{setting}` to folders of photographs.")
     return paths
 
 

@@ -137,6 +137,8 @@ def test_rounds_without_enough_equations_or_visible_rank_are_refused() -> None:
         weights, gradients = federate(features, labels, 12)
         noise = torch.randn(gradients.shape, generator=torch.Generator().manual_seed(0))
         StackedRounds.of(weights, gradients + noise, biased=True)
+    with pytest.raises(AttackError, match="There may not be 3 images, as is assumed; or rounding"):
+        StackedRounds.of(weights, gradients, biased=True, num_images=3)
 
 
 def test_a_gap_before_images_that_noise_hides_is_not_taken_for_the_rank() -> None:

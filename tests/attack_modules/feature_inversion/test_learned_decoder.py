@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from attack_modules.feature_inversion.controls import mean_colour_psnr, mean_psnr
 from attack_modules.feature_inversion.dead_leaves import dead_leaves
 from attack_modules.feature_inversion.learned_decoder import Distinct, Layout, LearnedDecoder, PhotographDecoder, learn
-from fl_lightning.errors import SettingError
+from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.models import ImageClassifier
 
 
@@ -76,3 +76,6 @@ def test_a_decoder_is_learned_once_for_the_weights(tmp_path: Path, monkeypatch: 
     (tmp_path / "0.png").rename(tmp_path / "one" / "0.png")
     with pytest.raises(SettingError, match="holds only 1,"):
         LearnedDecoder([tmp_path / "one"], cache=None).fitted(model, (3, 16, 16))
+    (needed,) = LearnedDecoder([tmp_path / "nowhere"]).requirements()
+    with pytest.raises(MissingFile, match=r"nowhere' with images in it. Set `model\.decoder\.photographs`"):
+        needed.violation(None)  # before any round is simulated
