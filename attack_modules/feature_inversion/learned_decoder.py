@@ -62,7 +62,7 @@ class LearnedDecoder:
         photographs: folders of public images, searched recursively. None of the peers' may be among them.
         crops: number of random crops that are passed through the model.
         reduction: largest factor by which a crop is reduced.
-        cache: folder of the files; null to learn anew each time.
+        cache: folder of the files.
         seed: of the crops.
 
     Raises:
@@ -74,7 +74,7 @@ class LearnedDecoder:
         photographs: list[Path],
         crops: int = 6000,
         reduction: float = 6.0,
-        cache: Path | None = Path("runs/decoders"),
+        cache: Path = Path("runs/decoders"),
         seed: int = 0,
     ) -> None:
         if not photographs or crops < LEAST_CROPS or not 1 <= reduction < math.inf:
@@ -85,7 +85,7 @@ class LearnedDecoder:
         self.photographs = [Path(path) for path in photographs]
         self.crops = crops
         self.reduction = reduction
-        self.cache = None if cache is None else Path(cache)
+        self.cache = Path(cache)
         self.seed = seed
 
     def fitted(self, model: ImageClassifier, image_shape: ImageShape, noise: float = 0.0) -> "PhotographDecoder":
@@ -102,8 +102,8 @@ class LearnedDecoder:
             StorageError: the file cannot be written, or is damaged.
         """
         paths = self.paths()
-        file = self.cache and self.cache / f"{self._key(paths, model, image_shape, noise)}.ckpt"
-        if file and file.is_file():
+        file = self.cache / f"{self._key(paths, model, image_shape, noise)}.ckpt"
+        if file.is_file():
             return PhotographDecoder(load_checkpoint(file)).to(model.mean)
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(self.seed)).tolist()
         held_out = min(math.ceil(HELD_OUT * len(paths)), MOST_HELD_OUT)
@@ -114,8 +114,7 @@ class LearnedDecoder:
         places = math.prod(Distinct.of(model, known[:CHUNK]).layout(image_shape).places)
         count = self.crops if places == 1 else min(self.crops, max(LEAST_CROPS, MOST_PLACES // places))
         state = learn(model, _cropped(crops, count, image_shape), known, noise)
-        if file:
-            save_checkpoint(file, state)
+        save_checkpoint(file, state)
         return PhotographDecoder(state).to(model.mean)
 
     def requirements(self) -> list[Requirement]:

@@ -75,7 +75,7 @@ def test_a_decoder_is_learned_once_for_the_weights(tmp_path: Path, monkeypatch: 
     (tmp_path / "one").mkdir()
     (tmp_path / "0.png").rename(tmp_path / "one" / "0.png")
     with pytest.raises(SettingError, match="holds only 1,"):
-        LearnedDecoder([tmp_path / "one"], cache=None).fitted(model, (3, 16, 16))
+        LearnedDecoder([tmp_path / "one"], cache=tmp_path).fitted(model, (3, 16, 16))
     (needed,) = LearnedDecoder([tmp_path / "nowhere"]).requirements()
     with pytest.raises(MissingFile, match=r"nowhere' with images in it. Set `model\.decoder\.photographs`"):
         needed.violation(None)  # before any round is simulated
