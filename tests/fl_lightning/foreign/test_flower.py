@@ -221,7 +221,7 @@ def test_the_attack_under_flowers_own_privacy_mods(tmp_path: Path, monkeypatch: 
             LocalDP(norm, 1e5),
             Level.NOT_READ,
             27,
-        ),  # too cautious: 16 classes look held
+        ),  # too cautious
         ("noise", private(1e4), everyone, LocalDP(norm, 1e4), Level.NOT_READ, 0),
     ):
         app = ClientApp(mods=[curious_mod(tmp_path / name), mod])
