@@ -71,8 +71,8 @@ def read_counts(
         return count_images(first.singular, int(held.sum()), epochs, distinct, above, compressed)
 
     found, clear, views = counted(held, distinct)
-    evident = class_evidence(gradients[0])[1]
-    if not distinct and 1 < evident.sum() < len(evident) / 2:  # one fall is that of the images' mean
+    # with one evident class, the fall behind it would be that of the images' mean
+    if not distinct and 1 < (evident := class_evidence(gradients[0])[1]).sum() < len(evident) / 2:
         fewer = counted(evident, True)
         steep = first.singular[fewer[0] - 1] > STEEP_FALL * first.singular[min(fewer[0], len(first.singular) - 1)]
         if steep and fewer[0] < held.sum():  # so many classes cannot have images: another scale, as of clipping
