@@ -55,12 +55,14 @@ class SparseSolution:
         expected_errors: (n,) relative errors of the features by noise as observed.
         labels: (n,) long; uncertain where images were not found, whose errors are taken for others'.
         presence: (R, n) bool: in which rounds an image was; the same holds.
+        num_images: N.
     """
 
     features: Tensor
     expected_errors: Tensor
     labels: Tensor
     presence: Tensor
+    num_images: int
 
     @property
     def certified(self) -> Tensor:
@@ -191,4 +193,5 @@ def solution_of(search: ZeroSearch) -> SparseSolution:
         expected_errors=(inside + outside).sqrt() / features.norm(dim=1),
         labels=errors.sum(0).argmin(0),
         presence=(norms > mistaken) | (norms > ABSENT * norms.amax(0)),
+        num_images=rounds.num_images,
     )

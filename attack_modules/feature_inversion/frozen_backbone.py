@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from attack_modules.analytic.drifting_peers import DriftingPeers, HeadSteps, drifting_peers
 from attack_modules.analytic.joint_rounds import JointSolution, LocalSteps, StackedRounds, solve_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import augmented
@@ -59,7 +61,8 @@ class FrozenBackbone(RoundsReader):
 
     Images that share classes come out too. Neither labels nor their counts nor the number of images need to be told,
     and told ones are not used to find the features. Where the backbone ends in a ReLU, the zeros of the features show
-    them, however the peers train and whoever takes part (`analytic.sparse_rounds`). Where zeros show less than half of
+    them, however the peers train and whoever takes part (`analytic.sparse_rounds`), and several full-batch local steps
+    show who trained together (`analytic.drifting_peers`). Where zeros show less than half of
     the images, the rounds are solved for all of them (`analytic.joint_rounds`): of full batches of the same clients, in
     one local step, or in several of a single peer. The rounds must suffice to show the number of images.
 
@@ -73,7 +76,9 @@ class FrozenBackbone(RoundsReader):
     """
 
     solution: SparseSolution | JointSolution
-    """Of the rounds that were read last."""
+    """Of the rounds that were read last, as is the next."""
+    drifting: DriftingPeers | None
+    """Who trained together, as local steps show; None where there are none to see, or not all images were found."""
 
     def __init__(self, starts: int = 6, iterations: int = 200, seed: int = 0) -> None:
         if starts < 1 or iterations < 1:
@@ -106,9 +111,11 @@ class FrozenBackbone(RoundsReader):
         zeros = sparse_rounds(rounds, self.seed)
         if 2 * len(zeros.labels) >= rounds.num_images:
             self.solution, presence = zeros, zeros.presence
+            self.drifting = peers_of(zeros, before, torch.stack(gradients), known)
         else:
             self.solution = self._joint(rounds, training, numbers, len(zeros.labels))
             presence = torch.ones(len(updates), rounds.num_images, dtype=torch.bool)
+            self.drifting = None
         found = self.solution
         diagnosis = Diagnosis(
             num_images=rounds.num_images,
@@ -122,7 +129,8 @@ class FrozenBackbone(RoundsReader):
             outside=0.0,
             separated=True,
         )
-        peers = presence.unique(dim=1, return_inverse=True)[1]
+        patterns = presence.unique(dim=1, return_inverse=True)[1]
+        peers = self.drifting.peers if self.drifting and self.drifting.explained else patterns
         leakage = Leakage(found.labels, found.features.float(), peers, diagnosis, found.expected_errors.float())
         return leakage, presence
 
@@ -167,5 +175,42 @@ class FrozenBackbone(RoundsReader):
         return (
             f"Rounds of a frozen backbone: {counted(len(found.labels), 'image')} found {how}; the features of "
             f"{int(found.certified.sum())} are certified. They are off by {found.expected_errors.median():.2g}, at "
-            f"most {found.expected_errors.max():.2g}."
+            f"most {found.expected_errors.max():.2g}. {self._peers_found()}"
         )
+
+    def _peers_found(self) -> str:
+        if self.drifting is None:
+            return "Peers that took part in the same rounds are not told apart, since no local steps are seen."
+        if not self.drifting.explained:
+            return (
+                "Peers that took part in the same rounds are not told apart: what full-batch steps of "
+                f"{counted(int(self.drifting.peers.max()) + 1, 'peer')} explain best is off by "
+                f"{self.drifting.residual:.0%} of what the steps change."
+            )
+        return (
+            f"Their local steps show {counted(int(self.drifting.peers.max()) + 1, 'peer')}, which "
+            f"leave {self.drifting.residual:.2g} of what the steps change unexplained."
+        )
+
+
+def peers_of(
+    found: SparseSolution, weights: Tensor, gradients: Tensor, known: TrainingKnowledge
+) -> DriftingPeers | None:
+    """Who trained together, where several full-batch steps can be simulated of all images.
+
+    Args:
+        found: the images.
+        weights: (R, C, D + 1) before each round.
+        gradients: (R, C, D + 1) of the mean loss, summed over the steps.
+        known: of the training.
+    """
+    inputs = torch.cat([found.features, torch.ones(len(found.labels), 1)], 1)
+    if known.steps == 1 or known.epochs != known.steps or known.loss.class_weights is not None:
+        return None
+    if len(inputs) < found.num_images:
+        return None
+    smoothing, classes = known.loss.label_smoothing, weights.shape[1]
+    targets = F.one_hot(found.labels, classes).double().T * (1 - smoothing) + smoothing / classes
+    errors = gradients @ torch.linalg.pinv(inputs) * found.presence.sum(1)[:, None, None]
+    steps = HeadSteps(weights.double() @ inputs.T, inputs @ inputs.T, targets, found.presence, known.lr, known.steps)
+    return drifting_peers(steps, errors)
