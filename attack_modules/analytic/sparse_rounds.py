@@ -34,6 +34,8 @@ ROUGH = 0.05
 """The same at first, in units of the mean positive entry."""
 REFINEMENTS = 8
 """Steps from one to the other."""
+MORE = 1.25
+"""Zeros for each image of the space, from which they mean something: any N - 1 entries of a vector can be made 0."""
 ALONE = 4.0
 """Least ratio of the second singular value on the zeros to what noise makes of one."""
 NEGATIVE = 0.01
@@ -114,7 +116,7 @@ class ZeroSearch:
             bound = finest * max(coarse / finest, 1.0) ** (1 - step / REFINEMENTS)
             zeros = self.scaled[:, (direction @ self.scaled).abs() < bound]
             count = zeros.shape[1]
-            if count < 2 * size:
+            if count < MORE * size:
                 return None
             values, vectors = torch.linalg.eigh(zeros @ zeros.T)
             direction = vectors[:, 0]

@@ -22,7 +22,7 @@ from attack_modules.attack import Attack, Reconstruction
 from attack_modules.diffusion.classes import CIFAR10
 from attack_modules.enhance.postprocessing import Postprocessing
 from attack_modules.evaluation.cifar10_classifier import Cifar10Recogniser
-from attack_modules.evaluation.features import feature_scores, features_of
+from attack_modules.evaluation.features import feature_scores, features_of, match_features
 from attack_modules.evaluation.interruption import Interruption
 from attack_modules.evaluation.metrics import attribution, score
 from attack_modules.evaluation.perceptual import Lpips
@@ -245,13 +245,15 @@ class Evaluation(Callback):
         outcomes, results = {"reconstruction": raw}, self._results(trainer, attack, raw, truth, memory)
         of = f"Of {int((scorecard.assignment >= 0).sum())} originals found: " if truth else "Without originals: "
         print(of + raw.line())
-        if truth and reconstruction.peers is not None and (scorecard.assignment >= 0).sum() > 1:
-            results["attribution"] = attribution(reconstruction.peers, truth.clients, scorecard.assignment)
-            print(", ".join(f"{name} {value:.4g}" for name, value in results["attribution"].items()))
+        whose = scorecard and scorecard.assignment
         if truth and reconstruction.features is not None:
             features = features_of(truth.images, reconstruction.embed, attack.device)
             results["features"] = feature_scores(reconstruction.features, features, reconstruction.seen)
             print(", ".join(f"features {name} {value:.4g}" for name, value in results["features"].items()))
+            whose = match_features(reconstruction.features, features, reconstruction.seen)  # images may show nothing
+        if truth and reconstruction.peers is not None and (whose >= 0).sum() > 1:
+            results["attribution"] = attribution(reconstruction.peers, truth.clients, whose)
+            print(", ".join(f"{name} {value:.4g}" for name, value in results["attribution"].items()))
         if truth and (persons := by_person(truth, scorecard)):
             results["persons"] = persons
             print(f"{sum(bool(found['seen']) for found in persons.values())} of {len(persons)} persons can be seen.")

@@ -1,9 +1,10 @@
-"""Leaked features compared with those of the originals: how many are right."""
+"""Leaked features compared with those of the originals: how many are right, and which is whose."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 CHUNK = 16
@@ -32,15 +33,28 @@ def feature_scores(leaked: Tensor, features: Tensor, seen: Tensor | None = None)
         features: (M, D) of the originals.
         seen: (N, D) bool, which of the leaked features count, as dropout kept them; None for all.
     """
-    leaked, features = leaked.cpu().double(), features.double()
-    shown = torch.ones_like(leaked, dtype=torch.bool) if seen is None else seen.cpu()
-    errors = torch.stack([_errors(own, features, which) for own, which in zip(leaked, shown, strict=True)]).amin(0)
+    errors = feature_errors(leaked, features, seen).amin(0)
     return {
         "originals": len(features),
         "share_within_1_percent": (errors <= RIGHT).double().mean().item(),
         "error_median": errors.median().item(),
         "error_max": errors.max().item(),
-    } | ({} if seen is None else {"share_seen": shown.double().mean().item()})
+    } | ({} if seen is None else {"share_seen": seen.double().mean().item()})
+
+
+def match_features(leaked: Tensor, features: Tensor, seen: Tensor | None = None) -> Tensor:
+    """(M,) long: for each original the leaked vector that is its, one to one; -1 for none. Arguments as above."""
+    rows, columns = linear_sum_assignment(feature_errors(leaked, features, seen).square())
+    assignment = torch.full((len(features),), -1)
+    assignment[torch.from_numpy(columns)] = torch.from_numpy(rows)
+    return assignment
+
+
+def feature_errors(leaked: Tensor, features: Tensor, seen: Tensor | None = None) -> Tensor:
+    """(N, M) relative distances of leaked vectors from originals. Arguments as above."""
+    leaked, features = leaked.cpu().double(), features.double()
+    shown = torch.ones_like(leaked, dtype=torch.bool) if seen is None else seen.cpu()
+    return torch.stack([_errors(own, features, which) for own, which in zip(leaked, shown, strict=True)])
 
 
 def _errors(leaked: Tensor, features: Tensor, seen: Tensor) -> Tensor:

@@ -179,18 +179,15 @@ class FrozenBackbone(RoundsReader):
         )
 
     def _peers_found(self) -> str:
+        patterns = 1 if isinstance(self.solution, JointSolution) else len(self.solution.presence.unique(dim=1).T)
+        shown = f"Participation shows {counted(patterns, 'peer')}, and does not tell others apart"
         if self.drifting is None:
-            return "Peers that took part in the same rounds are not told apart, since no local steps are seen."
-        if not self.drifting.explained:
-            return (
-                "Peers that took part in the same rounds are not told apart: what full-batch steps of "
-                f"{counted(int(self.drifting.peers.max()) + 1, 'peer')} explain best is off by "
-                f"{self.drifting.residual:.0%} of what the steps change."
-            )
-        return (
-            f"Their local steps show {counted(int(self.drifting.peers.max()) + 1, 'peer')}, which "
-            f"leave {self.drifting.residual:.2g} of what the steps change unexplained."
-        )
+            return f"{shown}, since no several full-batch steps of all images are seen."
+        peers = counted(int(self.drifting.peers.max()) + 1, "peer")
+        left = f"{self.drifting.residual:.0%} of what the steps change unexplained."
+        if self.drifting.explained:
+            return f"Their local steps show {peers}, which leave {left}"
+        return f"{shown}: {peers}, which fit full-batch steps best, leave {left}"
 
 
 def peers_of(

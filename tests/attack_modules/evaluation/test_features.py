@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attack_modules.evaluation.features import feature_scores
+from attack_modules.evaluation.features import feature_scores, match_features
 
 
 def test_share_within_one_percent_counts_originals() -> None:
@@ -13,3 +13,4 @@ def test_share_within_one_percent_counts_originals() -> None:
     assert scores["share_within_1_percent"] == 0.5
     assert scores["error_median"] == pytest.approx(0.005, rel=1e-3)
     assert scores["error_max"] > 1
+    assert match_features(leaked, true).tolist() == [1, 2, 0, -1]
