@@ -75,6 +75,7 @@ class FrozenBackbone(RoundsReader):
         SettingError: a number is below 1.
     """
 
+    scaled_by_steps = False  # the 1 of the bias shows the scale
     solution: SparseSolution | JointSolution
     """Of the rounds that were read last, as is the next."""
     drifting: DriftingPeers | None

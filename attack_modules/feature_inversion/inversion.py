@@ -168,7 +168,7 @@ class FeatureInversion(Attack):
         updates = [self.update_of(observed) for observed in seen]
         model, assumptions = seen[0].observation.build_model(shared=True), seen[0].assumptions
         self.steps = assumptions.local_steps
-        if assumptions.batch_size and not assumptions.client_sizes:
+        if assumptions.batch_size and not assumptions.client_sizes and self.rounds.scaled_by_steps:
             rank_zero_warn(
                 f"The peers train in batches of {assumptions.batch_size}, but the number of images of each peer is "
                 "unknown, so one step an epoch is assumed. If they took k, the features come out k times too large. "

@@ -26,7 +26,13 @@ UNREADABLE = 0.5
 
 
 class RoundsReader(ABC):
-    """Reads labels, features and peers from the head's updates of all observed rounds."""
+    """Reads labels, features and peers from the head's updates of all observed rounds.
+
+    Attributes:
+        scaled_by_steps: whether features come out too large where more steps were taken than is known.
+    """
+
+    scaled_by_steps = True
 
     @abstractmethod
     def requirements(self) -> list[Requirement]:
