@@ -27,7 +27,7 @@ from attack_modules.analytic.joint_rounds import StackedRounds
 from attack_modules.analytic.sparse_features import FINE, STARTS, sparser
 
 SLOW = tuple(0.3 * 0.03 ** (i / 39) for i in range(40))
-"""As `sparse_features.COARSE`, in smaller steps: of 10 starts among 256 images, 1 to 3 find one, with 20 steps 0 or 1."""
+"""As `sparse_features.COARSE`, in smaller steps: of 10 starts among 256 images, 1 to 3 find one, not 0 or 1."""
 FRUITLESS = 12
 """Sweeps in a row that find no image, after which the search ends."""
 WITHIN = 4.0
