@@ -134,7 +134,7 @@ def test_decoded_images_are_kept_where_known_ones_are_not_improved(
     folder.mkdir()
     for index, image in enumerate(dead_leaves(12, (3, 24, 24))):
         Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
-    decoder = LearnedDecoder([folder], crops=100, cache=None)
+    decoder = LearnedDecoder([folder], crops=100, cache=tmp_path / "decoders")
     seen = observe(Federation(model=Pooled, client=LocalTraining(local_epochs=2)), BLIND, **WIDE)
     module = attack(FeatureInversion(decoder=decoder), seen, steps=1)  # which scores the start alone
     assert not module.inverts
