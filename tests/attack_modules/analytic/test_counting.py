@@ -107,9 +107,10 @@ def test_rank_counts_images() -> None:
     update = torch.rand(30, 5, dtype=torch.float64) @ torch.rand(5, 50, dtype=torch.float64)
     update += 1e-7 * torch.randn(30, 50, dtype=torch.float64)  # rounding of the active units' weights
     update[7:12] = 1e-17 * torch.rand(5, 50)  # units that were never active, and what a strategy adds to all parameters
-    singular = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).singular
+    space = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64))
+    assert torch.where(~space.rows.any(1))[0].tolist() == [*range(7, 12)]
     for held, epochs in ((0, 1), (3, 3)):
-        assert count_images(singular, held, epochs) == (5, True, False)
+        assert count_images(space.singular, held, epochs) == (5, True, False)
 
 
 def test_count_knows_drifting_features() -> None:
