@@ -81,7 +81,7 @@ def test_the_rate_falls_slowly_and_then_fast(observe: Observe, attack: Run) -> N
 
     module = attack(Watched(lr=0.2), observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE), steps=4)
     rates.append(module.trainer.optimizers[0].param_groups[0]["lr"])
-    assert rates == pytest.approx([0.2 * 0.03**power for power in (0, 1 / 16, 1 / 4, 9 / 16, 1)])
+    assert rates == pytest.approx([0.2 * 0.02 ** (share**2.7) for share in (0, 0.25, 0.5, 0.75, 1)])
 
 
 def test_it_begins_with_decoded_images(observe: Observe, attack: Run) -> None:
