@@ -115,6 +115,7 @@ class BucketNorms(DefendedReading):
             uncertainty=found.uncertainty.double(),
             peers=found.peers,
             residual=(left.norm() / update.norm()).item(),
+            noise=left.square().mean().sqrt().item(),
         )
 
 

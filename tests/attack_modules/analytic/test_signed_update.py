@@ -49,6 +49,8 @@ def test_sizes_signs_peers_and_features() -> None:
         return ((other - features).norm(dim=1) / features.norm(dim=1)).mean().item()
 
     assert 0 < first.residual < 0.5
+    larger = reading.solve([seen], Expected((5.0 * features.mean(0)).expand(IMAGES, -1), torch.ones(IMAGES)))
+    torch.testing.assert_close(larger.features, first.features)  # of which the mean size of the entries tells
     assert error(first.features) < 0.8 * error(features.mean(0).expand(IMAGES, -1))
     again = reading.solve([seen], Expected(features, torch.full((IMAGES,), 0.1), of_images=True))
     assert error(again.features) < 0.7 * error(first.features)
