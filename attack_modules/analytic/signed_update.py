@@ -100,10 +100,10 @@ class SignedUpdate(DefendedReading):
 
 
 def directions_of_signs(seen: HeadRound) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """(N, H) gated errors, (N, D) features whose columns are right up to their size, (N,) peers, sizes, and the residual.
+    """(N, H) gated errors, (N, D) features, of right columns up to their size, (N,) peers, (P,) sizes, the residual.
 
-    The sizes (P,) are those of the peers' entries. The residual is the relative Frobenius norm of what the features' own signs leave of the update, which does not
-    depend on the sizes of columns.
+    The sizes are those of the peers' entries. The residual is the relative Frobenius norm of what the features'
+    own signs leave of the update, which does not depend on the sizes of columns.
     """
     last = seen.last
     sizes = sizes_of_levels(seen.update, seen.weight, last.scale)
