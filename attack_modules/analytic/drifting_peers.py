@@ -27,8 +27,8 @@ SWEEPS = 10
 EXCHANGED = 16
 """Images that are exchanged with all others: where peers are equally large, a move alone makes two of them worse."""
 EXPLAINED = 0.03
-"""Largest residual at which peers count as found. Measured: up to 0.015 where they are right, 0.056 and more where images
-are at wrong peers, 0.22 and more where peers train in mini-batches or with momentum, which are not simulated."""
+"""Largest residual at which peers count as found. Measured: up to 0.015 where they are right, 0.056 and more where some
+images are at wrong peers, 0.22 and more where peers train in mini-batches or with momentum, which are not simulated."""
 
 
 @dataclass(frozen=True)
