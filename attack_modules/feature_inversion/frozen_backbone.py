@@ -185,7 +185,7 @@ class FrozenBackbone(RoundsReader):
         if self.drifting is None:
             return f"{shown}, since no several full-batch steps of all images are seen."
         peers = counted(int(self.drifting.peers.max()) + 1, "peer")
-        left = f"{self.drifting.residual:.0%} of what the steps change unexplained."
+        left = f"{self.drifting.residual:.1%} of what the steps change unexplained."
         if self.drifting.explained:
             return f"Their local steps show {peers}, which leave {left}"
         return f"{shown}: {peers}, which fit full-batch steps best, leave {left}"
