@@ -7,7 +7,7 @@ couplings are found first as any numbers that are not negative and add up to 1 i
 Newton's method on simulated trajectories. Their trace is the number of peers. Images are then grouped by their
 couplings, and moved from peer to peer as long as the exact simulation explains the errors better.
 
-Time is `30 T R C N^3` flops for the couplings, and `T R C K N^3` for each sweep of the moves, of K peers.
+Time is `30 T R C N^3` flops for the couplings, and `2 (K + 16) T R C N^3` for each sweep of the moves, of K peers.
 """
 
 from dataclasses import dataclass

@@ -123,7 +123,7 @@ class ZeroSearch:
             values, vectors = torch.linalg.eigh(zeros @ zeros.T)
             direction = vectors[:, 0]
         largest = noise * (count**0.5 + size**0.5)  # singular value of noise alone
-        if values[0] > (ALONE * largest) ** 2 or values[1] < (ALONE * largest) ** 2:
+        if values[0] > (ALONE * largest) ** 2 or (values[1:2] < (ALONE * largest) ** 2).any():  # a single image has one
             return None
         direction = direction * (direction @ self.ones).sign()
         if ((direction @ self.scaled) < -WITHIN * noise).double().mean() > NEGATIVE:

@@ -62,9 +62,9 @@ class FrozenBackbone(RoundsReader):
     Images that share classes come out too. Neither labels nor their counts nor the number of images need to be told,
     and told ones are not used to find the features. Where the backbone ends in a ReLU, the zeros of the features show
     them, however the peers train and whoever takes part (`analytic.sparse_rounds`), and several full-batch local steps
-    show who trained together (`analytic.drifting_peers`). Where zeros show less than half of
-    the images, the rounds are solved for all of them (`analytic.joint_rounds`): of full batches of the same clients, in
-    one local step, or in several of a single peer. The rounds must suffice to show the number of images.
+    show who trained together (`analytic.drifting_peers`). Where zeros show less than half of the images, the rounds are
+    solved for all of them (`analytic.joint_rounds`): of full batches of the same clients, in one local step, or in
+    several of a single peer. The rounds must suffice to show the number of images.
 
     Args:
         starts: most random starts of the joint solver, of which the residual chooses.
@@ -205,7 +205,7 @@ def peers_of(
     inputs = torch.cat([found.features, torch.ones(len(found.labels), 1)], 1)
     if known.steps == 1 or known.epochs != known.steps or known.loss.class_weights is not None:
         return None
-    if len(inputs) < found.num_images:
+    if len(inputs) < max(found.num_images, 2):
         return None
     smoothing, classes = known.loss.label_smoothing, weights.shape[1]
     targets = F.one_hot(found.labels, classes).double().T * (1 - smoothing) + smoothing / classes

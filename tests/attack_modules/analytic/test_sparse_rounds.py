@@ -76,6 +76,17 @@ def test_sums_of_images_and_images_under_more_noise_than_tells_them_apart_are_no
     assert ZeroSearch(replace(rounds, noise=1e6 * rounds.noise)).certify(image) is None
 
 
+def test_a_single_image_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 64, generator=generator).relu()
+    errors = torch.randn(6, 3, 1, generator=generator).double()
+    inputs = torch.cat([image, torch.ones(1, 1)], 1).double()
+    noise = 1e-6 * torch.randn(6, 3, 65, generator=generator)
+    rounds = StackedRounds.of(torch.zeros(6, 3, 65), errors * inputs + noise, biased=True)
+    found = sparse_rounds(rounds)
+    torch.testing.assert_close(found.features.float(), image, rtol=1e-3, atol=1e-5)
+
+
 def test_features_that_may_be_negative_are_not_found() -> None:
     rounds, _ = federate(normal_features())
     assert rounds.num_images == len(LABELS)
