@@ -63,6 +63,11 @@ def leak_defended(
             f"A known defence or optimiser is read from heads of two linear layers, but this one has {len(layers[0])} "
             f"({', '.join(updates[0])})."
         )
+    if reading.single_step and len(updates) * training.steps > 1:
+        raise UnreadableDefense(
+            f"{type(reading).__name__} reads the peers' updates from a single local step of one round, but "
+            f"{counted(len(updates), 'round')} of {counted(training.steps, 'step')} came."
+        )
     first, last = (torch.stack([layer[i] for layer in layers]).mean(0) for i in (0, 1))
     hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
     space = RowSpace.of(first, before[0][0])
@@ -74,11 +79,6 @@ def leak_defended(
         raise UnreadableDefense(
             f"{len(labels)} images are of {len(labels.unique())} of {len(last)} classes, but a known defence or "
             "optimiser is read only where every image has a class of its own, and a class has none."
-        )
-    if reading.single_step and len(updates) * training.steps > 1:
-        raise UnreadableDefense(
-            f"{type(reading).__name__} reads the peers' updates from a single local step, but "
-            f"{counted(len(updates), 'round')} of {counted(training.steps, 'step')} came."
         )
     scale = len(labels) / (training.lr * training.steps)
     targets = training.loss.targets(labels, len(last), last.double(), training.sizes)
