@@ -7,7 +7,7 @@ squares over the entries that the masks say were sent. Held classes' rows of the
 complete even where 99 % are pruned, so labels, activations and gates are read as if nothing had been pruned.
 
 Which peer an image belongs to shows in the masks: two images of one peer bring an entry over the threshold together,
-or cancel; images of two peers do not. Then single images change their peer as long as that explains more of the sum.
+or cancel; images of two peers do not. Then images that are alone join another peer if that explains more.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ HARM = 1.9
 COLUMNS = 256
 """Number of features from which the peers and the share of entries that is sent are estimated."""
 FEWER = 64
-"""Number of features from which it is seen whether an image is better at another peer."""
+"""Number of features from which it is seen whether an image that is alone belongs to another peer."""
 CHUNK = 512
 """Columns that are solved at once."""
 
@@ -69,7 +69,7 @@ class PrunedUpdate(DefendedReading):
             features, _ = solve_columns(update, gated, sent[None], peers, prior, off)
         peers = peers_of_masks(sent, gated, features)
         some = torch.arange(0, features.shape[1], max(features.shape[1] // FEWER, 1))
-        peers = exchanged(update[:, some], gated, features[:, some], peers)
+        peers = joined(update[:, some], gated, features[:, some], peers)
         features, error = solve_columns(update, gated, masks(sent, gated, features, peers), peers, prior, off)
         every = peer_updates(gated, features, peers) * masks(sent, gated, features, peers)
         return DefendedFeatures(
@@ -172,8 +172,11 @@ def peers_of_masks(sent: Tensor, gated: Tensor, features: Tensor) -> Tensor:
     return group_peers(influence + influence.amax(1).diag())
 
 
-def exchanged(update: Tensor, gated: Tensor, features: Tensor, peers: Tensor) -> Tensor:
-    """(N,) the peers, after images went to another peer as long as that explains more of the update.
+def joined(update: Tensor, gated: Tensor, features: Tensor, peers: Tensor) -> Tensor:
+    """(N,) the peers, after images that were alone went to another one as long as that explains more of the update.
+
+    Others stay, since features are made for the peers that images had: under 1 % kept, it explained more to move two
+    images to a wrong peer than to leave them at their own.
 
     Args:
         update: (K, d) some of its columns.
@@ -189,8 +192,9 @@ def exchanged(update: Tensor, gated: Tensor, features: Tensor, peers: Tensor) ->
 
     left = unexplained(peers)
     for _ in range(len(peers)):
-        others = [(image, peer) for image in range(len(peers)) for peer in peers.unique() if peer != peers[image]]
-        moves = [peers.index_fill(0, torch.tensor([image]), int(peer)) for image, peer in others]
+        alone = (peers.bincount()[peers] == 1).nonzero().flatten()
+        others = [(image, peer) for image in alone for peer in peers.unique() if peer != peers[image]]
+        moves = [peers.index_fill(0, image[None], int(peer)) for image, peer in others]
         lefts = [unexplained(moved) for moved in moves]
         if not lefts or min(lefts) >= left:
             break

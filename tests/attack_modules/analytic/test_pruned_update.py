@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from attack_modules.analytic.defended_head import Expected, HeadRound
-from attack_modules.analytic.pruned_update import PrunedUpdate, active, exchanged, masks, peers_of_masks, solve_columns
+from attack_modules.analytic.pruned_update import PrunedUpdate, active, joined, masks, peers_of_masks, solve_columns
 from fl_lightning.defenses import GaussianNoise, TopK
 
 IMAGES, HIDDEN, WIDTH = 6, 128, 400
@@ -59,11 +59,11 @@ def test_peers_need_no_features_of_their_own() -> None:
     assert torch.equal(found[:, None] == found, PEERS[:, None] == PEERS)
 
 
-@pytest.mark.parametrize("wrong", [[0, 1, 0, 1, 1, 2], [1, 1, 0, 1, 1, 0]])
-def test_an_image_at_the_wrong_peer_goes_back(wrong: list[int]) -> None:
+@pytest.mark.parametrize("wrong", [[0, 1, 0, 1, 1, 2], [0, 2, 0, 1, 1, 3]])
+def test_images_alone_join_their_peer(wrong: list[int]) -> None:
     seen, features, _ = pruned(0.1)
     gated, rough = active(seen.activations) * seen.errors, 0.8 * features + 0.2 * features.mean(0)
-    found = exchanged(seen.update[:, ::4], gated, rough[:, ::4], torch.tensor(wrong))
+    found = joined(seen.update[:, ::4], gated, rough[:, ::4], torch.tensor(wrong))
     assert torch.equal(found[:, None] == found, PEERS[:, None] == PEERS)
 
 
