@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from attack_modules.threat_model.observed import ObservedRound
 from attack_modules.threat_model.requirements import Requirement, SingleRound
 from fl_lightning.models import ImageClassifier
-from fl_lightning.models.freezing import batch_statistics
+from fl_lightning.models.freezing import batch_statistics, keeping_statistics
 
 
 class BatchStatistics:
@@ -72,10 +72,8 @@ def _pixels(model: ImageClassifier, layers: dict[str, _BatchNorm], image_shape: 
         return lambda _, inputs: found.__setitem__(name, inputs[0][0, 0].numel())
 
     hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
-    kept = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    model.embed(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(model.mean))
+    with keeping_statistics(model):
+        model.embed(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(model.mean))
     for hook in hooks:
         hook.remove()
-    for name, tensor in model.named_buffers():
-        tensor.copy_(kept[name])
     return found

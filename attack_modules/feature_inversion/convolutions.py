@@ -16,6 +16,7 @@ from attack_modules.analytic.results import Leakage
 from attack_modules.threat_model.requirements import Requirement, SingleRound
 from fl_lightning.client import Tensors
 from fl_lightning.models import ImageClassifier, ImageShape
+from fl_lightning.models.freezing import keeping_statistics
 
 TRIED = 3
 """Convolutions that are tried, the first in the network first."""
@@ -99,6 +100,8 @@ class Convolutions:
         if convolution.centred:
             return _sized_by_statistics(model, convolution, found.maps, image_shape)
         known, maps = leakage.features.to(model.mean), found.maps.to(model.mean)
+        if leakage.ones is not None:
+            known = known / leakage.ones.to(known)[:, None]
         shown = _features_of(model, convolution.name, maps, image_shape)
         cosine = F.normalize(shown, dim=1) @ F.normalize(known, dim=1).T
         places, order = linear_sum_assignment(cosine.numpy(), maximize=True)
@@ -132,7 +135,8 @@ def _convolutions(model: ImageClassifier, image_shape: ImageShape, batch_norm: f
 
     layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Conv2d | _BatchNorm)}
     hooks = [watch(name, layer) for name, layer in layers.items()]
-    model.embed(torch.full((2, *image_shape), 0.5).to(model.mean))
+    with keeping_statistics(model):
+        model.embed(torch.full((2, *image_shape), 0.5).to(model.mean))
     for hook in hooks:
         hook.remove()
     return [Convolution(name, layers[name], shape, name in centred) for name, shape in maps.items()]

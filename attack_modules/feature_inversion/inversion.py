@@ -203,7 +203,7 @@ class FeatureInversion(Attack):
         self.register_buffer("noise", noise)  # of the features, relative to their size; None if they are exact
         noise = 0.0 if noise is None else noise.median().item()
         ridge = FeatureDecoder(self.model, shape, noise) if FeatureDecoder.fits(self.model, shape) else None
-        self.scale = found_scale(self.leakage, self.model, ridge, self.steps)
+        self.scale = 1.0 if self.shown else found_scale(self.leakage, self.model, ridge, self.steps)
         self._starter = (self._better_start(ridge, noise),)  # a tuple, so that it is no submodule
         grey = None
         if self._starter[0] is None:  # BatchNorm refuses a single image

@@ -140,6 +140,7 @@ class LearnedDecoder:
         """What the decoder depends on, in 16 hexadecimal digits."""
         digest = hashlib.sha256()
         settings = VERSION, tuple(image_shape), self.crops, self.reduction, self.seed, f"{noise:.2g}"
+        settings += (feature_map_shape(model, image_shape),)  # of several maps of the same weights
         digest.update(repr((settings, model.mean.tolist(), model.std.tolist(), type(model).__name__)).encode())
         for path in paths:
             digest.update(content(path))
