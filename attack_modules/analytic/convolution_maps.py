@@ -69,9 +69,11 @@ class Convolution(NamedTuple):
         return images * (self.positions - self.centred)
 
     def shows(self, images: int) -> bool:
-        """Whether its update determines the maps of so many images."""
+        """Whether its update can determine the maps of so many images."""
         plain = self.layer.groups == 1 and set(self.layer.dilation) == {1} and self.layer.padding_mode == "zeros"
-        if not plain or isinstance(self.layer.padding, str) or (self.centred and images > 1):
+        if not plain or isinstance(self.layer.padding, str):
+            return False
+        if images > 1 and (self.centred or self.layer.stride != (1, 1)):  # at stride 2 other maps are consistent too
             return False
         out, _, *kernel = self.layer.weight.shape
         patch = self.map_shape[0] * int(np.prod(kernel))

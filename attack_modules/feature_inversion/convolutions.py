@@ -42,6 +42,10 @@ class Shown(NamedTuple):
     uncertainty: Tensor
     layer: str
 
+    def introduction(self) -> str:
+        """What is inverted, in one line."""
+        return f"Convolutions: the maps in front of {self.layer} are inverted, off by {self.uncertainty.max():.1%}."
+
 
 class Convolutions:
     """Reads the maps in front of a convolution, which hold more of an image than the head's features.

@@ -634,7 +634,8 @@ class FeatureInversion(Attack):
                 start += "" if self.inverts else ", which are kept, since held-out ones are not improved by inversion"
         distinct = len(self.labels.unique()) > len(self.labels) / 2  # images that share their class are not refined
         refinable = not self.refinement and assumptions.in_full_batches and distinct
-        parts = [part.introduction() for part in (self.rounds, self.refinement, self.guidance) if part]
+        components = self.rounds, self.refinement, self.guidance, self.shown
+        parts = [part.introduction() for part in components if part]
         return (
             f"Closed form: the head's {subject} {counted(found.num_images, 'image')}, {found.disentangled} disentangled"
             f", of {counted(len(self.leakage.peers.unique()), 'peer')}; labels {assumptions.sources['labels']}. "
