@@ -39,7 +39,7 @@ def binary_gates(
         Gates (N, H) in {0, 1}, and features (N, r).
     """
     rows, weight, width = space.rows * scale, space.weight, space.update.shape[1]
-    live = (rows != 0).any(1)
+    live = rows.any(1)
     found = torch.zeros_like(errors)
     rows, weight, errors, activations = rows[live], weight[live], errors[:, live], activations[:, live]
     vectors, singular, _ = torch.linalg.svd(rows, full_matrices=False)

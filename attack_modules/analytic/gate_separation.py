@@ -86,7 +86,7 @@ def separate(
     """
     classes = quota.topk(min(num_images, len(quota))).indices.sort().values
     classes = classes[quota[classes] > 0]
-    live = (rows != 0).any(1)  # units that were active for any image
+    live = rows.any(1)  # units that were active for any image
     search = GateSearch(rows[live], weight[live], errors[classes][:, live], num_images, sure)
     with Progress(disable=rank_zero_only.rank > 0) as progress:
         task = progress.add_task("Images disentangled", total=num_images)

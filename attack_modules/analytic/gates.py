@@ -32,7 +32,7 @@ class GateRegression:
         vectors, singular, _ = torch.linalg.svd(rows, full_matrices=False)
         self.inside = vectors[:, :num_images]  # (H, N)
         self.num_constraints = len(rows) - self.inside.shape[1]
-        live = int((rows != 0).any(1).sum())
+        live = int(rows.any(1).sum())
         spare = max(live - num_images, 1) * max(min(live, rows.shape[1]) - num_images, 1)
         #: variance of an entry of `rows` that a rank-N product cannot explain
         self.noise = (singular[num_images:].square().sum().item() + rest) / spare
@@ -106,7 +106,7 @@ def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: floa
         noise: variance of an entry of `rows`.
         iterations: of the weights.
     """
-    count, live = len(errors), int((rows != 0).any(1).sum())
+    count, live = len(errors), int(rows.any(1).sum())
     spread = rows.square().sum() / errors.square().sum() / rows.shape[1]
     eps = torch.finfo(rows.dtype).eps
     noise = noise + eps * rows.square().mean().item()

@@ -51,7 +51,7 @@ class RowSpace:
     Attributes:
         update: (out, D).
         mixing: (r, out) float64, so that the rows of `mixing @ update` are an orthonormal basis.
-        rows: (out, r) float64, the update in that basis.
+        rows: (out, r) float64, the update in that basis; exactly 0 of units that were never active.
         weight: (out, r) float64, the layer's weight before the round, in that basis.
         floor: smallest singular value that the precision of the weights resolves.
         rest: (out,) float64, squared norm of each row of the update outside the basis.
@@ -79,7 +79,9 @@ class RowSpace:
             squares = torch.cat([part.square().sum(1) for part in chunks(update)])
             rest = (squares - rows.square().sum(1)).clamp_min(0)
         floor = precision * (rows.square().sum() + rest.sum()).sqrt().item()
-        return cls(update, mixing, rows, within, floor, rest, spacing)
+        # arithmetic beside the training, such as a strategy's own noise of 1e-12, leaves rows below the floor
+        active = torch.linalg.vector_norm(rows, dim=1) > floor
+        return cls(update, mixing, rows * active[:, None], within, floor, rest * active, spacing)
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """(N, r) coordinates -> (N, D) vectors."""
@@ -100,12 +102,8 @@ class RowSpace:
 
     @cached_property
     def singular(self) -> Tensor:
-        """Singular values of the update, one for each unit that was ever active, clamped to the floor.
-
-        Arithmetic beside the training, such as a strategy's own noise of 1e-12, leaves rows below the floor.
-        """
-        active = torch.linalg.vector_norm(self.rows, dim=1) > self.floor
-        return torch.linalg.svdvals(self.rows[active]).clamp_min(self.floor)
+        """Singular values of the update, one for each unit that was ever active, clamped to the floor."""
+        return torch.linalg.svdvals(self.rows[self.rows.any(1)]).clamp_min(self.floor)
 
 
 def float_spacing(weight: Tensor) -> float:

@@ -83,7 +83,7 @@ def read_shared(
     Raises:
         AttackError: no image could be disentangled.
     """
-    active = int((space.rows != 0).any(1).sum())
+    active = int(space.rows.any(1).sum())
     if num_images > MOST_OF_UNITS * active:
         raise AttackError(
             f"{num_images} images were counted, which share classes and are nearly as many as the {active} hidden "

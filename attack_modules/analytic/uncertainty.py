@@ -24,7 +24,7 @@ def feature_uncertainty(rows: Tensor, errors: Tensor, features: Tensor, rest: Te
     Returns:
         Infinity for images without features.
     """
-    active = (rows != 0).any(1)
+    active = rows.any(1)
     rest = torch.zeros_like(rows[:, 0]) if rest is None else rest
     rows, rest, errors = rows[active], rest[active], errors[:, active]
     solve = torch.linalg.pinv(errors.T)  # (N, H): features = solve @ rows

@@ -25,6 +25,7 @@ from attack_modules.feature_inversion.learned_decoder import LearnedDecoder, Pho
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
+from attack_modules.feature_inversion.soft_pooling import soften, softened
 from attack_modules.feature_inversion.verdict import DRIFTING, Evidence, judge
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from attack_modules.simulation.feature_map import for_speed
@@ -49,8 +50,10 @@ EXPLAINS = 0.1
 too little of the features, and would win by being flat."""
 UNEXPLAINED = 1e3
 """Added to the rank of those: more than any logarithm of E and P."""
-FINAL_RATE = 0.03
-"""Share of the learning rate that is left at the last step. The rate falls like a Gaussian of the step."""
+FINAL_RATE = 0.02
+"""Share of the learning rate that is left at the last step."""
+FALL = 2.7
+"""Power of the share of steps done, to which the logarithm of the rate falls in proportion."""
 PRIOR_OF_NOISE = 1.0
 """Weight of P beside E at the last step, over the relative noise of the features. Measured: 0.7 and 1.5 are as good."""
 EARLY = 4.0
@@ -111,15 +114,17 @@ class FeatureInversion(Attack):
         convolutions: reads larger maps than the head's features from the update of a convolution, of few images; null
             for none.
         statistics: undoes BatchNorm in train mode by the running statistics that the peers share; null for none.
+        softness: of max pooling's gradient at the first and at the last step, geometric between, see `SoftPooling`;
+            [0, 0] for the exact gradient.
     """
 
     def __init__(
         self,
-        lr: float = 0.13,
+        lr: float = 0.1,
         priors: list[Prior] | None = None,
         balance: float = 3.0,
-        prior_limit: tuple[float, float] = (0.3, 0.01),
-        betas: tuple[float, float] = (0.7, 0.9),
+        prior_limit: tuple[float, float] = (0.15, 0.005),
+        betas: tuple[float, float] = (0.8, 0.85),
         subtract_own: bool = True,
         resimulations: int | None = None,
         chunk_size: int = 16,
@@ -130,21 +135,24 @@ class FeatureInversion(Attack):
         decoder: LearnedDecoder | None = None,
         convolutions: Convolutions | None = None,
         statistics: BatchStatistics | None = None,
+        softness: tuple[float, float] = (0.5, 0.025),
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
         if resimulations is None:
             resimulations = refinement.resimulations if refinement else RESIMULATIONS
-        if not positive(lr, *prior_limit) or not non_negative(balance) or chunk_size < 1 or resimulations < 0:
+        wrong = not positive(lr, *prior_limit) or not non_negative(balance, *softness)
+        if wrong or chunk_size < 1 or resimulations < 0:
             raise SettingError(
-                "`model` needs lr > 0, prior_limit > 0, balance >= 0, chunk_size >= 1 and resimulations >= 0, but got "
-                f"lr={lr}, prior_limit={prior_limit}, balance={balance}, chunk_size={chunk_size}, "
-                f"resimulations={resimulations}."
+                "`model` needs lr > 0, prior_limit > 0, balance >= 0, softness >= 0, chunk_size >= 1 and resimulations "
+                f">= 0, but got lr={lr}, prior_limit={prior_limit}, balance={balance}, softness={softness}, "
+                f"chunk_size={chunk_size}, resimulations={resimulations}."
             )
         self.automatic_optimization = False  # one backward pass a chunk, so that memory holds one graph
         self.lr = lr
         self.priors = [ChromaTotalVariation(weight=1.0)] if priors is None else priors
         self.balance = balance
         self.prior_limit = prior_limit
+        self.softness = softness
         self.betas = betas
         self.resimulations = resimulations
         self.chunk_size = chunk_size
@@ -196,7 +204,7 @@ class FeatureInversion(Attack):
         )
         self._warn_of_mixed_images(model)
         half_way = model_half_way([observed.observation for observed in seen], updates, self.steps)
-        half_way = self._known_better(half_way, updates[0])
+        half_way = soften(self._known_better(half_way, updates[0]))
         self.embedder = (for_speed(half_way, device),)  # a tuple, so that it is no submodule
         shape = seen[0].observation.image_shape
         noise = self.leakage.uncertainty.clamp_max(MOST_NOISE).to(device) if self.leakage.noisy else None
@@ -314,7 +322,7 @@ class FeatureInversion(Attack):
 
     def _adam(self, images: Tensor, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         optimizer = torch.optim.Adam([images], lr=self.lr, betas=self.betas, fused=True)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: FINAL_RATE ** (s / steps) ** 2)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: FINAL_RATE ** (s / steps) ** FALL)
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
@@ -371,7 +379,8 @@ class FeatureInversion(Attack):
             noise: (n,) relative size of the noise in `features`, in proportion to which P weighs; None without.
             seen: (n, D) which of the features count; None for all.
         """
-        error = self.feature_error(images, features, seen)
+        with softened(self.model, annealed(self.softness, step, steps)):
+            error = self.feature_error(images, features, seen)
         limit = annealed(self.prior_limit, step, steps)
         if noise is not None:
             final = (PRIOR_OF_NOISE * noise).clamp_min(self.prior_limit[1])
@@ -612,6 +621,8 @@ class FeatureInversion(Attack):
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
         verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(controls[:each]))
+        if self.shown:
+            verdict = self.shown.limited(verdict, misfit)
         update, read = self.update_of(observed), self.leakage.defended is not None
         return qualified(verdict, update, observed.observation.before, observed.assumptions, read)
 

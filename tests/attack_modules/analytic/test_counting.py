@@ -11,6 +11,7 @@ from attack_modules.analytic.counting import (
     class_evidence,
     count_images,
     counts_to_try,
+    empty_scale,
     infer_labels,
     is_compressed,
     read_counts,
@@ -106,9 +107,10 @@ def test_rank_counts_images() -> None:
     update = torch.rand(30, 5, dtype=torch.float64) @ torch.rand(5, 50, dtype=torch.float64)
     update += 1e-7 * torch.randn(30, 50, dtype=torch.float64)  # rounding of the active units' weights
     update[7:12] = 1e-17 * torch.rand(5, 50)  # units that were never active, and what a strategy adds to all parameters
-    singular = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64)).singular
+    space = RowSpace.of(update, torch.rand(30, 50, dtype=torch.float64))
+    assert torch.where(~space.rows.any(1))[0].tolist() == [*range(7, 12)]
     for held, epochs in ((0, 1), (3, 3)):
-        assert count_images(singular, held, epochs) == (5, True, False)
+        assert count_images(space.singular, held, epochs) == (5, True, False)
 
 
 def test_count_knows_drifting_features() -> None:
@@ -197,17 +199,37 @@ def test_images_of_distinct_classes_are_counted_whatever_is_done_to_the_update(
     assert (count.noise is not None) == noisy
 
 
-def test_clipping_makes_no_images_of_empty_classes(observe: Observe) -> None:
-    """In the clipped update, rows of 12 empty classes look like those of classes with their mean share of images."""
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_clipping_makes_no_images_of_empty_classes(observe: Observe, noise: float) -> None:
+    """In the clipped update, rows of empty classes look like those of classes with their mean share of images."""
     seen = observe(Federation(client=SHY), UNKNOWN, num_classes=20, images_per_client=4)
     model = seen.observation.build_model()
+    torch.manual_seed(0)
     layers = [0.1 * layer for layer in augmented(head_parameters(seen.peers_update(), model))]
+    layers = [layer + noise * layer.std() * torch.randn_like(layer) for layer in layers]
     space = RowSpace.of(layers[0], augmented(head_parameters(seen.observation.before, model))[0])
     count, labels = read_counts(
         space, [layers[-1].double()], model.head[-1].in_features, training_knowledge(seen, model)
     )
     assert labels.tolist() == list(range(8))
-    assert (count.held, count.num_images, count.counted) == (8, 8, True)
+    assert (count.held, count.num_images, count.noise is not None) == (8, 8, noise > 0)
+
+
+def test_empty_classes_show_the_scale_by_which_classes_share_the_images() -> None:
+    """Of 20 classes, 7 have 12 images, in an update that was clipped to a tenth."""
+    torch.manual_seed(0)
+    features, hidden = torch.rand(12, 60).double(), torch.rand(12, 40).double()
+    hidden *= torch.rand(12, 40) > 0.5
+    truth = torch.tensor([0, 1, 1, 2, 3, 3, 3, 4, 5, 5, 6, 6])
+    probabilities = torch.linspace(0.045, 0.055, 20).double()
+    errors = probabilities - torch.eye(20)[truth]
+    update = 0.1 * ((errors @ torch.randn(20, 40).double()) * (hidden > 0)).T @ features / 12
+    typical = TypicalHead(probabilities, hidden.sum(1).mean().item())
+    space, last = RowSpace.of(update, torch.rand(40, 60).double()), 0.1 * errors.T @ hidden / 12
+    count, labels = read_counts(space, [last], 40, TrainingKnowledge(1.0, 1, typical=typical))
+    assert (count.num_images, labels.tolist()) == (12, truth.tolist())
+    assert empty_scale(last, 40, torch.arange(20) < 7, typical) == pytest.approx(0.1, rel=1e-3)
+    assert empty_scale(last[:9], 40, torch.arange(9) < 2, replace(typical, probabilities=probabilities[:9])) is None
 
 
 def test_the_mean_of_images_that_are_alike_is_no_single_image() -> None:
