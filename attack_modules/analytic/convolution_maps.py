@@ -45,13 +45,18 @@ class Convolution(NamedTuple):
         name: of the module.
         layer: the module.
         map_shape: (c, h, w) of its input.
-        centred: whether BatchNorm by batch statistics follows, so that errors add up to 0.
+        behind: name of the BatchNorm layer that takes its outputs and normalises by batch statistics; None without.
     """
 
     name: str
     layer: nn.Conv2d
     map_shape: tuple[int, int, int]
-    centred: bool
+    behind: str | None = None
+
+    @property
+    def centred(self) -> bool:
+        """Whether errors add up to 0, as in front of BatchNorm by batch statistics."""
+        return self.behind is not None
 
     @property
     def geometry(self) -> dict[str, tuple[int, ...]]:
@@ -106,7 +111,9 @@ def read_maps(update: Tensor, convolution: Convolution, images: int) -> Maps | N
     rows = torch.linalg.svd(update.double().cpu().flatten(1), full_matrices=False).Vh[: convolution.rank(images)]
     ones = torch.ones(1, 1, height, width, dtype=torch.float64)
     covered = F.fold(F.unfold(ones, **kernel), (height, width), **kernel)
-    weight = covered.clamp_min(1).rsqrt()  # of a vector, which so has the norm of its patches
+    if not covered.all():  # the output does not depend on the others
+        return None
+    weight = covered.rsqrt()  # of a vector, which so has the norm of its patches
 
     def patches(maps: Tensor) -> Tensor:
         return F.unfold(maps * weight, **kernel).transpose(1, 2)

@@ -128,7 +128,7 @@ class Convolutions:
     ) -> Tensor | None:
         """(N, D) the maps in the order and size of the images; None where they contradict the head's features."""
         if convolution.centred:
-            return _sized_by_statistics(model, convolution, found.maps, image_shape)
+            return _sized_by_statistics(model, convolution, found.maps)
         known, maps = leakage.features.to(model.mean), found.maps.to(model.mean)
         if leakage.ones is not None:
             known = known / leakage.ones.to(known)[:, None]
@@ -151,7 +151,7 @@ def _convolutions(model: ImageClassifier, image_shape: ImageShape, batch_norm: f
     """All that maps of the images pass through, with what follows them."""
     maps: dict[str, tuple[int, int, int]] = {}
     outputs: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no other one gets the same id
-    centred: set[str] = set()
+    behind: dict[str, str] = {}
 
     def watch(name: str, layer: nn.Module) -> Any:
         def note(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -159,7 +159,7 @@ def _convolutions(model: ImageClassifier, image_shape: ImageShape, batch_norm: f
                 maps[name] = tuple(inputs[0].shape[1:])
                 outputs[id(output)] = name, output
             elif id(inputs[0]) in outputs and name in batch_norm:
-                centred.add(outputs[id(inputs[0])][0])
+                behind[outputs[id(inputs[0])][0]] = name
 
         return layer.register_forward_hook(note)
 
@@ -169,7 +169,7 @@ def _convolutions(model: ImageClassifier, image_shape: ImageShape, batch_norm: f
         model.embed(torch.full((2, *image_shape), 0.5).to(model.mean))
     for hook in hooks:
         hook.remove()
-    return [Convolution(name, layers[name], shape, name in centred) for name, shape in maps.items()]
+    return [Convolution(name, layers[name], shape, behind.get(name)) for name, shape in maps.items()]
 
 
 @contextmanager
@@ -188,37 +188,16 @@ def _features_of(model: ImageClassifier, name: str, maps: Tensor, image_shape: I
 
 
 @torch.no_grad()
-def _sized_by_statistics(
-    model: ImageClassifier, convolution: Convolution, maps: Tensor, image_shape: ImageShape
-) -> Tensor | None:
+def _sized_by_statistics(model: ImageClassifier, convolution: Convolution, maps: Tensor) -> Tensor | None:
     """(1, D) a single image's map of the size at which its outputs have the variance that BatchNorm saw."""
-    norm = _behind(model, convolution, image_shape)
     weight = convolution.layer.weight.to(maps)
     spread = F.conv2d(maps, weight, stride=convolution.layer.stride, padding=convolution.layer.padding)
     spread = spread.std((2, 3), correction=0)[0]
-    target = norm.running_var.to(spread).sqrt()
+    target = model.get_submodule(convolution.behind).running_var.to(spread).sqrt()
     size = (spread @ target) / spread.square().sum()
     if (size * spread - target).norm() > SAME_FEATURES * target.norm():
         return None
     return (size * maps).flatten(1)
-
-
-def _behind(model: ImageClassifier, convolution: Convolution, image_shape: ImageShape) -> _BatchNorm:
-    """The BatchNorm layer that takes the convolution's outputs."""
-    kept: list[Tensor] = []
-    found: list[_BatchNorm] = []
-    hooks = [convolution.layer.register_forward_hook(lambda _, inputs, output: kept.append(output))]
-    for layer in model.modules():
-        if isinstance(layer, _BatchNorm):
-            hooks.append(
-                layer.register_forward_pre_hook(
-                    lambda layer, inputs: found.append(layer) if kept and inputs[0] is kept[-1] else None
-                )
-            )
-    model.embed(torch.full((2, *image_shape), 0.5).to(model.mean))
-    for hook in hooks:
-        hook.remove()
-    return found[0]
 
 
 class MapClassifier(ImageClassifier):

@@ -21,7 +21,7 @@ def update_of(layer: nn.Conv2d, maps: Tensor, centred: bool) -> Tensor:
 
 def test_maps_of_several_images_come_back() -> None:
     maps = rectified(3, (16, 4, 4))
-    convolution = Convolution("conv", layer := nn.Conv2d(16, 64, 3, padding=1), (16, 4, 4), centred=False)
+    convolution = Convolution("conv", layer := nn.Conv2d(16, 64, 3, padding=1), (16, 4, 4))
     assert convolution.positions == 16
     assert [convolution.shows(images) for images in (3, 4, 5)] == [True, True, False]  # 80 of 72 directions
     found = read_maps(update_of(layer, maps, centred=False), convolution, 3)
@@ -37,7 +37,7 @@ def test_maps_of_several_images_come_back() -> None:
 def test_a_single_map_in_front_of_batch_norm_comes_back_as_far_as_it_is_seen(stride: int) -> None:
     """At stride 2, every second pixel of both directions is under the kernel's centre alone."""
     maps, layer = rectified(1, (16, 6, 6)), nn.Conv2d(16, 64, 3, stride, padding=1)
-    convolution = Convolution("conv", layer, (16, 6, 6), centred=True)
+    convolution = Convolution("conv", layer, (16, 6, 6), "norm")
     assert convolution.shows(1)
     assert not convolution.shows(2)
     found = read_maps(update_of(layer, maps, centred=True), convolution, 1)
