@@ -8,8 +8,9 @@ from torch import nn
 
 from attack_modules import BatchStatistics, Convolutions, FeatureInversion
 from attack_modules.analytic.typical_head import pink_noise
-from attack_modules.attack import Attack
+from attack_modules.attack import Attack, Level, Verdict
 from attack_modules.feature_inversion.controls import mean_psnr
+from attack_modules.feature_inversion.convolutions import Shown
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import LocalTraining
@@ -63,6 +64,13 @@ def test_maps_take_the_place_of_features(observe: Observe, attack: Run) -> None:
     assert mean_psnr(found.images, originals) > mean_psnr(plain.images, IMAGES[plain.labels]) + 1
     assert module.title == "FeatureInversion + Convolutions"
     assert "in front of features.3" in module.introduction()
+
+
+def test_an_image_that_misses_its_map_is_not_certain() -> None:
+    shown = Shown(nn.Identity(), torch.ones(3, 2), torch.full((3,), 0.01), "features.3")
+    verdict = shown.limited(Verdict([Level.CERTAIN, Level.CERTAIN, Level.NOT_READ]), torch.tensor([0.005, 0.02, 0.02]))
+    assert verdict.levels == [Level.CERTAIN, Level.LIKELY, Level.NOT_READ]
+    assert verdict.reasons == ["2 images came out with another map than was read"]
 
 
 def test_too_many_images_leave_the_features(observe: Observe, attack: Run) -> None:
