@@ -98,13 +98,13 @@ class Convolutions:
 
         Args:
             model: half way through the training, on the CPU; its BatchNorm frozen.
-            update: the peers', by parameter name.
+            update: the peers' without weight decay, by parameter name.
             leakage: what the head's update shows.
             image_shape: (C, H, W).
             batch_norm: names of the layers that normalised by their batch's statistics when the peers trained.
         """
         images = len(leakage.labels)
-        known = [of for of in _convolutions(model, image_shape, batch_norm) if f"{of.name}.weight" in update]
+        known = [of for of in _convolutions(model, image_shape, batch_norm) if update[f"{of.name}.weight"].any()]
         able = [of for of in known if of.shows(images)]
         if leakage.diagnosis.disentangled == leakage.diagnosis.num_images and leakage.mixing is None:
             for convolution in able[:TRIED]:

@@ -249,7 +249,8 @@ class FeatureInversion(Attack):
                 rank_zero_warn(f"`model.statistics` has no effect: {why}.")
         if self.convolutions:
             shape = observed.observation.image_shape
-            self.shown = self.convolutions.read(model, update, self.leakage, shape, normalised)
+            gradients = observed.without_weight_decay(update)
+            self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised)
         if self.shown:
             of_map = {"features": self.shown.features, "uncertainty": self.shown.uncertainty, "seen": None}
             self.leakage = replace(self.leakage, **of_map)
