@@ -46,13 +46,15 @@ class BatchStatistics:
         after = observed.observation.peers_buffers()
         if layers and after is None:
             return "the running statistics are not shared, or the attacker's own were not recorded"
+        before = observed.observation.before
+        named = {f"features.{inside}": name for name, inside in model.feature_names(before).items()}
         pixels = _pixels(model, layers, observed.observation.image_shape)
         for name, layer in layers.items():
             kept = (1 - layer.momentum) ** observed.assumptions.local_steps
             counted = pixels[name] * images
             for kind in ("running_mean", "running_var"):
-                full = f"{name}.{kind}"
-                batch = (after[full].double() - kept * observed.observation.before[full].double()) / (1 - kept)
+                full = named[f"{name}.{kind}"]
+                batch = (after[full].double() - kept * before[full].double()) / (1 - kept)
                 if kind == "running_var":  # of the samples' variance, where BatchNorm normalises by the mean square
                     batch = batch.clamp_min(0) * (counted - 1) / counted
                 getattr(layer, kind).copy_(batch)

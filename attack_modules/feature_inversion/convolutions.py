@@ -104,11 +104,12 @@ class Convolutions:
             batch_norm: names of the layers that normalised by their batch's statistics when the peers trained.
         """
         images = len(leakage.labels)
-        known = [of for of in _convolutions(model, image_shape, batch_norm) if update[f"{of.name}.weight"].any()]
+        of_layers = {f"features.{inside}": update[name] for name, inside in model.feature_names(update).items()}
+        known = [of for of in _convolutions(model, image_shape, batch_norm) if of_layers[f"{of.name}.weight"].any()]
         able = [of for of in known if of.shows(images)]
         if leakage.diagnosis.disentangled == leakage.diagnosis.num_images and leakage.mixing is None:
             for convolution in able[:TRIED]:
-                found = read_maps(update[f"{convolution.name}.weight"], convolution, images)
+                found = read_maps(of_layers[f"{convolution.name}.weight"], convolution, images)
                 sized = found and self._sized(model, convolution, found, leakage, image_shape)
                 if sized is not None:
                     embed = MapClassifier(model, convolution.name, found.unseen)

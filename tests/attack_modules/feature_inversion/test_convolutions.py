@@ -1,5 +1,6 @@
 """Maps in front of a convolution, and BatchNorm in train mode undone, in whole rounds."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import Attack, Level, Verdict
 from attack_modules.feature_inversion.controls import mean_psnr
 from attack_modules.feature_inversion.convolutions import Shown
+from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import LocalTraining
@@ -102,6 +104,24 @@ def test_batch_norm_is_undone_for_all_images_of_a_peer(observe: Observe, attack:
     kept = observe(once(Normalised, share_buffers=False), BLIND, num_clients=2, images_per_client=[3, 2])
     with pytest.warns(UserWarning, match="statistics are not shared"):
         attack(FeatureInversion(statistics=BatchStatistics()), kept, steps=1)
+
+
+def test_a_wrapped_model_is_read_under_its_own_names(attack: Run) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*Normalised(10, (3, 16, 16)).features, nn.Linear(96, 10))
+    trained = copy.deepcopy(net)
+    nn.functional.cross_entropy(trained(IMAGES[:1]), torch.tensor([3])).backward()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter -= 0.1 * parameter.grad
+    seen = ObservedRound(
+        Observation.from_models(net, trained, model=net, image_shape=(3, 16, 16)),
+        Assumptions(client_lr=0.1, local_epochs=1),
+    )
+    module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=1)
+    true = module.model.embed(IMAGES[:1])
+    assert (module.features - true).norm() < 0.01 * true.norm()
+    assert module.shown.layer.endswith(".3")
 
 
 def test_an_observation_keeps_the_own_buffers(observe: Observe, tmp_path: object) -> None:
