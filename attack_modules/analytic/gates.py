@@ -60,7 +60,8 @@ class GateRegression:
         gated, free = prior.mean * errors, prior.variance * errors**2
         violation = gated - gated @ self.inside @ self.inside.T
         noise = noise.clone()
-        weight, left = torch.empty_like(free), torch.empty_like(free)  # of what a unit shows of the columns' coefficients
+        weight = torch.empty_like(free)  # of what a unit shows of the columns' coefficients
+        left = torch.empty_like(free)
         factor, evidence = free.new_empty(len(errors), *self.inside.shape[1:] * 2), torch.empty_like(noise)
         raised = torch.arange(len(errors))
         for _ in range(3):
