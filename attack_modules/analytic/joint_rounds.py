@@ -8,7 +8,8 @@ N x N coordinates X of all features.
 
 Several local steps of one peer are a closed system in X: step s adds `-lr / N A_s X` to the weights, which moves the
 logits of the next steps by `-lr / N A_s X X^T`. So they are simulated exactly, at T times the cost. With several peers,
-only images of the same peer would move each other; who holds which image is neither told nor found here.
+only images of the same peer would move each other; who holds which image is neither told nor found here
+(`sparse_rounds` needs none of this, where the backbone ends in a ReLU).
 
 They are solved by Levenberg and Marquardt's method. A rotation of the images of one class among each other changes the
 residual in third order only, so the way to the solution is a narrow curved valley: without the second-order correction
@@ -23,7 +24,7 @@ of the classes, which are fitted first, with their counts.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -156,11 +157,6 @@ class StackedRounds:
             gap=gap,
             biased=biased,
         )
-
-    def on(self, device: torch.device) -> "StackedRounds":
-        """The same on another device."""
-        names = ("weights", "left", "singular", "basis")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     @property
     def num_images(self) -> int:
@@ -400,7 +396,7 @@ class JointProblem:
             turned = (turned @ at.coordinates).flatten(1)
             ones, identity = at.coordinates @ self.one, torch.eye(self.size).to(at.gram)
             return turned @ turned.T + self.weight * torch.kron(identity, torch.outer(ones, ones))
-        every = torch.arange(self.size, device=at.gram.device)
+        every = torch.arange(self.size)
         return self.normal_block(at, every.repeat_interleave(self.size), every.repeat(self.size))
 
     def normal_block(self, at: Point, rows: Tensor, columns: Tensor) -> Tensor:
@@ -598,7 +594,6 @@ def solve_rounds(
     iterations: int = 200,
     spread: float = 0.3,
     seed: int = 0,
-    device: torch.device | str = "cpu",
 ) -> JointSolution:
     """The features of all images; the start whose residual is least wins, and none follows one that is explained.
 
@@ -611,7 +606,6 @@ def solve_rounds(
         iterations: most of each start.
         spread: of the starts around the means of the classes, relative to the spread of the images.
         seed: of the starts.
-        device: of the solver; the start and the solution are on the CPU.
 
     Raises:
         AttackError: there is no bias.
@@ -626,7 +620,7 @@ def solve_rounds(
         labels = torch.arange(len(means.counts)).repeat_interleave(means.counts)
     elif not torch.equal(labels.bincount(minlength=len(means.counts)), means.counts):
         means = ClassMeans(labels.bincount(minlength=len(means.counts)), means.means)
-    problem = JointProblem(rounds.on(torch.device(device)), labels.to(device), smoothing, training)
+    problem = JointProblem(rounds, labels, smoothing, training)
     generator = torch.Generator().manual_seed(seed)
     noise = rounds.noise**2 * rounds.gradients.numel()
     found: list[Point] = []
@@ -639,7 +633,7 @@ def solve_rounds(
                 times = (cost / noise) ** 0.5
                 progress.update(task, advance=1, description=f"{name} (residual {times:.3g} times the noise)")
 
-            drawn = means.start(labels, generator, spread).to(device)
+            drawn = means.start(labels, generator, spread)
             found.append(minimise(problem, drawn, EXPLAINED**2 / 4 * noise, iterations, report))
             if found[-1].cost <= EXPLAINED**2 * noise:
                 break
@@ -648,12 +642,12 @@ def solve_rounds(
         problem.weight = 1 / (best.coordinates / problem.rounds.singular).square().sum(1).mean().item()
         best = minimise(problem, best.coordinates, 0.0, 5, lambda cost: None)
     residual = (best.residual.square().sum() / noise).sqrt().item()
-    features = torch.linalg.lstsq(best.errors.cpu(), rounds.gradients, driver="gelsd").solution @ rounds.basis
+    features = torch.linalg.lstsq(best.errors, rounds.gradients, driver="gelsd").solution @ rounds.basis
     return JointSolution(
         labels=labels,
         features=features[:, :-1],
         residual=residual,
-        expected_errors=max(residual, 1.0) * expected_errors(problem, best, generator).cpu(),
+        expected_errors=max(residual, 1.0) * expected_errors(problem, best, generator),
         gap=rounds.gap,
         conditioning=(rounds.singular[0] / rounds.singular[-1]).item(),
         tried=[(point.cost / noise) ** 0.5 for point in found],
@@ -668,7 +662,7 @@ def expected_errors(problem: JointProblem, at: Point, generator: torch.Generator
     solve, rounds = solver_of(problem, at), problem.rounds
     squares = torch.zeros(problem.size).to(at.coordinates)
     for _ in range(PROBES):
-        noise = rounds.noise * torch.randn(at.residual.shape, generator=generator, dtype=torch.float64).to(at.residual)
+        noise = rounds.noise * torch.randn(at.residual.shape, generator=generator, dtype=torch.float64)
         step = solve(problem.backward(at, noise, torch.zeros_like(at.ones)), LEAST_DAMPING)
         squares += (step @ at.coordinates).square().sum(1) / PROBES
     outside = rounds.basis.shape[1] - problem.size

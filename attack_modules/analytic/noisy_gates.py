@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attack_modules.analytic.binary_gates import gate_logit
 from attack_modules.analytic.defended_head import DefendedFeatures, DefendedReading, Expected, HeadRound
-from fl_lightning.defenses import DPSGD, QSGD, Defense, DPFedAvg, GaussianNoise, LocalDP, Quantization
+from fl_lightning.defenses import DPSGD, Defense, DPFedAvg, GaussianNoise, LocalDP, Quantization
 
 ITERATIONS = 12
 COARSE = 6
@@ -75,7 +75,7 @@ class NoisyGates(DefendedReading):
     def against(cls, defenses: Sequence[Defense]) -> "NoisyGates | None":
         if any(isinstance(defense, Quantization) and defense.bits <= COARSE for defense in defenses):
             return cls(dependent=True)
-        noisy = (GaussianNoise, LocalDP, DPFedAvg, DPSGD, QSGD)
+        noisy = (GaussianNoise, LocalDP, DPFedAvg, DPSGD)
         return cls() if any(isinstance(defense, noisy) for defense in defenses) else None
 
     def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:

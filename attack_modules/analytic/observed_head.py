@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attack_modules.analytic.adam_step import AdamStep
+from attack_modules.analytic.bucket_norms import BucketNorms
 from attack_modules.analytic.counting import read_counts
 from attack_modules.analytic.defended_head import DefendedReading
 from attack_modules.analytic.mixed_images import MixedImages
@@ -21,7 +22,7 @@ from fl_lightning.client import Tensors
 from fl_lightning.defenses import Dropout
 from fl_lightning.models import ImageClassifier
 
-READINGS: tuple[type[DefendedReading], ...] = (PrunedUpdate, NoisyGates, MixedImages, SignedUpdate)
+READINGS: tuple[type[DefendedReading], ...] = (PrunedUpdate, BucketNorms, NoisyGates, MixedImages, SignedUpdate)
 """Readings of defended updates; the first that the known defences ask for is taken."""
 
 

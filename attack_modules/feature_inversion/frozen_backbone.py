@@ -1,21 +1,26 @@
-"""Rounds of one linear layer over a frozen backbone, solved together: `analytic.joint_rounds`."""
+"""Rounds of one linear layer over a frozen backbone, read together: `analytic.sparse_rounds` and `joint_rounds`."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from attack_modules.analytic.drifting_peers import DriftingPeers, HeadSteps, drifting_peers
 from attack_modules.analytic.joint_rounds import JointSolution, LocalSteps, StackedRounds, solve_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import augmented
+from attack_modules.analytic.sparse_rounds import SparseSolution, sparse_rounds
 from attack_modules.attack import AttackError
 from attack_modules.feature_inversion.rounds import RoundsReader, refuse_other_images
 from attack_modules.threat_model.observed import RoundsSummary
-from attack_modules.threat_model.requirements import Requirement, SameClients
+from attack_modules.threat_model.requirements import Requirement
 from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError, counted
+
+MOST = 100
+"""Images that are solved for without the help of zeros: 64 take two to four minutes of a core for each start."""
 
 
 class HeadAlone(Requirement):
@@ -36,65 +41,57 @@ class HeadAlone(Requirement):
         return None
 
 
-class FullBatches(Requirement):
-    """Plain SGD on full batches, without class weights: one step, or several of a single peer."""
+class PlainSGD(Requirement):
+    """Any SGD: its steps add up images' features."""
 
-    name = "plain SGD on full batches in each round, and of several peers one local step"
+    name = "peers who train by SGD"
 
     def violation(self, rounds: RoundsSummary) -> str | None:
         for known in rounds.assumptions:
-            if not known.in_full_batches or known.optimizer != "SGD" or known.class_weights is not None:
+            if known.optimizer != "SGD":
                 return (
-                    f"the peers train in batches of {known.batch_size or 'all images'} by {known.optimizer}, or weigh "
-                    "classes. Set `federation.client.batch_size: null`, `optimizer: SGD` and `class_weights: null`, or "
-                    "attack one round."
-                )
-            if known.local_steps > 1 and (known.momentum or known.weight_decay or (known.num_clients or 1) > 1):
-                return (
-                    f"{counted(known.num_clients or 1, 'peer')} of momentum {known.momentum} and weight decay "
-                    f"{known.weight_decay} take {known.local_steps} steps each. Set `federation.client.local_epochs: "
-                    "1`, or `data.num_clients: 2`, `momentum: 0` and `weight_decay: 0`, or attack one round."
+                    f"they train by {known.optimizer}, which scales each entry of the update by itself, so that it is "
+                    "no sum of features. Set `federation.client.optimizer: SGD`, or attack one round."
                 )
         return None
 
 
 class FrozenBackbone(RoundsReader):
-    """The same peers train a linear head over a frozen backbone in every observed round; all are solved together.
+    """Peers train a linear head over a frozen backbone; all observed rounds are read together.
 
-    Images that share classes come out too. Neither labels nor their counts nor the number of images need to be told.
-    Where rounds have several local steps, all images are taken to be those of one peer, which moves with them.
-    About as many rounds are needed as give twice as many equations, rounds times classes less one, as there are images.
+    Images that share classes come out too. Neither labels nor their counts nor the number of images need to be told,
+    and told ones are not used to find the features. Where the backbone ends in a ReLU, the zeros of the features show
+    them, however the peers train and whoever takes part (`analytic.sparse_rounds`), and several full-batch local steps
+    show who trained together (`analytic.drifting_peers`). Where zeros show less than half of
+    the images, the rounds are solved for all of them (`analytic.joint_rounds`): of full batches of the same clients, in
+    one local step, or in several of a single peer. The rounds must suffice to show the number of images.
 
     Args:
-        starts: most random starts of the solver, of which the residual chooses.
+        starts: most random starts of the joint solver, of which the residual chooses.
         iterations: most of each start.
-        seed: of the starts.
-        device: of the solver, which is in double precision: `cpu` or `cuda`.
+        seed: of the starts, and of the search for zeros.
 
     Raises:
-        SettingError: a number is below 1, or there is no such device.
+        SettingError: a number is below 1.
     """
 
-    solution: JointSolution
-    """Of the rounds that were read last."""
+    solution: SparseSolution | JointSolution
+    """Of the rounds that were read last, as is the next."""
+    drifting: DriftingPeers | None
+    """Who trained together, as local steps show; None where there are none to see, or not all images were found."""
 
-    def __init__(
-        self, starts: int = 6, iterations: int = 200, seed: int = 0, device: Literal["cpu", "cuda"] = "cpu"
-    ) -> None:
+    def __init__(self, starts: int = 6, iterations: int = 200, seed: int = 0) -> None:
         if starts < 1 or iterations < 1:
             raise SettingError(
                 f"`model.rounds` needs starts >= 1 and iterations >= 1, but got starts={starts} and "
                 f"iterations={iterations}."
             )
-        if device == "cuda" and not torch.cuda.is_available():
-            raise SettingError("`model.rounds.device` is cuda, but PyTorch finds no such device here. Set it to cpu.")
         self.starts = starts
         self.iterations = iterations
         self.seed = seed
-        self.device = device
 
     def requirements(self) -> list[Requirement]:
-        return [SameClients(), HeadAlone(), FullBatches()]
+        return [HeadAlone(), PlainSGD()]
 
     def read(
         self,
@@ -103,7 +100,6 @@ class FrozenBackbone(RoundsReader):
         training: Sequence[TrainingKnowledge],
         numbers: Sequence[int],
     ) -> tuple[Leakage, Tensor]:
-        refuse_other_images(training, numbers)
         known = training[0]
         if known.reading:
             rank_zero_warn(
@@ -111,46 +107,110 @@ class FrozenBackbone(RoundsReader):
             )
         gradients = [augmented(u)[0].double() / t.lr for u, t in zip(updates, training, strict=True)]
         before = torch.stack([augmented(w)[0] for w in weights])
-        rounds = StackedRounds.of(before, torch.stack(gradients), True, known.num_images)
-        labels = None if known.labels is None else known.labels.sort().values
-        self.solution = found = solve_rounds(
-            rounds,
-            labels,
-            known.loss.label_smoothing,
-            LocalSteps(known.steps, known.lr),
-            self.starts,
-            self.iterations,
-            seed=self.seed,
-            device=self.device,
-        )
-        if not found.explained:
-            raise AttackError(
-                f"The features of {counted(rounds.num_images, 'image')} were not found in rounds {numbers[0]} to "
-                f"{numbers[-1]}: the least residual of {counted(len(found.tried), 'start')} is {found.residual:.3g} "
-                "times the noise. The peers may have trained otherwise, or changed. Otherwise raise "
-                "`model.rounds.starts` or `iterations`, or observe more rounds."
-            )
+        rounds = StackedRounds.of(before, torch.stack(gradients), True)
+        zeros = sparse_rounds(rounds, self.seed)
+        if 2 * len(zeros.labels) >= rounds.num_images:
+            self.solution, presence = zeros, zeros.presence
+            self.drifting = peers_of(zeros, before, torch.stack(gradients), known)
+        else:
+            self.solution = self._joint(rounds, training, numbers, len(zeros.labels))
+            presence = torch.ones(len(updates), rounds.num_images, dtype=torch.bool)
+            self.drifting = None
+        found = self.solution
         diagnosis = Diagnosis(
             num_images=rounds.num_images,
             held=len(found.labels.unique()),
             shown=rounds.num_images,
-            disentangled=rounds.num_images,
-            gap=found.gap,
-            residual=found.residual * rounds.noise * rounds.gradients.numel() ** 0.5 / rounds.gradients.norm().item(),
-            conditioning=found.conditioning,
+            disentangled=len(found.labels),
+            gap=rounds.gap,
+            residual=rounds.noise * rounds.gradients.numel() ** 0.5 / rounds.gradients.norm().item(),
+            conditioning=(rounds.singular[0] / rounds.singular[-1]).item(),
             drift=0.0,
             outside=0.0,
             separated=True,
         )
-        peers = torch.zeros(rounds.num_images, dtype=torch.long)
+        patterns = presence.unique(dim=1, return_inverse=True)[1]
+        peers = self.drifting.peers if self.drifting and self.drifting.explained else patterns
         leakage = Leakage(found.labels, found.features.float(), peers, diagnosis, found.expected_errors.float())
-        return leakage, torch.ones(len(updates), rounds.num_images, dtype=torch.bool)
+        return leakage, presence
+
+    def _joint(
+        self, rounds: StackedRounds, training: Sequence[TrainingKnowledge], numbers: Sequence[int], shown: int
+    ) -> JointSolution:
+        """By `joint_rounds`, where zeros showed too few images."""
+        known, images = training[0], counted(rounds.num_images, "image")
+        batches = known.epochs is not None and known.epochs < known.steps
+        if batches or known.loss.class_weights is not None:
+            raise AttackError(
+                f"Zeros of the features show {shown} of {images} in rounds {numbers[0]} to {numbers[-1]}, so the "
+                f"backbone may not end in a ReLU. Without them, {'mini-batches' if batches else 'class weights'} are "
+                "not solved. Observe more rounds (`federation.observed_rounds`), or attack one round."
+            )
+        if rounds.num_images > MOST:
+            raise AttackError(
+                f"Zeros of the features show {shown} of {images} in rounds {numbers[0]} to {numbers[-1]}, so the "
+                f"backbone may not end in a ReLU, or augmentation shows each image in another view in each round. "
+                f"Without zeros, at most {MOST} images are solved. Observe fewer clients, or attack one round."
+            )
+        refuse_other_images(training, numbers)
+        labels = None if known.labels is None or len(known.labels) != rounds.num_images else known.labels.sort().values
+        steps = LocalSteps(known.steps, known.lr)
+        found = solve_rounds(
+            rounds, labels, known.loss.label_smoothing, steps, self.starts, self.iterations, seed=self.seed
+        )
+        if not found.explained:
+            raise AttackError(
+                f"Zeros of the features show {shown} of {images} in rounds {numbers[0]} to {numbers[-1]}, and solved "
+                f"for all, they leave {found.residual:.3g} times the noise in the best of "
+                f"{counted(len(found.tried), 'start')}. The peers may have trained otherwise, or changed. Otherwise "
+                "observe more rounds, or raise `model.rounds.starts` or `iterations`."
+            )
+        return found
 
     def introduction(self) -> str:
         found = self.solution
+        how = "by the zeros of their features"
+        if isinstance(found, JointSolution):
+            how = f"by start {len(found.tried)} of {self.starts}, which leaves {found.residual:.3g} times the noise"
         return (
-            f"Joint rounds: start {len(found.tried)} of at most {self.starts} leaves {found.residual:.3g} times the "
-            f"noise of the numbers unexplained, so the features of {int(found.certified.sum())} of {len(found.labels)} "
-            f"images are certified; they are off by {found.expected_errors.median():.2g}, at most "
-            f"{found.expected_errors.max():.2g}."
+            f"Rounds of a frozen backbone: {counted(len(found.labels), 'image')} found {how}; the features of "
+            f"{int(found.certified.sum())} are certified. They are off by {found.expected_errors.median():.2g}, at "
+            f"most {found.expected_errors.max():.2g}. {self._peers_found()}"
         )
+
+    def _peers_found(self) -> str:
+        if self.drifting is None:
+            return "Peers that took part in the same rounds are not told apart, since no local steps are seen."
+        if not self.drifting.explained:
+            return (
+                "Peers that took part in the same rounds are not told apart: what full-batch steps of "
+                f"{counted(int(self.drifting.peers.max()) + 1, 'peer')} explain best is off by "
+                f"{self.drifting.residual:.0%} of what the steps change."
+            )
+        return (
+            f"Their local steps show {counted(int(self.drifting.peers.max()) + 1, 'peer')}, which "
+            f"leave {self.drifting.residual:.2g} of what the steps change unexplained."
+        )
+
+
+def peers_of(
+    found: SparseSolution, weights: Tensor, gradients: Tensor, known: TrainingKnowledge
+) -> DriftingPeers | None:
+    """Who trained together, where several full-batch steps can be simulated of all images.
+
+    Args:
+        found: the images.
+        weights: (R, C, D + 1) before each round.
+        gradients: (R, C, D + 1) of the mean loss, summed over the steps.
+        known: of the training.
+    """
+    inputs = torch.cat([found.features, torch.ones(len(found.labels), 1)], 1)
+    if known.steps == 1 or known.epochs != known.steps or known.loss.class_weights is not None:
+        return None
+    if len(inputs) < found.num_images:
+        return None
+    smoothing, classes = known.loss.label_smoothing, weights.shape[1]
+    targets = F.one_hot(found.labels, classes).double().T * (1 - smoothing) + smoothing / classes
+    errors = gradients @ torch.linalg.pinv(inputs) * found.presence.sum(1)[:, None, None]
+    steps = HeadSteps(weights.double() @ inputs.T, inputs @ inputs.T, targets, found.presence, known.lr, known.steps)
+    return drifting_peers(steps, errors)

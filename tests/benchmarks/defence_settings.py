@@ -58,6 +58,7 @@ def settings(norm: float) -> dict[str, Setting]:
         "DP-FedAvg z 0.001": Setting(server=[DPFedAvg(norm=norm, noise_multiplier=0.001)]),
         "Soteria 1 %": Setting([Soteria(percent=1.0)]),
         "private last layer": Setting([PartialSharing(private=["head.2.*"])]),
+        "QSGD 1": Setting([QSGD(levels=1)]),
         "QSGD 16": Setting([QSGD(levels=16)]),
         "int8": Setting([Quantization(bits=8)]),
         "bf16": Setting([HalfPrecision()]),

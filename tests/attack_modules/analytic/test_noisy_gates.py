@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from attack_modules.analytic.defended_head import Expected, HeadRound
 from attack_modules.analytic.noisy_gates import NoisyGates, activation_noise, noisy_gates, unexplained
-from fl_lightning.defenses import QSGD, Clipping, GaussianNoise, Quantization, TopK
+from fl_lightning.defenses import Clipping, GaussianNoise, Quantization, TopK
 
 IMAGES, HIDDEN, WIDTH, CLASSES = 6, 128, 900, 60
 
@@ -79,7 +79,7 @@ def test_sizes_of_noise() -> None:
 
 
 def test_which_defences_ask_for_it() -> None:
-    for defense in (GaussianNoise(rho=1.0), QSGD(), Quantization(bits=4)):
+    for defense in (GaussianNoise(rho=1.0), Quantization(bits=4)):
         assert NoisyGates.against([Clipping(1.0), defense])
     for defenses in ([], [TopK(0.1)], [Quantization(bits=8)], [Clipping(1.0)]):
         assert NoisyGates.against(defenses) is None

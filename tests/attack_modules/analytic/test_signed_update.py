@@ -28,14 +28,14 @@ def signed(scale: float | None = None) -> tuple[HeadRound, Tensor, Tensor]:
         second += 1e-2 * Sign(scale).on_update({"w": wrong[peer == PEERS].T @ hidden[peer == PEERS]}, None)["w"]
     targets = nn.functional.one_hot(torch.arange(IMAGES), CLASSES).double()
     uniform = torch.full((CLASSES,), 1 / CLASSES).double()
-    shown = LastLayer(second.double(), last.double(), torch.arange(IMAGES), targets, uniform, 1.0)
+    shown = LastLayer(100 * second.double(), last.double(), torch.arange(IMAGES), targets, uniform, 100.0)
     nothing = torch.zeros(IMAGES, HIDDEN)
-    return HeadRound(weight - first, weight, nothing, nothing, shown), features, torch.stack(signs)
+    return HeadRound(100 * (weight - first), weight, nothing, nothing, shown), features, torch.stack(signs)
 
 
 def test_sizes_signs_peers_and_features() -> None:
     seen, features, signs = signed()
-    sizes = sizes_of_levels(seen.update, seen.weight)
+    sizes = sizes_of_levels(seen.update, seen.weight, seen.last.scale)
     assert len(sizes) == 3
     found = signs_of_peers(seen.update, sizes)
     order = [int((found == own).double().mean((1, 2)).argmax()) for own in signs]
@@ -49,6 +49,8 @@ def test_sizes_signs_peers_and_features() -> None:
         return ((other - features).norm(dim=1) / features.norm(dim=1)).mean().item()
 
     assert 0 < first.residual < 0.5
+    larger = reading.solve([seen], Expected((5.0 * features.mean(0)).expand(IMAGES, -1), torch.ones(IMAGES)))
+    torch.testing.assert_close(larger.features, first.features)  # of which the mean size of the entries tells
     assert error(first.features) < 0.8 * error(features.mean(0).expand(IMAGES, -1))
     again = reading.solve([seen], Expected(features, torch.full((IMAGES,), 0.1), of_images=True))
     assert error(again.features) < 0.7 * error(first.features)
@@ -57,7 +59,7 @@ def test_sizes_signs_peers_and_features() -> None:
 def test_signs_of_one_size_hide_the_peers() -> None:
     seen, *_ = signed(scale=0.01)
     with pytest.raises(UnreadableDefense, match="different ones"):
-        sizes_of_levels(seen.update, seen.weight)
+        sizes_of_levels(seen.update, seen.weight, seen.last.scale)
 
 
 def test_which_defences_ask_for_it() -> None:

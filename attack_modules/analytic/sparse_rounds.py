@@ -1,0 +1,197 @@
+"""Features from the rounds of a linear head over a frozen backbone that ends in a ReLU, however the peers train.
+
+Whatever SGD's steps are (several peers, local epochs, mini-batches in any order, momentum, other participants in each
+round), the update of a linear layer is a sum of the features of the images, weighted by errors. So the row space of all
+observed updates, stacked, is that of the features, as in `joint_rounds`. Features behind a ReLU are not negative, and
+many are exactly 0, of each image others: so they are the vectors of this space with most zeros (`sparse_features`).
+Neither labels nor rates nor anything else of the training is needed to find them; the errors that the found features
+leave in the updates then show labels, and in which rounds an image was.
+
+That a vector is an image's is certified by its zeros alone: it must be the only one of the space that is 0 there. A
+sum of two images is 0 where both are, and there each of them is 0 too. As the noise of the updates is known from what
+is beyond their rank, "0" and "the only one" are statements about singular values: with `B (N, D)`, whose rows span the
+space and whose entries have independent noise of one size s, and S the zeros, the least singular value of `B[:, S]` is
+about `s |S|^(1/2)`, and the second must be far above.
+
+A search of one vector takes `60 N^2 D` flops, a certificate `20 N^3`; memory is for `24 N (D + N)` numbers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn import functional as F
+
+from attack_modules.analytic.joint_rounds import StackedRounds
+from attack_modules.analytic.sparse_features import COARSE, FINE, STARTS, sparser
+
+FRUITLESS = 4
+"""Sweeps in a row that find no image, after which the search ends. Measured: 1 where all images come out."""
+WITHIN = 4.0
+"""Standard deviations of the noise within which an entry counts as 0."""
+ROUGH = 0.05
+"""The same at first, in units of the mean positive entry."""
+REFINEMENTS = 8
+"""Steps from one to the other."""
+ALONE = 4.0
+"""Least ratio of the second singular value on the zeros to what noise makes of one."""
+NEGATIVE = 0.01
+"""Share of a vector's entries below 0 by more than `WITHIN` from which it is no image's."""
+APART = 0.01
+"""Sine of the angle between two images, in the metric of the noise, from which on they are different."""
+ABSENT = 0.02
+"""Error of an image in a round, relative to its largest, up to which it was not there, if noise explains it, too."""
+CERTAIN = 0.05
+"""Largest expected relative error of the features of a certified image, as in `joint_rounds`."""
+
+
+@dataclass(frozen=True)
+class SparseSolution:
+    """The images that were found, n of N.
+
+    Attributes:
+        features: (n, D) float64, not negative, without the 1 of a bias.
+        expected_errors: (n,) relative errors of the features by noise as observed.
+        labels: (n,) long; uncertain where images were not found, whose errors are taken for others'.
+        presence: (R, n) bool: in which rounds an image was; the same holds.
+        num_images: N.
+    """
+
+    features: Tensor
+    expected_errors: Tensor
+    labels: Tensor
+    presence: Tensor
+    num_images: int
+
+    @property
+    def certified(self) -> Tensor:
+        """(n,) bool."""
+        return self.expected_errors <= CERTAIN
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A vector that alone has its zeros.
+
+    Attributes:
+        direction: (N,) of length 1, coefficients of the rows of B.
+        inside: expected squared error of its entries by other coefficients, for a vector of length 1.
+    """
+
+    direction: Tensor
+    inside: float
+
+
+class ZeroSearch:
+    """Looks for the vectors with most zeros in the row space of stacked rounds.
+
+    Args:
+        rounds: of a head with a bias, over features that are not negative.
+        seed: of the directions in which is searched.
+    """
+
+    def __init__(self, rounds: StackedRounds, seed: int = 0) -> None:
+        self.rounds = rounds
+        self.scaled = (rounds.singular[:, None] * rounds.basis)[:, :-1]  # B: entries of independent noise
+        self.ones = rounds.singular * rounds.basis[:, -1]
+        used = rounds.basis[:, :-1].norm(dim=0)
+        self.basis = rounds.basis[:, :-1][:, used > 1e-3 * used.max()]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.found: list[Candidate] = []
+
+    def certify(self, direction: Tensor) -> Candidate | None:
+        """Adjust a vector to its zeros, and see whether it is the only one that has them.
+
+        Args:
+            direction: (N,) coefficients of the rows of B.
+        """
+        noise, size = self.rounds.noise, len(direction)
+        direction = direction / direction.norm()
+        coarse = ROUGH * (direction @ self.scaled).clamp_min(0).mean().item()
+        finest = WITHIN * noise
+        for step in range(1, REFINEMENTS + 1):
+            bound = finest * max(coarse / finest, 1.0) ** (1 - step / REFINEMENTS)
+            zeros = self.scaled[:, (direction @ self.scaled).abs() < bound]
+            count = zeros.shape[1]
+            if count < 2 * size:
+                return None
+            values, vectors = torch.linalg.eigh(zeros @ zeros.T)
+            direction = vectors[:, 0]
+        largest = noise * (count**0.5 + size**0.5)  # singular value of noise alone
+        if values[0] > (ALONE * largest) ** 2 or values[1] < (ALONE * largest) ** 2:
+            return None
+        direction = direction * (direction @ self.ones).sign()
+        if ((direction @ self.scaled) < -WITHIN * noise).double().mean() > NEGATIVE:
+            return None
+        spread = (vectors[:, 1:].T @ self.scaled).square().sum(1)
+        return Candidate(direction, (noise**2 * spread / values[1:]).sum().item())
+
+    def sweep(self) -> list[Candidate]:
+        """Further images, searched along directions that the found ones do not have."""
+        known = self.directions
+        images = F.normalize(known * self.rounds.singular, dim=1)  # in the orthonormal basis
+        others = torch.linalg.svd(images, full_matrices=True).Vh[len(known) :]
+        kept = F.normalize(self._normal(STARTS, len(others)) @ others, dim=1)
+        start = F.normalize(kept + self._normal(STARTS, len(known)) @ images / max(len(known), 1) ** 0.5, dim=1)
+        start = start * (kept * start).sum(1, keepdim=True).sign()
+        vectors = sparser(self.basis, start, COARSE, kept)
+        vectors = sparser(self.basis, sparser(self.basis, vectors, FINE, within=others), FINE[-3:])
+        new: list[Candidate] = []
+        for vector in vectors:
+            candidate = self.certify(vector / self.rounds.singular)
+            if candidate is not None:
+                seen = torch.cat([known, *[other.direction[None] for other in new]])
+                if not ((seen @ candidate.direction).square() > 1 - APART**2).any():
+                    new.append(candidate)
+        return new
+
+    @property
+    def directions(self) -> Tensor:
+        """(n, N) coefficients of the found images."""
+        return (
+            torch.stack([c.direction for c in self.found]) if self.found else self.basis.new_zeros(0, len(self.basis))
+        )
+
+    def _normal(self, rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=self.generator, dtype=torch.float64).to(self.basis)
+
+
+def sparse_rounds(rounds: StackedRounds, seed: int = 0) -> SparseSolution:
+    """The features of all images whose zeros tell them apart.
+
+    Args:
+        rounds: of a head with a bias, as `StackedRounds.of` finds them.
+        seed: of the directions in which is searched.
+    """
+    search, fruitless = ZeroSearch(rounds, seed), 0
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"Zeros of {rounds.num_images} images' features", total=rounds.num_images)
+        while len(search.found) < rounds.num_images and fruitless < FRUITLESS:
+            new = search.sweep()
+            fruitless = 0 if new else fruitless + 1
+            search.found += new[: rounds.num_images - len(search.found)]
+            progress.update(task, completed=len(search.found))
+    return solution_of(search)
+
+
+def solution_of(search: ZeroSearch) -> SparseSolution:
+    """Scale the found vectors by the 1 of the bias, and read labels and presence from the errors that they leave."""
+    rounds, directions = search.rounds, search.directions
+    number, classes, _ = rounds.weights.shape
+    directions = directions / (directions @ search.ones)[:, None]
+    noise = rounds.noise * directions.norm(dim=1)  # of each entry
+    features = (directions @ search.scaled).clamp_min(0)
+    inside = torch.tensor([c.inside for c in search.found], dtype=torch.float64) * directions.square().sum(1)
+    outside = noise.square() * ((features > 0).sum(1) + features.square().sum(1))  # by the scale, too
+    dual = torch.linalg.pinv(directions * rounds.singular)
+    errors = (rounds.gradients @ dual).view(number, classes, -1)
+    norms = errors.norm(dim=1)
+    mistaken = 3 * dual.norm(dim=0) * (classes * rounds.noise**2 + norms.square() @ inside)[:, None].sqrt()
+    return SparseSolution(
+        features=features,
+        expected_errors=(inside + outside).sqrt() / features.norm(dim=1),
+        labels=errors.sum(0).argmin(0),
+        presence=(norms > mistaken) | (norms > ABSENT * norms.amax(0)),
+        num_images=rounds.num_images,
+    )
