@@ -46,12 +46,14 @@ class Convolution(NamedTuple):
         layer: the module.
         map_shape: (c, h, w) of its input.
         behind: name of the BatchNorm layer that takes its outputs and normalises by batch statistics; None without.
+        positive: whether the maps have mostly positive entries, as behind a ReLU.
     """
 
     name: str
     layer: nn.Conv2d
     map_shape: tuple[int, int, int]
     behind: str | None = None
+    positive: bool = True
 
     @property
     def centred(self) -> bool:
@@ -92,11 +94,13 @@ class Maps(NamedTuple):
         maps: (N, c, h, w) of unit norm, in any order, without what is not seen.
         unseen: (k, h, w) orthonormal; multiples of these in each channel are not seen.
         uncertainty: expected relative error of a map.
+        signed: whether the maps' signs are known, else that of the only one is not.
     """
 
     maps: Tensor
     unseen: Tensor
     uncertainty: float
+    signed: bool
 
 
 def read_maps(update: Tensor, convolution: Convolution, images: int) -> Maps | None:
@@ -155,8 +159,10 @@ def read_maps(update: Tensor, convolution: Convolution, images: int) -> Maps | N
     basis = torch.linalg.qr(seen(basis).flatten(1).T).Q.T
     whole = unseen.square().sum(0) < ALWAYS  # pixels of which a zero is seen as such
     entries = basis.view(images, channels, -1)[:, :, whole].flatten(1)
-    found = sparsest_rows(entries, images) if images > 1 else entries.sum(1, keepdim=True).sign()
+    total = entries.sum(1, keepdim=True)
+    found = sparsest_rows(entries, images) if images > 1 else torch.where(total < 0, -1.0, 1.0).to(basis)
     if len(found) < images:
         return None
     maps = F.normalize(found @ basis, dim=1).view(images, channels, height, width)
-    return Maps(maps, unseen.view(-1, height, width), off**0.5)
+    signed = images > 1 or (convolution.positive and bool(total.any()))
+    return Maps(maps, unseen.view(-1, height, width), off**0.5, signed)

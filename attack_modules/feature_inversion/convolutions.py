@@ -26,9 +26,13 @@ TRIED = 3
 SAME_FEATURES = 0.1
 """Relative distance of a map's features to those that the head shows, up to which they are of one image. Measured:
 0.001 to 0.02."""
+CLEARER = 3.0
+"""Factor from that distance to the one of the negative map, from which the sign is known."""
 ENDS = 0.01
 """Misfit up to which an image has its map. Measured: 0.002 to 0.008 where images came out at 29 dB and more, 0.01 to
 0.04 where at 20 to 28."""
+NEGATIVE = 0.5
+"""Sum of a map's negative entries over that of its positive ones, up to which its sum tells its sign."""
 ROUNDS = 20
 """Iterations of a map's size. One is enough without biases."""
 
@@ -126,49 +130,43 @@ class Convolutions:
         self, model: ImageClassifier, convolution: Convolution, found: Maps, leakage: Leakage, image_shape: ImageShape
     ) -> Tensor | None:
         """(N, D) the maps in the order and size of the images; None where they contradict the head's features."""
-        if convolution.centred:
-            return _sized_by_statistics(model, convolution, found.maps)
-        known, maps = leakage.features.to(model.mean), found.maps.to(model.mean)
+        known = leakage.features.to(model.mean)
         if leakage.ones is not None:
             known = known / leakage.ones.to(known)[:, None]
-        shown = _features_of(model, convolution.name, maps, image_shape)
-        cosine = F.normalize(shown, dim=1) @ F.normalize(known, dim=1).T
-        places, order = linear_sum_assignment(cosine.numpy(), maximize=True)
-        maps = maps[torch.from_numpy(places)[torch.from_numpy(order).argsort()]]
-        size = torch.ones(len(maps), 1, 1, 1).to(maps)
-        for _ in range(ROUNDS):
-            shown = _features_of(model, convolution.name, size * maps, image_shape)
-            size = size * (known.norm(dim=1) / shown.norm(dim=1).clamp_min(1e-12))[:, None, None, None]
-        shown = _features_of(model, convolution.name, size * maps, image_shape)
-        if ((shown - known).norm(dim=1) > SAME_FEATURES * known.norm(dim=1)).any():
-            return None
-        return (size * maps).flatten(1)
+        sized = _sized_by_statistics if convolution.centred else _sized_by_features
+        return sized(model, convolution, found, known, image_shape)
 
 
 @torch.no_grad()
 def _convolutions(model: ImageClassifier, image_shape: ImageShape, batch_norm: frozenset[str]) -> list[Convolution]:
     """All that maps of the images pass through, with what follows them."""
     maps: dict[str, tuple[int, int, int]] = {}
-    outputs: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no other one gets the same id
+    outputs: dict[int, tuple[str, Tensor, int]] = {}  # the tensors are kept, so that no other one gets the same id
     behind: dict[str, str] = {}
+    either: set[str] = set()
 
     def watch(name: str, layer: nn.Module) -> Any:
         def note(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             if isinstance(layer, nn.Conv2d):
                 maps[name] = tuple(inputs[0].shape[1:])
-                outputs[id(output)] = name, output
+                negative, positive = (-inputs[0]).relu().sum((1, 2, 3)), inputs[0].relu().sum((1, 2, 3))
+                either.update({name} if (negative > NEGATIVE * positive).any() else ())
+                outputs[id(output)] = name, output, output._version
             elif id(inputs[0]) in outputs and name in batch_norm:
-                behind[outputs[id(inputs[0])][0]] = name
+                before, _, version = outputs[id(inputs[0])]
+                if inputs[0]._version == version:  # an activation in place would be between
+                    behind[before] = name
 
         return layer.register_forward_hook(note)
 
     layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Conv2d | _BatchNorm)}
     hooks = [watch(name, layer) for name, layer in layers.items()]
     with keeping_statistics(model):
-        model.embed(torch.full((2, *image_shape), 0.5).to(model.mean))
+        noise = torch.rand(image_shape, generator=torch.Generator().manual_seed(0))
+        model.embed(torch.stack([noise, torch.zeros_like(noise), torch.ones_like(noise)]).to(model.mean))
     for hook in hooks:
         hook.remove()
-    return [Convolution(name, layers[name], shape, behind.get(name)) for name, shape in maps.items()]
+    return [Convolution(n, layers[n], shape, behind.get(n), n not in either) for n, shape in maps.items()]
 
 
 @contextmanager
@@ -187,16 +185,60 @@ def _features_of(model: ImageClassifier, name: str, maps: Tensor, image_shape: I
 
 
 @torch.no_grad()
-def _sized_by_statistics(model: ImageClassifier, convolution: Convolution, maps: Tensor) -> Tensor | None:
+def _sized_by_features(
+    model: ImageClassifier, convolution: Convolution, found: Maps, known: Tensor, image_shape: ImageShape
+) -> Tensor | None:
+    """(N, D) maps in the order and size at which they have the known features (N, F); None where they have others."""
+    read, name = found.maps.to(known), convolution.name
+    alone = _features_of(model, name, torch.zeros_like(read), image_shape)  # of biases, which show no map
+    known = known - alone
+    fits = []
+    for maps in (read,) if found.signed else (read, -read):
+        shown = _features_of(model, name, maps, image_shape) - alone
+        cosine = F.normalize(shown, dim=1) @ F.normalize(known, dim=1).T
+        places, order = linear_sum_assignment(cosine.numpy(), maximize=True)
+        maps = maps[torch.from_numpy(places)[torch.from_numpy(order).argsort()]]
+        size = torch.ones(len(maps), 1, 1, 1).to(maps)
+        for _ in range(ROUNDS):
+            shown = _features_of(model, name, size * maps, image_shape) - alone
+            size = size * (known.norm(dim=1) / shown.norm(dim=1).clamp_min(1e-12))[:, None, None, None]
+        shown = _features_of(model, name, size * maps, image_shape) - alone
+        off = ((shown - known).norm(dim=1) / known.norm(dim=1)).max().item()
+        fits.append((off, (size * maps).flatten(1)))
+    return _clear(fits)
+
+
+@torch.no_grad()
+def _sized_by_statistics(
+    model: ImageClassifier, convolution: Convolution, found: Maps, known: Tensor, image_shape: ImageShape
+) -> Tensor | None:
     """(1, D) a single image's map of the size at which its outputs have the variance that BatchNorm saw."""
-    weight = convolution.layer.weight.to(maps)
+    behind = model.get_submodule(convolution.behind)
+    if not behind.track_running_stats:
+        return None
+    maps, weight = found.maps.to(known), convolution.layer.weight.to(known)
     spread = F.conv2d(maps, weight, stride=convolution.layer.stride, padding=convolution.layer.padding)
     spread = spread.std((2, 3), correction=0)[0]
-    target = model.get_submodule(convolution.behind).running_var.to(spread).sqrt()
+    target = behind.running_var.to(spread).sqrt()
     size = (spread @ target) / spread.square().sum()
     if (size * spread - target).norm() > SAME_FEATURES * target.norm():
         return None
-    return (size * maps).flatten(1)
+    if found.signed:
+        return (size * maps).flatten(1)
+    training, fits = behind.training, []
+    with keeping_statistics(model):
+        behind.train()  # by the map's own statistics, which are those of the image, what is unseen of it has no effect
+        for turned in (size * maps, -size * maps):
+            shown = _features_of(model, convolution.name, turned, image_shape)
+            fits.append((((shown - known).norm() / known.norm()).item(), turned.flatten(1)))
+        behind.train(training)
+    return _clear(fits)
+
+
+def _clear(fits: list[tuple[float, Tensor]]) -> Tensor | None:
+    """Of maps of either sign with their distances to the features, those that fit; None where neither or both do."""
+    (off, maps), *others = sorted(fits, key=lambda fit: fit[0])
+    return maps if off <= SAME_FEATURES and all(other > CLEARER * off for other, _ in others) else None
 
 
 class MapClassifier(ImageClassifier):

@@ -11,7 +11,7 @@ from attack_modules import BatchStatistics, Convolutions, FeatureInversion
 from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import Attack, Level, Verdict
 from attack_modules.feature_inversion.controls import mean_psnr
-from attack_modules.feature_inversion.convolutions import Shown
+from attack_modules.feature_inversion.convolutions import Shown, _convolutions
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRound
@@ -47,6 +47,45 @@ class Pooling(ImageClassifier):
 class Normalised(Pooling):
     norm = nn.BatchNorm2d
     strides = 2, 2
+
+
+class Patches(Pooling):
+    """The images themselves, which are negative and positive after normalisation, pass through the convolution."""
+
+    norm = nn.BatchNorm2d
+
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__(num_classes, image_shape)
+        first = nn.Conv2d(image_shape[0], 96, 8, stride=4, padding=2)
+        self.features = nn.Sequential(first, self.norm(96), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(384, num_classes))
+
+
+class PlainPatches(Patches):
+    norm = nn.Identity
+
+
+class Unpadded(Normalised):
+    """Nothing tells the sign: constants are unseen at all pixels, and the mean of ReLU is that of the negative map."""
+
+    strides = 4, 1
+
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__(num_classes, image_shape)
+        self.features[3].padding = 0, 0
+
+
+class Untracked(Normalised):
+    def norm(self, channels: int) -> nn.Module:
+        return nn.BatchNorm2d(channels, track_running_stats=False)
+
+
+class Sigmoids(Pooling):
+    """Of which pooled features hardly depend on a map's size."""
+
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__(num_classes, image_shape)
+        self.features[2], self.features[5] = nn.Sigmoid(), nn.Sigmoid()
 
 
 def once(model: type[ImageClassifier], **settings: object) -> Federation:
@@ -91,6 +130,43 @@ def test_a_single_image_through_batch_norm(observe: Observe, attack: Run) -> Non
     assert module.shown.layer == "features.3"
     assert (found.features - true).norm() < 0.01 * true.norm()
     assert mean_psnr(found.images, IMAGES[:1]) > 17
+
+
+@pytest.mark.parametrize("model", [Patches, PlainPatches])
+def test_a_single_image_that_is_mostly_negative_keeps_its_sign(
+    observe: Observe, attack: Run, model: type[ImageClassifier]
+) -> None:
+    """Image 0 is darker than the grey that normalisation takes to 0."""
+    assert IMAGES[0].mean() < 0.5
+    seen = observe(once(model), BLIND, num_clients=2, images_per_client=[1, 3])
+    module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=20)
+    assert module.shown.layer == "features.0"
+    assert mean_psnr(module.reconstruction().images, IMAGES[:1]) > 30
+
+
+@pytest.mark.parametrize("model", [Unpadded, Untracked])
+def test_a_map_of_unknown_sign_or_size_is_not_taken(
+    observe: Observe, attack: Run, model: type[ImageClassifier]
+) -> None:
+    seen = observe(once(model), BLIND, num_clients=2, images_per_client=[1, 3])
+    with pytest.warns(UserWarning, match="none of these shows maps"):
+        module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=1)
+    assert module.shown is None
+
+
+def test_the_size_of_a_map_is_told_from_what_biases_make_alone(observe: Observe, attack: Run) -> None:
+    seen = observe(once(Sigmoids), BLIND, num_clients=2, images_per_client=[1, 3])
+    module = attack(FeatureInversion(convolutions=Convolutions()), seen, steps=1)
+    true = module.model.embed(IMAGES[:1])
+    assert (module.features - true).norm() < 0.05 * true.norm()
+
+
+def test_batch_norm_behind_an_activation_in_place_does_not_centre_a_convolution() -> None:
+    model = Normalised(10, (3, 16, 16))
+    model.features[4] = nn.Sequential(nn.ReLU(inplace=True), model.features[4])
+    found = _convolutions(model, (3, 16, 16), frozenset(batch_statistics(model)))
+    assert [of.behind for of in found] == ["features.1", None]
+
 
 
 def test_batch_norm_is_undone_for_all_images_of_a_peer(observe: Observe, attack: Run) -> None:
