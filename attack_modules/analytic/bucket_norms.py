@@ -42,8 +42,9 @@ LADDER = (1, 2, 4)
 """Largest multiples that are tried, one after the other: the smallest that explain a value are the likeliest."""
 MOST_SUMS = 10_000
 """Number of sums of multiples up to which they are all looked at."""
-UNEXPLAINED = 0.05
-"""Share of the entries that sums of the peers' sizes may leave unexplained."""
+UNEXPLAINED = 0.02
+"""Share of the entries that sums of the peers' sizes may leave unexplained. Measured: up to 0.008 with the right number
+of peers, 0.04 and more with a smaller one."""
 CHUNK = 1024
 """Buckets that are decoded at once."""
 SAMPLE = 1024

@@ -66,6 +66,18 @@ def test_multiples_of_sizes_are_found_again() -> None:
         sent_levels(torch.randn(20, 256, generator=random), torch.full_like(values, 1e-6), 4)
 
 
+def test_a_peer_too_many_that_sends_little_is_not_overlooked() -> None:
+    """Its images open few units, so that most of its buckets are empty."""
+    random = torch.Generator().manual_seed(0)
+    updates = torch.randn(6, 40, 256, generator=random) * torch.rand(6, 40, 256, generator=random) ** 2
+    updates[5, 10:] = 0
+    sent = [QSGD(1, 256).on_update({"w": one}, Occasion({}, random, {}))["w"] for one in updates]
+    noise = torch.full_like(updates[0], 1e-6)
+    assert sent_levels(sum(sent[:5]), noise, 1).sizes.shape[1] == 5
+    with pytest.raises(UnreadableDefense, match="up to 5 sizes"):
+        sent_levels(sum(sent), noise, 1)
+
+
 def test_multiples_are_made_small() -> None:
     counts = torch.tensor([[[1, 0], [0, 1], [0, 1], [1, 1], [1, 0]]], dtype=torch.int8)
     of_sum = counts @ torch.tensor([[0, 1], [1, -1]], dtype=torch.int8)  # of sizes (s_1 + s_2, s_1)
