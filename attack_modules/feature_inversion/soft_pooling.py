@@ -37,7 +37,7 @@ class SoftPooling(nn.Module):
         return type(layer) is nn.MaxPool2d and layer.dilation in (1, (1, 1)) and not layer.ceil_mode
 
     def forward(self, maps: Tensor) -> Tensor:
-        if not self.softness or not maps.requires_grad or self.layer.return_indices:
+        if not self.softness or not maps.requires_grad or self.layer.return_indices or maps.dim() != 4:
             return self.layer(maps)
         return _SoftPooling.apply(maps, self.layer, self.softness)
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,7 @@ def test_a_single_image_that_is_mostly_negative_keeps_its_sign(
     module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=20)
     assert module.shown.layer == "features.0"
     assert mean_psnr(module.reconstruction().images, IMAGES[:1]) > 30
+    assert "1 image came out with another map than was read" in module.verdict(torch.tensor([0.02])).reasons
 
 
 @pytest.mark.parametrize("model", [Unpadded, Untracked])
@@ -168,7 +170,6 @@ def test_batch_norm_behind_an_activation_in_place_does_not_centre_a_convolution(
     assert [of.behind for of in found] == ["features.1", None]
 
 
-
 def test_batch_norm_is_undone_for_all_images_of_a_peer(observe: Observe, attack: Run) -> None:
     """Each image alone then has the features that it had among the others."""
     seen = observe(once(Normalised), BLIND, num_clients=2, images_per_client=[3, 2])
@@ -180,6 +181,15 @@ def test_batch_norm_is_undone_for_all_images_of_a_peer(observe: Observe, attack:
     kept = observe(once(Normalised, share_buffers=False), BLIND, num_clients=2, images_per_client=[3, 2])
     with pytest.warns(UserWarning, match="statistics are not shared"):
         attack(FeatureInversion(statistics=BatchStatistics()), kept, steps=1)
+
+
+def test_running_statistics_of_several_steps_are_undone(observe: Observe) -> None:
+    client = LocalTraining(lr=1e-6, local_epochs=3)
+    seen = observe(Federation(model=Normalised, client=client), num_clients=2, images_per_client=[3, 2])
+    model = seen.observation.build_model()
+    together = model.embed(IMAGES[:3])
+    assert BatchStatistics().freeze(model, seen, 3) is None
+    torch.testing.assert_close(model.embed(IMAGES[:3]), together, rtol=1e-3, atol=1e-3)
 
 
 def test_a_wrapped_model_is_read_under_its_own_names(attack: Run) -> None:
@@ -205,4 +215,9 @@ def test_an_observation_keeps_the_own_buffers(observe: Observe, tmp_path: object
     seen.save(tmp_path / "seen")
     loaded = Observation.load(tmp_path / "seen")
     torch.testing.assert_close(loaded.own_buffers, seen.own_buffers)
+    assert replace(seen, own_buffers={}).peers_buffers() is None
+    model = seen.build_model()
+    own = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    given = Observation.from_models(seen.before, seen.after, model=model, own=own, own_weight=0.5)
+    torch.testing.assert_close(given.own_buffers["features.1.running_mean"], own["features.1.running_mean"])
     assert loaded.peers_buffers().keys() == {f"features.{i}.running_{kind}" for i in (1, 4) for kind in ("mean", "var")}

@@ -1,15 +1,19 @@
 """Rounds of a head over a frozen backbone, read together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attack_modules.analytic.drifting_peers import HeadSteps, coupling_of
 from attack_modules.analytic.noisy_gates import NoisyGates
 from attack_modules.analytic.results import TrainingKnowledge
+from attack_modules.analytic.sparse_rounds import SparseSolution
 from attack_modules.attack import AttackError
 from attack_modules.feature_inversion import frozen_backbone
-from attack_modules.feature_inversion.frozen_backbone import FrozenBackbone, HeadAlone, PlainSGD
+from attack_modules.feature_inversion.frozen_backbone import FrozenBackbone, HeadAlone, PlainSGD, peers_of
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.observed import RoundsSummary
 from fl_lightning.client import Tensors
@@ -71,6 +75,24 @@ def test_zeros_show_features_whatever_is_told_of_the_training() -> None:
     assert leakage.peers.unique().numel() == 1
     assert leakage.diagnosis.disentangled == 9
     assert "9 images found by the zeros of their features; the features of 9" in reader.introduction()
+
+
+def test_peers_that_smooth_labels_and_take_part_in_some_rounds_are_told_apart() -> None:
+    features = federate(rectified=True)[0].double()
+    peers = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    presence = torch.ones(8, len(LABELS), dtype=torch.bool)
+    presence[::2, peers == 1] = False
+    inputs = torch.cat([features, torch.ones(len(features), 1)], 1)
+    weights = 0.1 * torch.randn(8, CLASSES, WIDTH + 1, generator=torch.Generator().manual_seed(2)).double()
+    targets = 0.7 * F.one_hot(LABELS, CLASSES).double().T + 0.3 / CLASSES
+    steps = HeadSteps(weights @ inputs.T, inputs @ inputs.T, targets, presence, RATE, 3)
+    errors = steps.simulate(coupling_of(peers))[0] / presence.sum(1)[:, None, None]
+    solution = SparseSolution(features, torch.zeros(9), LABELS, presence, 9)
+    loss = replace(TrainingKnowledge(RATE, 3).loss, label_smoothing=0.3)
+    found = peers_of(solution, weights, errors @ inputs, TrainingKnowledge(RATE, 3, epochs=3, loss=loss))
+    assert found.residual < 1e-3
+    assert torch.equal(found.peers[:, None] == found.peers, peers[:, None] == peers)
+    assert peers_of(solution, weights, errors @ inputs, TrainingKnowledge(RATE, 3, epochs=1, loss=loss)) is None
 
 
 def test_what_was_not_found_is_refused(rounds: tuple, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ def test_outputs_are_exact_and_the_gradient_is_shared(layer: nn.MaxPool2d, layou
     torch.testing.assert_close(shared.sum(), slope.sum())
     assert ((shared != 0).sum((1, 2, 3)) > (exact != 0).sum((1, 2, 3))).all()
     torch.testing.assert_close(gradient(soft, maps[:1], slope[:1]), shared[:1])  # whatever else is in the batch
+    assert gradient(soft, maps[0], slope[0]).equal(exact[0])  # a map without a batch stays as it is
     with torch.no_grad():
         assert soft(maps).equal(layer(maps))
 
