@@ -10,6 +10,9 @@ row space. The images' maps are those with most zeros, since they are behind a R
 Neither rates nor labels nor other layers are used. In front of BatchNorm in train mode the errors of a batch add up to
 0, so that only differences of patches are seen. A single image is then found up to a constant for each channel at the
 pixels that a single tap sees, if there are such, as at stride 2.
+
+The sign of a single map is that of its sum where maps are mostly positive. Elsewhere, as of the images themselves after
+normalisation, it is left to the head's features, and the map is not taken where these are the same for both signs.
 """
 
 import warnings
