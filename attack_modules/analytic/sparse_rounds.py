@@ -15,7 +15,7 @@ about `s |S|^(1/2)`, and the second must be far above.
 
 A vector is searched for along a feature that the images found so far have little of: what is left of it is often of one
 image above all, which is then the sparsest vector with a given value of this feature (Spielman, Wang and Wright, 2012,
-whose starts are such columns, too). Random directions are shared by all images: among 256, they find none.
+whose starts are such columns, too). Random directions are shared by all images, and lead to few of 256.
 
 A search of one vector takes `80 N^2 D` flops of float32, a certificate up to `8 N^2 D + 30 N^3`; memory is for
 `24 N (D + N)` numbers.
