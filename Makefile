@@ -2,8 +2,9 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEVICE ?= cuda
 GPU_PYTHON ?= $(BIN)/python
+KEPT = file://runs/benchmarks
 
-.PHONY: demo test test-slow bench gpu notebooks settings lint tensorboard clean
+.PHONY: demo test test-slow bench bench-compare gpu notebooks settings lint tensorboard clean
 
 demo: .venv/installed
 	$(BIN)/python cli.py fit --config configs/demo.yaml
@@ -15,7 +16,11 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
 bench: .venv/installed          # the images in FOLDER/<class>/*.jpg: CURIOUS_CLIENT_IMAGES=FOLDER make bench
-	$(BIN)/python -m pytest tests/benchmarks/bench_attack.py -p no:warnings --benchmark-quiet -q $(BENCH)
+	$(BIN)/python -m pytest tests/benchmarks/bench_attack.py -p no:warnings --benchmark-quiet -q \
+		--benchmark-autosave --benchmark-storage=$(KEPT) $(BENCH)
+
+bench-compare: .venv/installed  # two saved runs by their numbers: make bench-compare A=0001 B=0002
+	PYTHONPATH=. $(BIN)/pytest-benchmark --storage $(KEPT) compare $(A) $(B) --columns=median,rounds --group-by=fullname --time-unit=s
 
 # A table of what runs on a GPU, against the CPU's results. Where nothing can be installed: make gpu GPU_PYTHON=python3
 gpu:

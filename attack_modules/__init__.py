@@ -8,8 +8,10 @@ from typing import Any
 
 _HOMES = {
     "AttributedInversion": "feature_inversion.aliases",
+    "BatchStatistics": "feature_inversion.batch_statistics",
     "ChangingParticipants": "feature_inversion.rounds",
     "ChromaTotalVariation": "priors",
+    "Convolutions": "feature_inversion.convolutions",
     "Cosine": "gradient_matching.objectives",
     "DDRM": "enhance.direct.ddrm",
     "DiffPIR": "enhance.direct.diffpir",

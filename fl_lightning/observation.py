@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class Observation:
         own_update: the update `u_A` of the observing client, or the mean of those that collude; empty if none trained.
         own_weight: its aggregation weight `p_A` in [0, 1), 0 if it did not train.
         model: `class_path` and `init_args` of the architecture, which every client knows.
+        own_buffers: the observing client's buffers after its own training (or the mean of those that collude), by name;
+            empty where it did not train, or in files of version 0.1.
     """
 
     round: int
@@ -45,6 +47,7 @@ class Observation:
     own_update: Tensors
     own_weight: float
     model: dict[str, Any]
+    own_buffers: Tensors = field(default_factory=dict)
 
     @classmethod
     def from_models(
@@ -108,7 +111,8 @@ class Observation:
             )
         trained = parameters(model) if "own" in fit else {}
         own_update = {name: fit["before"][name] - fit["own"][name] for name in trained}
-        return cls(round, fit["before"], fit["after"], own_update, own_weight, describe_model(model))
+        own_buffers = {name: tensor for name, tensor in fit.get("own", {}).items() if name not in trained}
+        return cls(round, fit["before"], fit["after"], own_update, own_weight, describe_model(model), own_buffers)
 
     def build_model(self, shared: bool = False) -> ImageClassifier:
         """The global model `w_t`, ready to run; what the round left as it was is frozen in it.
@@ -143,6 +147,20 @@ class Observation:
             update[name].sub_(own, alpha=self.own_weight)  # a head has 100 MB and more: computed in place
         return {name: mean.div_(1 - self.own_weight) for name, mean in update.items()}
 
+    def peers_buffers(self) -> Tensors | None:
+        """The weighted mean of the peers' buffers of real numbers, by name; None where they are not shared or known."""
+        known = {name for name, tensor in self.own_buffers.items() if tensor.is_floating_point()}
+        shared = {n: t for n, t in self.after.items() if t.is_floating_point() and n not in self._parameters}
+        if all(name in self.unchanged for name in shared) or (self.own_weight and known != shared.keys()):
+            return None
+        if not self.own_weight:
+            return shared
+        return {n: (t - self.own_weight * self.own_buffers[n]) / (1 - self.own_weight) for n, t in shared.items()}
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(refuse_unfit(self.model, self.before))
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
@@ -166,7 +184,7 @@ class Observation:
             )
         tensors = {
             f"{group}/{name}": tensor
-            for group in ("before", "after", "own_update")
+            for group in ("before", "after", "own_update", "own_buffers")
             for name, tensor in getattr(self, group).items()
         }
         facts = {"version": VERSION, "round": self.round, "own_weight": self.own_weight, "model": self.model}
@@ -180,7 +198,7 @@ class Observation:
             StorageError: a file is missing, cut short, changed, of a later version, or does not fit its model.
         """
         tensors, facts = load_record(stem, VERSION)
-        groups: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}, "own_update": {}}
+        groups: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}, "own_update": {}, "own_buffers": {}}
         try:
             for name, tensor in tensors.items():
                 group, _, parameter = name.partition("/")

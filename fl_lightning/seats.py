@@ -73,7 +73,8 @@ class CuriousClient(Seat):
         if not updates:
             return {None: whole}
         own = aggregate(updates.values()) if len(updates) > 1 else next(iter(updates.values()))
-        return {None: replace(whole, own_update=own.update, own_weight=own.num_examples / total)}
+        seen = replace(whole, own_update=own.update, own_weight=own.num_examples / total, own_buffers=own.buffers)
+        return {None: seen}
 
 
 @dataclass(frozen=True)

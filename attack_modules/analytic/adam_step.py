@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from itertools import combinations, product
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import track
 from torch import Tensor
 
 from attack_modules.analytic.defended_head import (
@@ -268,8 +270,10 @@ def solve_columns(votes: Votes, expected: Expected) -> tuple[Tensor, Tensor, flo
     spread = spread + TYPICAL_SPREAD * spread.mean()
     features, variance = prior.clone(), spread.clone()
     unexplained = torch.ones(prior.shape[1], dtype=torch.float64)
-    for half, blur, sharper in ATTEMPTS:
-        for columns in (unexplained > FAILED).nonzero().flatten().split(CHUNK):
+    for attempt, (half, blur, sharper) in enumerate(ATTEMPTS):
+        open_ = (unexplained > FAILED).nonzero().flatten().split(CHUNK)
+        name = "Features from votes, again" if attempt else "Features from votes"
+        for columns in track(open_, name, transient=True, disable=rank_zero_only.rank > 0):
             read = votes.part(slice(half, None, 2), columns)
             found, off = propagate(read, prior[:, columns], spread[:, columns], blur, sharper)
             found = found.clamp_min(0) if positive else found

@@ -116,28 +116,58 @@ def settle(inside: Tensor, errors: Tensor, logit: Tensor, starts: list[Tensor], 
         starts: gates (H,) for the first search, and for the second, which uses the last variance only.
         ladder: falling variances of an entry of the violation.
     """
+    search = GateSearch(inside, errors, logit)
     descending, known = starts
     for variance in ladder.tolist():
-        descending, cost = flip_gates(inside, errors, logit, descending, variance)
-    improved, other_cost = flip_gates(inside, errors, logit, known, variance)
+        descending, cost = search.flip(descending, variance)
+    improved, other_cost = search.flip(known, variance)
     return descending if cost <= other_cost else improved
 
 
-def flip_gates(inside: Tensor, errors: Tensor, logit: Tensor, gates: Tensor, variance: float) -> tuple[Tensor, float]:
-    """Greedily flip single gates and pairs until no flip lowers the cost; returns gates (H,) and their cost."""
-    gates = gates.clone()
-    units = logit.abs().topk(min(CANDIDATES, len(logit)), largest=False).indices
-    parts, odds, own = inside[units], logit[units], errors[units]
-    gram = (torch.eye(len(units)).to(parts) - parts @ parts.T) * own * own[:, None] / variance
-    while True:
-        gated = gates * errors
-        violation = gated - inside @ (gated @ inside)
-        sign = 1 - 2 * gates[units]
-        alone = sign * (own * violation[units] / variance - odds) + gram.diagonal() / 2
-        change = alone[:, None] + alone + sign[:, None] * gram * sign
-        change.diagonal().copy_(alone)
-        first, second = divmod(int(change.argmin()), len(units))
-        if change[first, second] >= -1e-9 * (1 + gram.diagonal().max()):  # or rounding would flip forever
-            return gates, (violation.square().sum() / (2 * variance) - gates @ logit).item()
-        for flipped in {first, second}:
-            gates[units[flipped]] += sign[flipped]
+class GateSearch:
+    """Search for the gates of one image.
+
+    The cost is quadratic with a positive semidefinite Hessian, the gram matrix of what single units have outside of the
+    column space. So a flip lowers it only where its first derivative is negative; a pair, where that of one of the two
+    is. Mostly there are few such units, and only their rows of the matrix are computed.
+
+    Args:
+        inside, errors, logit: as of `settle`.
+    """
+
+    def __init__(self, inside: Tensor, errors: Tensor, logit: Tensor) -> None:
+        self.inside, self.errors, self.logit = inside, errors, logit
+        self.units = logit.abs().topk(min(CANDIDATES, len(logit)), largest=False).indices
+        self.parts, self.odds, self.own = inside[self.units], logit[self.units], errors[self.units]
+        self.curvature = (1 - self.parts.square().sum(1)).clamp_min(0) * self.own.square()
+        self.gram = self.parts.new_empty(len(self.units), len(self.units))  # beside the diagonal
+        self.computed = torch.zeros(len(self.units), dtype=torch.bool)
+
+    def flip(self, gates: Tensor, variance: float) -> tuple[Tensor, float]:
+        """Greedily flip single gates and pairs until no flip lowers the cost; returns gates (H,) and their cost."""
+        gates, curvature = gates.clone(), self.curvature / variance
+        least = -1e-9 * (1 + curvature.max())  # or rounding would flip forever
+        while True:
+            gated = gates * self.errors
+            violation = gated - self.inside @ (gated @ self.inside)
+            sign = 1 - 2 * gates[self.units]
+            slope = sign * (self.own * violation[self.units] / variance - self.odds)
+            falling = torch.where(slope < 0)[0]
+            if not len(falling):
+                break
+            alone = slope + curvature / 2
+            change = alone[falling, None] + alone + sign[falling, None] * self._rows(falling) / variance * sign
+            change[torch.arange(len(falling)), falling] = alone[falling]
+            first, second = divmod(int(change.argmin()), len(self.units))
+            if change[first, second] >= least:
+                break
+            for flipped in {int(falling[first]), second}:
+                gates[self.units[flipped]] += sign[flipped]
+        return gates, (violation.square().sum() / (2 * variance) - gates @ self.logit).item()
+
+    def _rows(self, of: Tensor) -> Tensor:
+        """(n, H) rows of the gram matrix."""
+        new = of[~self.computed[of]]
+        self.gram[new] = -self.own[new, None] * self.own * (self.parts[new] @ self.parts.T)
+        self.computed[new] = True
+        return self.gram[of]

@@ -60,7 +60,8 @@ OUTLIER = 0.2
 SWEEPS = 6
 """Alternations of gates and inner products, at most."""
 MISFIT = 0.02
-"""Relative error of the norms from which levels were misread. Measured: below 0.001 where they were not, 0.5 else."""
+"""Relative error of the norms from which levels were misread. Measured on seed 0: 0.09 of 16 levels and 0.12 of
+one, which were misread; less than this of 4, which were not."""
 ITERATIONS = 8
 """Of the likelihood's weights, in the last alternation."""
 FEW = 2
@@ -164,6 +165,7 @@ def sent_levels(values: Tensor, noise: Tensor, levels: int) -> SentLevels:
         sizes, _ = sizes_of_buckets(one, worst, peers)
         counts, explained = multiples(one, sizes, off)
         sizes, counts = shortest(sizes, counts)
+        # rounding adds up to n / 4 to the levels' square; what is far from it is no peer's, but some left over value
         energy = counts.float().square().sum(1)  # (b, P)
         none = (energy < levels**2 / 2) | (energy > 2 * levels**2 + counts.shape[1] / 2)
         explained &= ~((counts != 0) & none[:, None]).any(2)

@@ -59,24 +59,49 @@ class GateRegression:
         """`posterior` by least squares with each unit weighted, which takes N x N matrices only (Woodbury)."""
         gated, free = prior.mean * errors, prior.variance * errors**2
         violation = gated - gated @ self.inside @ self.inside.T
+        noise = noise.clone()
+        weight = torch.empty_like(free)  # of what a unit shows of the columns' coefficients
+        left = torch.empty_like(free)
+        factor, evidence = free.new_empty(len(errors), *self.inside.shape[1:] * 2), torch.empty_like(noise)
+        raised = torch.arange(len(errors))
         for _ in range(3):
-            used = noise[:, None]
-            weight = used / (used + free)  # of what a unit shows of the columns' coefficients
-            factor = torch.linalg.cholesky((weight[..., None] * self.inside).mT @ self.inside)
-            pull = ((weight * violation) @ self.inside)[..., None]
-            left = violation - torch.cholesky_solve(pull, factor)[..., 0] @ self.inside.T
-            misfit = (weight * left.square()).sum(1) / noise
-            log_evidence = (
-                -0.5 * (misfit + self.num_constraints * noise.log()).sum()
-                + 0.5 * weight.log().sum()
-                - factor.diagonal(dim1=1, dim2=2).log().sum()
+            used = noise.clone()  # that of images which are not raised stays the same
+            new = used[raised, None] / (used[raised, None] + free[raised])
+            factors = torch.linalg.cholesky(self._gram(new))
+            pull = ((new * violation[raised]) @ self.inside)[..., None]
+            rest = violation[raised] - torch.cholesky_solve(pull, factors)[..., 0] @ self.inside.T
+            misfit = (new * rest.square()).sum(1) / used[raised]
+            evidence[raised] = (
+                -0.5 * (misfit + self.num_constraints * used[raised].log())
+                + 0.5 * new.log().sum(1)
+                - factors.diagonal(dim1=1, dim2=2).log().sum(1)
             )
-            noise = noise * (misfit / self.num_constraints).clamp_min(1)
-        mean = prior.mean - prior.variance * errors * weight / used * left
-        inverse = torch.cholesky_inverse(factor)
-        leverage = ((self.inside @ inverse) * self.inside).sum(-1)
-        variance = prior.variance * weight * (1 + free * weight / used * leverage)
-        return Gates(mean, variance), log_evidence.item()
+            weight[raised], left[raised], factor[raised] = new, rest, factors
+            more = misfit > self.num_constraints  # the prior allows no better
+            noise[raised] *= (misfit / self.num_constraints).clamp_min(1)
+            if not len(raised := raised[more]):
+                break
+        mean = prior.mean - prior.variance * errors * weight / used[:, None] * left
+        leverage = self._leverage(torch.cholesky_inverse(factor))
+        variance = prior.variance * weight * (1 + free * weight / used[:, None] * leverage)
+        return Gates(mean, variance), evidence.sum().item()
+
+    def _gram(self, weight: Tensor) -> Tensor:
+        """(n, H) weights of units -> (n, N, N) gram matrices of the basis, without a copy of the basis for each."""
+        count = self.inside.shape[1]
+        gram = weight.new_empty(len(weight), count, count)
+        for i in range(count):
+            gram[:, i:, i] = gram[:, i, i:] = weight @ (self.inside[:, i:] * self.inside[:, i, None])
+        return gram
+
+    def _leverage(self, inverse: Tensor) -> Tensor:
+        """(n, N, N) symmetric matrices -> (n, H) their quadratic forms of the basis' rows."""
+        found = inverse.new_zeros(len(inverse), len(self.inside))
+        for i in range(self.inside.shape[1]):
+            twice = 2 * inverse[:, i, i:]
+            twice[:, 0] /= 2  # the diagonal counts once
+            found += twice @ (self.inside[:, i:] * self.inside[:, i, None]).T
+        return found
 
     def best(self, prior: Callable[[float], Gates], errors: Tensor, noise: Tensor, width: float = 0.01) -> Gates:
         """Posterior under the prior of greatest evidence, by hill climbing over its width in factors of 2."""

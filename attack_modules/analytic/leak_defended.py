@@ -20,6 +20,7 @@ from attack_modules.analytic.leak import leak_rounds
 from attack_modules.analytic.one_layer import head_inputs
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace, augmented
+from attack_modules.attack import AttackError
 from fl_lightning.errors import counted
 from fl_lightning.loss import logit_errors
 
@@ -33,12 +34,25 @@ MOST_AMPLIFIED = 100.0
 def leak_known(
     updates: Sequence[Mapping[str, Tensor]], weights: Sequence[Mapping[str, Tensor]], training: TrainingKnowledge
 ) -> Leakage:
-    """`leak_rounds`, or `leak_defended` where a defence or optimiser is known that asks for it and can be read."""
+    """`leak_rounds`, or `leak_defended` where a defence or optimiser is known that asks for it and can be read.
+
+    Raises:
+        UnreadableDefense: neither reads the update. What stops the plain attack then says nothing, as a count of
+            hundreds of images.
+        AttackError: there is no such defence, and the update cannot be read.
+    """
     if training.reading:
         try:
             return leak_defended(updates, weights, training, training.reading)
         except UnreadableDefense as error:
             rank_zero_warn(f"{error} The attack goes on as if the peers trained by SGD without a defence.")
+            try:
+                return leak_rounds(updates, weights, training)
+            except AttackError as plain:
+                raise UnreadableDefense(
+                    f"{error} As if the peers trained by SGD without a defence, the update cannot be read either. "
+                    "Attack a round that can be, or check `knowledge.optimizer` and `knowledge.defenses`."
+                ) from plain
     return leak_rounds(updates, weights, training)
 
 
@@ -63,6 +77,11 @@ def leak_defended(
             f"A known defence or optimiser is read from heads of two linear layers, but this one has {len(layers[0])} "
             f"({', '.join(updates[0])})."
         )
+    if reading.single_step and len(updates) * training.steps > 1:
+        raise UnreadableDefense(
+            f"{type(reading).__name__} reads the peers' updates from a single local step of one round, but "
+            f"{counted(len(updates), 'round')} of {counted(training.steps, 'step')} came."
+        )
     first, last = (torch.stack([layer[i] for layer in layers]).mean(0) for i in (0, 1))
     hidden = next(reversed([tensor.shape[1] for tensor in weights[0].values() if tensor.ndim == 2]))
     space = RowSpace.of(first, before[0][0])
@@ -74,11 +93,6 @@ def leak_defended(
         raise UnreadableDefense(
             f"{len(labels)} images are of {len(labels.unique())} of {len(last)} classes, but a known defence or "
             "optimiser is read only where every image has a class of its own, and a class has none."
-        )
-    if reading.single_step and len(updates) * training.steps > 1:
-        raise UnreadableDefense(
-            f"{type(reading).__name__} reads the peers' updates from a single local step, but "
-            f"{counted(len(updates), 'round')} of {counted(training.steps, 'step')} came."
         )
     scale = len(labels) / (training.lr * training.steps)
     targets = training.loss.targets(labels, len(last), last.double(), training.sizes)

@@ -51,7 +51,16 @@ def sparsest_features(space: RowSpace, num_images: int) -> Tensor:
         num_images: N.
     """
     inside = torch.linalg.svd(space.rows, full_matrices=False).Vh[:num_images]  # (N, r)
-    basis = space.vectors(inside)
+    return sparsest_rows(space.vectors(inside), num_images) @ inside
+
+
+def sparsest_rows(basis: Tensor, num_images: int) -> Tensor:
+    """Unit coordinates (n, N) of the `n <= N` images' vectors in a basis (N, D) of their span.
+
+    Args:
+        basis: of vectors that are not negative and of which many entries are 0.
+        num_images: N.
+    """
     basis = basis[:, :: max(basis.shape[1] // COLUMNS, 1)]
     size = basis.norm(dim=0)
     basis = basis[:, size > 1e-3 * size.max()]
@@ -65,7 +74,7 @@ def sparsest_features(space: RowSpace, num_images: int) -> Tensor:
             progress.update(task, completed=len(found))
             if len(found) == num_images or not len(found):
                 break
-    return found @ inside
+    return found
 
 
 def _sweep(basis: Tensor, found: Tensor, generator: torch.Generator) -> Tensor:

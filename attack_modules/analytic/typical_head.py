@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from attack_modules.threat_model.trial import without_dropout
 from fl_lightning.models import ImageClassifier, ImageShape
+from fl_lightning.models.freezing import keeping_statistics
 
 PROBES = 64
 """Number of noise images."""
@@ -32,7 +33,8 @@ class TypicalHead:
         """Of a global model before the round."""
         without_dropout(model)
         probes = pink_noise(PROBES, image_shape)
-        features = model.embed(probes)
+        with keeping_statistics(model):
+            features = model.embed(probes)
         inputs = nn.Sequential(*list(model.head)[:-1])(features)
         probabilities = model.head[-1](inputs).softmax(1).mean(0)
         return cls(probabilities.double(), inputs.sum(1).mean().item(), features.mean(0))

@@ -15,7 +15,9 @@ from attack_modules.analytic.observed_head import head_parameters, training_know
 from attack_modules.analytic.row_space import space_bytes
 from attack_modules.analytic.suspicion import qualified
 from attack_modules.attack import Attack, Reconstruction, Verdict
+from attack_modules.feature_inversion.batch_statistics import BatchStatistics
 from attack_modules.feature_inversion.controls import ERRORS, control_images, expected_psnr, mean_colour_psnr, mean_psnr
+from attack_modules.feature_inversion.convolutions import Convolutions
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
@@ -32,6 +34,7 @@ from attack_modules.simulation.local_training import SimulatedPeers
 from attack_modules.simulation.low_rank import LowRank
 from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.requirements import LinearHead, ReadableDropout, Requirement, TrainedHead
+from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError, counted, non_negative, positive
 from fl_lightning.models import ImageClassifier
 from fl_lightning.models.freezing import batch_statistics
@@ -108,6 +111,9 @@ class FeatureInversion(Attack):
         guidance: a diffusion prior as a further penalty; null for none.
         rounds: how several observed rounds are read; null for `SameImages`: the same peers and images in each.
         decoder: learns the start from public photographs, which pays where features are few; null for none.
+        convolutions: reads larger maps than the head's features from the update of a convolution, of few images; null
+            for none.
+        statistics: undoes BatchNorm in train mode by the running statistics that the peers share; null for none.
         softness: of max pooling's gradient at the first and at the last step, geometric between, see `SoftPooling`;
             [0, 0] for the exact gradient.
     """
@@ -127,6 +133,8 @@ class FeatureInversion(Attack):
         guidance: DiffusionGuidance | None = None,
         rounds: RoundsReader | None = None,
         decoder: LearnedDecoder | None = None,
+        convolutions: Convolutions | None = None,
+        statistics: BatchStatistics | None = None,
         softness: tuple[float, float] = (0.5, 0.025),
     ) -> None:
         super().__init__(subtract_own, checkpoint_every)
@@ -152,18 +160,22 @@ class FeatureInversion(Attack):
         self.guidance = guidance
         self.rounds = rounds or SameImages()
         self.decoder = decoder
+        self.convolutions = convolutions
+        self.statistics = statistics
 
     @property
     def title(self) -> str:
         if type(self) is not FeatureInversion:  # an alias, which names its component
             return type(self).__name__
-        parts = [type(part).__name__ for part in (self.refinement, self.guidance) if part]
+        components = self.refinement, self.guidance, self.decoder, self.convolutions, self.statistics
+        parts = [type(part).__name__ for part in components if part]
         if not isinstance(self.rounds, SameImages):
             parts.append(type(self.rounds).__name__)
         return " + ".join([type(self).__name__, *parts])
 
     def requirements(self, processes: int) -> list[Requirement]:
-        parts = [part for part in (self.rounds, self.refinement, self.guidance, self.decoder) if part]
+        components = self.rounds, self.refinement, self.guidance, self.decoder, self.convolutions, self.statistics
+        parts = [part for part in components if part]
         of_parts = [needed for part in parts for needed in part.requirements()]
         return [LinearHead(), TrainedHead(), ReadableDropout(), *of_parts]
 
@@ -192,13 +204,14 @@ class FeatureInversion(Attack):
         )
         self._warn_of_mixed_images(model)
         half_way = model_half_way([observed.observation for observed in seen], updates, self.steps)
-        self.embedder = (for_speed(soften(half_way), device),)  # a tuple, so that it is no submodule
+        half_way = soften(self._known_better(half_way, updates[0]))
+        self.embedder = (for_speed(half_way, device),)  # a tuple, so that it is no submodule
         shape = seen[0].observation.image_shape
         noise = self.leakage.uncertainty.clamp_max(MOST_NOISE).to(device) if self.leakage.noisy else None
         self.register_buffer("noise", noise)  # of the features, relative to their size; None if they are exact
         noise = 0.0 if noise is None else noise.median().item()
         ridge = FeatureDecoder(self.model, shape, noise) if FeatureDecoder.fits(self.model, shape) else None
-        self.scale = found_scale(self.leakage, self.model, ridge, self.steps)
+        self.scale = 1.0 if self.shown else found_scale(self.leakage, self.model, ridge, self.steps)
         self._starter = (self._better_start(ridge, noise),)  # a tuple, so that it is no submodule
         grey = None
         if self._starter[0] is None:  # BatchNorm refuses a single image
@@ -225,6 +238,24 @@ class FeatureInversion(Attack):
             self.guidance.start(self.images.detach())
         self.inverts = True
         self.inverts = self._inversion_pays()
+
+    def _known_better(self, model: ImageClassifier, update: Tensors) -> ImageClassifier:
+        """The model under BatchNorm's statistics, and up to a map that replaces the features, as far as asked for."""
+        observed, self.shown = self.observed_rounds[0], None
+        normalised = frozenset(batch_statistics(model))
+        if self.statistics and normalised:
+            why = self.statistics.freeze(model, observed, self.leakage.diagnosis.num_images)
+            if why:
+                rank_zero_warn(f"`model.statistics` has no effect: {why}.")
+        if self.convolutions:
+            shape = observed.observation.image_shape
+            gradients = observed.without_weight_decay(update)
+            self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised)
+        if self.shown:
+            of_map = {"features": self.shown.features, "uncertainty": self.shown.uncertainty, "seen": None}
+            self.leakage = replace(self.leakage, **of_map)
+            return self.shown.model
+        return model
 
     def _better_start(self, ridge: FeatureDecoder | None, noise: float) -> FeatureDecoder | PhotographDecoder | None:
         """Of the decoders, the one that makes more of photographs that were held out."""
@@ -409,7 +440,8 @@ class FeatureInversion(Attack):
     def _drifts(self) -> bool:
         """Whether the features change during what was observed, and the training that changes them is as assumed."""
         several = len(self.observed_rounds) * self.steps > 1
-        return several and self.scale == 1 and self.noise is None and not self._frozen
+        read = self.noise is None and not self._frozen and not self.shown
+        return several and self.scale == 1 and read
 
     @property
     def _resolves_now(self) -> bool:
@@ -590,6 +622,8 @@ class FeatureInversion(Attack):
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
         verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(controls[:each]))
+        if self.shown:
+            verdict = self.shown.limited(verdict, misfit)
         update, read = self.update_of(observed), self.leakage.defended is not None
         return qualified(verdict, update, observed.observation.before, observed.assumptions, read)
 
@@ -612,7 +646,8 @@ class FeatureInversion(Attack):
                 start += "" if self.inverts else ", which are kept, since held-out ones are not improved by inversion"
         distinct = len(self.labels.unique()) > len(self.labels) / 2  # images that share their class are not refined
         refinable = not self.refinement and assumptions.in_full_batches and distinct
-        parts = [part.introduction() for part in (self.rounds, self.refinement, self.guidance) if part]
+        components = self.rounds, self.refinement, self.guidance, self.shown
+        parts = [part.introduction() for part in components if part]
         return (
             f"Closed form: the head's {subject} {counted(found.num_images, 'image')}, {found.disentangled} disentangled"
             f", of {counted(len(self.leakage.peers.unique()), 'peer')}; labels {assumptions.sources['labels']}. "

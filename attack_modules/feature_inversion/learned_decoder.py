@@ -85,7 +85,7 @@ class LearnedDecoder:
         self.photographs = [Path(path) for path in photographs]
         self.crops = crops
         self.reduction = reduction
-        self.cache = Path(cache)
+        self._files = Path(cache)  # no setting that a result depends on: `describe` leaves it out
         self.seed = seed
 
     def fitted(self, model: ImageClassifier, image_shape: ImageShape, noise: float = 0.0) -> "PhotographDecoder":
@@ -102,7 +102,7 @@ class LearnedDecoder:
             StorageError: the file cannot be written, or is damaged.
         """
         paths = self.paths()
-        file = self.cache / f"{self._key(paths, model, image_shape, noise)}.ckpt"
+        file = self._files / f"{self._key(paths, model, image_shape, noise)}.ckpt"
         if file.is_file():
             return PhotographDecoder(load_checkpoint(file)).to(model.mean)
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(self.seed)).tolist()
@@ -140,6 +140,7 @@ class LearnedDecoder:
         """What the decoder depends on, in 16 hexadecimal digits."""
         digest = hashlib.sha256()
         settings = VERSION, tuple(image_shape), self.crops, self.reduction, self.seed, f"{noise:.2g}"
+        settings += (feature_map_shape(model, image_shape),)  # of several maps of the same weights
         digest.update(repr((settings, model.mean.tolist(), model.std.tolist(), type(model).__name__)).encode())
         for path in paths:
             digest.update(content(path))

@@ -1,6 +1,7 @@
 """Which parameters of a global model clients train; the others are frozen."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -63,6 +64,15 @@ def freeze(model: ImageClassifier, names: Collection[str]) -> ImageClassifier:
                 if all(id(tensor) in kept for tensor in judged.state_dict(keep_vars=True).values()):
                     layer.eval()
     return model
+
+
+@contextmanager
+def keeping_statistics(model: nn.Module) -> Iterator[None]:
+    """Undo what forward passes in train mode do to the running statistics, which may be those of an Observation."""
+    kept = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    yield
+    for name, tensor in model.named_buffers():
+        tensor.copy_(kept[name])
 
 
 def batch_statistics(model: nn.Module) -> list[str]:

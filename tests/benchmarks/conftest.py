@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--images", type=int, default=64, help="Images of the peers, a multiple of 4.")
     group.addoption("--image-size", type=int, default=128)
     group.addoption("--rounds", type=int, default=3, help="Interleaved repetitions, of which the median is shown.")
-    group.addoption("--attack-steps", type=int, default=100, help="Steps of gradient matching; the closed form's x 3.")
+    group.addoption("--attack-steps", type=int, default=100, help="Steps of gradient matching.")
     group.addoption("--data-root", default=os.environ.get("CURIOUS_CLIENT_IMAGES"), help="FOLDER/<class>/*.jpg")
 
 

@@ -162,7 +162,8 @@ class Flower(Engine):
         before, after = read_state(files.before), read_state(files.after)
         own = read_state(files.own) if observation.own_update else {}
         own_update = {name: before[name] - own[name] for name in observation.own_update}
-        return replace(observation, before=before, after=after, own_update=own_update)
+        own_buffers = {name: own[name] for name in observation.own_buffers}
+        return replace(observation, before=before, after=after, own_update=own_update, own_buffers=own_buffers)
 
 
 def device(folder: Path, client: int) -> Path:

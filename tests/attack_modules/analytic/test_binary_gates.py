@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from attack_modules.analytic.binary_gates import binary_gates, flip_gates, gate_logit
+from attack_modules.analytic.binary_gates import GateSearch, binary_gates, gate_logit
 from attack_modules.analytic.row_space import RowSpace
 
 IMAGES, HIDDEN, WIDTH = 40, 56, 300
@@ -48,8 +48,8 @@ def test_two_wrong_gates_that_hide_each_other_are_flipped_together() -> None:
     inside, errors = inside / inside.norm(), torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
     shut = torch.zeros(3, dtype=torch.float64)
     likely, unlikely = torch.tensor([[2.0, 2, 8], [-1.0, -1, 8]], dtype=torch.float64)
-    assert flip_gates(inside, errors, likely, shut, 1e-4)[0].tolist() == [1, 1, 1]
-    assert flip_gates(inside, errors, unlikely, shut, 1e-4)[0].tolist() == [0, 0, 1]
+    assert GateSearch(inside, errors, likely).flip(shut, 1e-4)[0].tolist() == [1, 1, 1]
+    assert GateSearch(inside, errors, unlikely).flip(shut, 1e-4)[0].tolist() == [0, 0, 1]
 
 
 def test_witnesses_agree_with_integration() -> None:

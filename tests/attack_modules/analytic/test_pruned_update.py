@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from attack_modules.analytic.defended_head import Expected, HeadRound
-from attack_modules.analytic.pruned_update import PrunedUpdate, active, masks, peers_of_masks, solve_columns
+from attack_modules.analytic.pruned_update import PrunedUpdate, active, joined, masks, peers_of_masks, solve_columns
 from fl_lightning.defenses import GaussianNoise, TopK
 
 IMAGES, HIDDEN, WIDTH = 6, 128, 400
@@ -56,6 +56,14 @@ def test_peers_need_no_features_of_their_own() -> None:
     seen, features, sent = pruned(0.1)
     typical = features.mean(0).expand(IMAGES, -1)
     found = peers_of_masks(sent.any(0), active(seen.activations) * seen.errors, 0.7 * features + 0.3 * typical)
+    assert torch.equal(found[:, None] == found, PEERS[:, None] == PEERS)
+
+
+@pytest.mark.parametrize("wrong", [[0, 1, 0, 1, 1, 2], [0, 2, 0, 1, 1, 3]])
+def test_images_alone_join_their_peer(wrong: list[int]) -> None:
+    seen, features, _ = pruned(0.1)
+    gated, rough = active(seen.activations) * seen.errors, 0.8 * features + 0.2 * features.mean(0)
+    found = joined(seen.update[:, ::4], gated, rough[:, ::4], torch.tensor(wrong))
     assert torch.equal(found[:, None] == found, PEERS[:, None] == PEERS)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from attack_modules import FeatureInversion
+from attack_modules.analytic import leak_defended
+from attack_modules.analytic.adam_step import AdamStep
 from attack_modules.analytic.defended_head import DefendedFeatures, DefendedReading, Expected, HeadRound
 from attack_modules.analytic.leak import leak_rounds
 from attack_modules.analytic.leak_defended import leak_known
@@ -100,6 +102,19 @@ def test_what_a_reading_cannot_solve_is_read_without_it(classes: int, reading: D
         found = leak_known(update, weights, training)
     assert found.defended is None
     assert (found.features - features).norm() < 1e-2 * features.norm()
+
+
+def test_what_neither_reads_ends_with_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hundreds(*_: object) -> None:
+        raise AttackError("359 images were counted.")
+
+    monkeypatch.setattr(leak_defended, "leak_rounds", hundreds)
+    update = {"first": torch.zeros(8, 5), "last": torch.zeros(3, 8)}
+    training = TrainingKnowledge(0.1, 3, reading=AdamStep())
+    words = "1 round of 3 steps came. As if .* by SGD .* cannot be read either"
+    with pytest.warns(UserWarning, match="goes on"), pytest.raises(AttackError, match=words) as error:
+        leak_known([update], [update], training)
+    assert len(str(error.value)) <= 400
 
 
 def test_images_that_were_mixed_are_unmixed(observe: Observe, attack: Run) -> None:

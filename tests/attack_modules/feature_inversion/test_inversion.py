@@ -138,6 +138,7 @@ def test_decoded_images_are_kept_where_known_ones_are_not_improved(
     seen = observe(Federation(model=Pooled, client=LocalTraining(local_epochs=2)), BLIND, **WIDE)
     module = attack(FeatureInversion(decoder=decoder), seen, steps=1)  # which scores the start alone
     assert not module.inverts
+    assert module.title == "FeatureInversion + LearnedDecoder"  # else its results would pass for those without
     torch.testing.assert_close(module.best, module._start(module.features), rtol=0, atol=1e-6)
     assert "27 distinct features, which are kept" in module.introduction()
     verdict = module.verdict(module.misfit(module.best, module.labels))

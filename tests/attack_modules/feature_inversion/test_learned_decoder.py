@@ -10,6 +10,7 @@ from attack_modules.feature_inversion.dead_leaves import dead_leaves
 from attack_modules.feature_inversion.learned_decoder import Distinct, Layout, LearnedDecoder, PhotographDecoder, learn
 from fl_lightning.errors import MissingFile, SettingError
 from fl_lightning.models import ImageClassifier
+from fl_lightning.record import describe, differences
 
 
 class Pooled(ImageClassifier):
@@ -52,6 +53,11 @@ def test_blocks_are_regressed_where_a_map_is_large(monkeypatch: pytest.MonkeyPat
     assert decoder.layout == Layout((4, 4), 3, (4, 4))
     assert decoder.numbers == 3 * 4 * 4
     assert mean_psnr(decoder(model.embed(known / 255)), known / 255) > mean_colour_psnr(known / 255) + 2
+
+
+def test_a_checkpoint_fits_wherever_the_decoders_are_kept() -> None:
+    described = [describe(LearnedDecoder([Path("photographs")], cache=Path(kept))) for kept in ("here", "there")]
+    assert not differences(*described)
 
 
 def test_a_decoder_is_learned_once_for_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

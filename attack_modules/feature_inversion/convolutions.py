@@ -1,0 +1,246 @@
+"""Inversion of a map in front of a convolution, which that one's update shows, instead of the head's features."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from attack_modules.analytic.convolution_maps import Convolution, Maps, read_maps
+from attack_modules.analytic.results import Leakage
+from attack_modules.attack import Level, Verdict
+from attack_modules.threat_model.requirements import Requirement, SingleRound
+from fl_lightning.client import Tensors
+from fl_lightning.errors import counted
+from fl_lightning.models import ImageClassifier, ImageShape
+from fl_lightning.models.freezing import keeping_statistics
+
+TRIED = 3
+"""Convolutions that are tried, the first in the network first."""
+SAME_FEATURES = 0.1
+"""Relative distance of a map's features to those that the head shows, up to which they are of one image. Measured:
+0.001 to 0.02."""
+ENDS = 0.01
+"""Misfit up to which an image has its map. Measured: 0.002 to 0.008 where images came out at 29 dB and more, 0.01 to
+0.04 where at 20 to 28."""
+ROUNDS = 20
+"""Iterations of a map's size. One is enough without biases."""
+
+
+class Shown(NamedTuple):
+    """What takes the place of the head's features.
+
+    Attributes:
+        model: of which `embed` gives the map in front of a convolution.
+        features: (N, D) in the order of the head's.
+        uncertainty: (N,) expected relative errors.
+        layer: name of the convolution.
+    """
+
+    model: ImageClassifier
+    features: Tensor
+    uncertainty: Tensor
+    layer: str
+
+    def limited(self, verdict: Verdict, misfit: Tensor) -> Verdict:
+        """The verdict, with images that do not have their map no better than likely.
+
+        Images that are hard to descend on are the detailed ones, which known images of the expected PSNR are not.
+
+        Args:
+            verdict: of N images.
+            misfit: (N,) relative distance of the images' maps to those that were read.
+        """
+        ends = misfit <= ENDS
+        if ends.all():
+            return verdict
+        pairs = zip(verdict.levels, ends.tolist(), strict=True)
+        levels = [level if ended else level.limited(Level.LIKELY) for level, ended in pairs]
+        reason = f"{counted(int((~ends).sum()), 'image')} came out with another map than was read"
+        advice = "More steps (`trainer.max_steps`) may bring images nearer to their maps."
+        return replace(verdict, levels=levels, reasons=[*verdict.reasons, reason], advice=[*verdict.advice, advice])
+
+    def introduction(self) -> str:
+        """What is inverted, in one line."""
+        return f"Convolutions: the maps in front of {self.layer} are inverted, off by {self.uncertainty.max():.1%}."
+
+
+class Convolutions:
+    """Reads the maps in front of a convolution, which hold more of an image than the head's features.
+
+    Where a few images were trained on, the update of a convolution of many channels has no more directions than images
+    and positions, and gives away its input map for every image (`analytic/convolution_maps.py`). Of all such layers,
+    the first is taken, whose map holds most. Which map is whose, and how large it is, follows from the head's features.
+
+    One local step or few of one round. In front of BatchNorm in train mode, of a single image, with
+    `model.statistics`.
+    """
+
+    def requirements(self) -> list[Requirement]:
+        """One round."""
+        return [SingleRound()]
+
+    def read(
+        self,
+        model: ImageClassifier,
+        update: Tensors,
+        leakage: Leakage,
+        image_shape: ImageShape,
+        batch_norm: frozenset[str],
+    ) -> Shown | None:
+        """The first map that is shown; None, with a warning, where no update shows one.
+
+        Args:
+            model: half way through the training, on the CPU; its BatchNorm frozen.
+            update: the peers' without weight decay, by parameter name.
+            leakage: what the head's update shows.
+            image_shape: (C, H, W).
+            batch_norm: names of the layers that normalised by their batch's statistics when the peers trained.
+        """
+        images = len(leakage.labels)
+        of_layers = {f"features.{inside}": update[name] for name, inside in model.feature_names(update).items()}
+        known = [of for of in _convolutions(model, image_shape, batch_norm) if of_layers[f"{of.name}.weight"].any()]
+        able = [of for of in known if of.shows(images)]
+        if leakage.diagnosis.disentangled == leakage.diagnosis.num_images and leakage.mixing is None:
+            for convolution in able[:TRIED]:
+                found = read_maps(of_layers[f"{convolution.name}.weight"], convolution, images)
+                sized = found and self._sized(model, convolution, found, leakage, image_shape)
+                if sized is not None:
+                    embed = MapClassifier(model, convolution.name, found.unseen)
+                    uncertainty = torch.full((images,), found.uncertainty, dtype=leakage.uncertainty.dtype)
+                    return Shown(embed, sized.to(leakage.features), uncertainty, convolution.name)
+        why = "none of these shows maps" if able else "none has as many outputs as there are positions of all images"
+        rank_zero_warn(
+            f"`model.convolutions` has no effect: of {len(known)} trained convolutions {why}, so the head's "
+            "features are inverted. Fewer images and a single local step show more."
+        )
+        return None
+
+    def _sized(
+        self, model: ImageClassifier, convolution: Convolution, found: Maps, leakage: Leakage, image_shape: ImageShape
+    ) -> Tensor | None:
+        """(N, D) the maps in the order and size of the images; None where they contradict the head's features."""
+        if convolution.centred:
+            return _sized_by_statistics(model, convolution, found.maps)
+        known, maps = leakage.features.to(model.mean), found.maps.to(model.mean)
+        if leakage.ones is not None:
+            known = known / leakage.ones.to(known)[:, None]
+        shown = _features_of(model, convolution.name, maps, image_shape)
+        cosine = F.normalize(shown, dim=1) @ F.normalize(known, dim=1).T
+        places, order = linear_sum_assignment(cosine.numpy(), maximize=True)
+        maps = maps[torch.from_numpy(places)[torch.from_numpy(order).argsort()]]
+        size = torch.ones(len(maps), 1, 1, 1).to(maps)
+        for _ in range(ROUNDS):
+            shown = _features_of(model, convolution.name, size * maps, image_shape)
+            size = size * (known.norm(dim=1) / shown.norm(dim=1).clamp_min(1e-12))[:, None, None, None]
+        shown = _features_of(model, convolution.name, size * maps, image_shape)
+        if ((shown - known).norm(dim=1) > SAME_FEATURES * known.norm(dim=1)).any():
+            return None
+        return (size * maps).flatten(1)
+
+
+@torch.no_grad()
+def _convolutions(model: ImageClassifier, image_shape: ImageShape, batch_norm: frozenset[str]) -> list[Convolution]:
+    """All that maps of the images pass through, with what follows them."""
+    maps: dict[str, tuple[int, int, int]] = {}
+    outputs: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no other one gets the same id
+    behind: dict[str, str] = {}
+
+    def watch(name: str, layer: nn.Module) -> Any:
+        def note(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            if isinstance(layer, nn.Conv2d):
+                maps[name] = tuple(inputs[0].shape[1:])
+                outputs[id(output)] = name, output
+            elif id(inputs[0]) in outputs and name in batch_norm:
+                behind[outputs[id(inputs[0])][0]] = name
+
+        return layer.register_forward_hook(note)
+
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Conv2d | _BatchNorm)}
+    hooks = [watch(name, layer) for name, layer in layers.items()]
+    with keeping_statistics(model):
+        model.embed(torch.full((2, *image_shape), 0.5).to(model.mean))
+    for hook in hooks:
+        hook.remove()
+    return [Convolution(name, layers[name], shape, behind.get(name)) for name, shape in maps.items()]
+
+
+@contextmanager
+def _instead(layer: nn.Module, maps: Tensor) -> Iterator[None]:
+    """Let a layer get other inputs."""
+    hook = layer.register_forward_pre_hook(lambda _, inputs: (maps,))
+    yield
+    hook.remove()
+
+
+@torch.no_grad()
+def _features_of(model: ImageClassifier, name: str, maps: Tensor, image_shape: ImageShape) -> Tensor:
+    """(N, D) features of maps in front of a layer; where these also go elsewhere, as around a block, not theirs."""
+    with _instead(model.get_submodule(name), maps):
+        return model.embed(torch.full((len(maps), *image_shape), 0.5).to(maps))
+
+
+@torch.no_grad()
+def _sized_by_statistics(model: ImageClassifier, convolution: Convolution, maps: Tensor) -> Tensor | None:
+    """(1, D) a single image's map of the size at which its outputs have the variance that BatchNorm saw."""
+    weight = convolution.layer.weight.to(maps)
+    spread = F.conv2d(maps, weight, stride=convolution.layer.stride, padding=convolution.layer.padding)
+    spread = spread.std((2, 3), correction=0)[0]
+    target = model.get_submodule(convolution.behind).running_var.to(spread).sqrt()
+    size = (spread @ target) / spread.square().sum()
+    if (size * spread - target).norm() > SAME_FEATURES * target.norm():
+        return None
+    return (size * maps).flatten(1)
+
+
+class MapClassifier(ImageClassifier):
+    """A model whose features are the input of one of its layers, without what is not seen of it.
+
+    Args:
+        model: the whole model.
+        layer: name of the layer in it.
+        unseen: (k, h, w) orthonormal; multiples of these are taken out of each channel.
+    """
+
+    def __init__(self, model: ImageClassifier, layer: str, unseen: Tensor) -> None:
+        super().__init__(model.mean.flatten().tolist(), model.std.flatten().tolist())
+        self.features = _Until(model.features, layer.removeprefix("features."), unseen.to(model.mean))
+        self.head = model.head
+
+
+class _Reached(Exception):
+    """The layer was reached."""
+
+
+class _Until(nn.Module):
+    def __init__(self, whole: nn.Module, layer: str, unseen: Tensor) -> None:
+        super().__init__()
+        self.whole = whole
+        self.layer = layer
+        self.register_buffer("unseen", unseen.flatten(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        inputs: list[Tensor] = []
+
+        def stop(_: nn.Module, given: tuple[Tensor]) -> None:
+            inputs.append(given[0])
+            raise _Reached
+
+        hook = self.whole.get_submodule(self.layer).register_forward_pre_hook(stop)
+        try:
+            self.whole(images)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        maps = inputs[0]
+        if not len(self.unseen):
+            return maps
+        flat = maps.flatten(2)
+        return (flat - flat @ self.unseen.T @ self.unseen).view(maps.shape)

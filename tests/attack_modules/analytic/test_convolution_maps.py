@@ -1,0 +1,52 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attack_modules.analytic.convolution_maps import Convolution, read_maps
+
+
+def rectified(count: int, shape: tuple[int, int, int]) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(count, *shape).relu()
+
+
+def update_of(layer: nn.Conv2d, maps: Tensor, centred: bool) -> Tensor:
+    """Sum over images and positions of random errors times patches, with the rounding of float32."""
+    patches = F.unfold(maps, layer.kernel_size, padding=layer.padding, stride=layer.stride)
+    errors = torch.randn(len(maps), layer.out_channels, patches.shape[2])
+    errors = errors - centred * errors.mean(2, keepdim=True)
+    return (errors @ patches.transpose(1, 2)).sum(0).view_as(layer.weight)
+
+
+def test_maps_of_several_images_come_back() -> None:
+    maps = rectified(3, (16, 4, 4))
+    convolution = Convolution("conv", layer := nn.Conv2d(16, 64, 3, padding=1), (16, 4, 4))
+    assert convolution.positions == 16
+    assert [convolution.shows(images) for images in (3, 4, 5)] == [True, True, False]  # 80 of 72 directions
+    found = read_maps(update_of(layer, maps, centred=False), convolution, 3)
+    likeness = found.maps.flatten(1) @ F.normalize(maps.double().flatten(1), dim=1).T
+    torch.testing.assert_close(likeness.amax(0), torch.ones(3).double(), rtol=0, atol=1e-4)
+    assert likeness.argmax(0).unique().numel() == 3
+    assert found.uncertainty < 1e-3
+    assert read_maps(torch.randn_like(layer.weight), convolution, 3) is None
+    assert read_maps(update_of(layer, rectified(4, (16, 4, 4)), centred=False), convolution, 3) is None
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_single_map_in_front_of_batch_norm_comes_back_as_far_as_it_is_seen(stride: int) -> None:
+    """At stride 2, every second pixel of both directions is under the kernel's centre alone."""
+    maps, layer = rectified(1, (16, 6, 6)), nn.Conv2d(16, 64, 3, stride, padding=1)
+    convolution = Convolution("conv", layer, (16, 6, 6), "norm")
+    assert convolution.shows(1)
+    assert not convolution.shows(2)
+    found = read_maps(update_of(layer, maps, centred=True), convolution, 1)
+    assert len(found.unseen) == stride - 1
+    if stride == 2:
+        single = torch.zeros(6, 6)
+        single[::2, ::2] = 1 / 3
+        torch.testing.assert_close(found.unseen[0].abs().float(), single)
+    flat = maps.double().flatten(2)
+    unseen = found.unseen.flatten(1)
+    expected = F.normalize((flat - flat @ unseen.T @ unseen).flatten(1), dim=1)
+    torch.testing.assert_close(found.maps.flatten(1), expected, rtol=0, atol=1e-5)
