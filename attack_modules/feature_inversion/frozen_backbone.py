@@ -69,7 +69,7 @@ class FrozenBackbone(RoundsReader):
     Args:
         starts: most random starts of the joint solver, of which the residual chooses.
         iterations: most of each start.
-        seed: of the starts, and of the search for zeros.
+        seed: of the starts.
 
     Raises:
         SettingError: a number is below 1.
@@ -109,7 +109,7 @@ class FrozenBackbone(RoundsReader):
         gradients = [augmented(u)[0].double() / t.lr for u, t in zip(updates, training, strict=True)]
         before = torch.stack([augmented(w)[0] for w in weights])
         rounds = StackedRounds.of(before, torch.stack(gradients), True)
-        zeros = sparse_rounds(rounds, self.seed)
+        zeros = sparse_rounds(rounds)
         if 2 * len(zeros.labels) >= rounds.num_images:
             self.solution, presence = zeros, zeros.presence
             self.drifting = peers_of(zeros, before, torch.stack(gradients), known)

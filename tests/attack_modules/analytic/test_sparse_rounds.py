@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attack_modules.analytic.joint_rounds import StackedRounds
-from attack_modules.analytic.sparse_rounds import SparseSolution, ZeroSearch, sparse_rounds
+from attack_modules.analytic.sparse_rounds import SparseSolution, ZeroSearch, solution_of, sparse_rounds
 
 CLASSES, WIDTH, PEERS, EACH, ROUNDS, RATE = 4, 256, 4, 3, 14, 0.02
 LABELS = torch.tensor([0, 0, 1, 0, 1, 1, 2, 0, 3, 3, 2, 2])
@@ -74,6 +74,23 @@ def test_sums_of_images_and_images_under_more_noise_than_tells_them_apart_are_no
     assert search.certify(image + other) is None
     assert search.certify(image - other) is None
     assert ZeroSearch(replace(rounds, noise=1e6 * rounds.noise)).certify(image) is None
+
+
+def test_features_lead_to_many_images_in_each_sweep() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = (
+        torch.randn(64, 320, generator=generator) + 0.7 * torch.randn(4, 320, generator=generator).repeat(16, 1)
+    ).relu()
+    errors = torch.randn(26, 4, 64, generator=generator).double()
+    inputs = torch.cat([images, torch.ones(64, 1)], 1).double()
+    noise = 1e-5 * torch.randn(26, 4, 321, generator=generator)
+    search = ZeroSearch(StackedRounds.of(torch.zeros(26, 4, 321), errors @ inputs + noise, biased=True))
+    for _ in range(4):  # 26 in all; along random directions, 2
+        search.found += search.sweep()
+    found = solution_of(search).features
+    distances, nearest = torch.cdist(images.double(), found).min(1)
+    right = distances < 0.01 * images.norm(dim=1)
+    assert nearest[right].unique().numel() == len(found) == right.sum() > 16
 
 
 def test_a_single_image_is_found() -> None:
