@@ -52,23 +52,29 @@ class Shown(NamedTuple):
     uncertainty: Tensor
     layer: str
 
-    def limited(self, verdict: Verdict, misfit: Tensor) -> Verdict:
+    def limited(self, verdict: Verdict, misfit: Tensor, pixels: int) -> Verdict:
         """The verdict, with images that do not have their map no better than likely.
 
-        Images that are hard to descend on are the detailed ones, which known images of the expected PSNR are not.
+        Images that are hard to descend on are the detailed ones, which known images of the expected PSNR are not. Nor
+        do known images tell how unlike them those are that a map of fewer numbers than pixels leaves open.
 
         Args:
             verdict: of N images.
             misfit: (N,) relative distance of the images' maps to those that were read.
+            pixels: numbers of an image, all channels together.
         """
-        ends = misfit <= ENDS
-        if ends.all():
-            return verdict
-        pairs = zip(verdict.levels, ends.tolist(), strict=True)
-        levels = [level if ended else level.limited(Level.LIKELY) for level, ended in pairs]
-        reason = f"{counted(int((~ends).sum()), 'image')} came out with another map than was read"
-        advice = "More steps (`trainer.max_steps`) may bring images nearer to their maps."
-        return replace(verdict, levels=levels, reasons=[*verdict.reasons, reason], advice=[*verdict.advice, advice])
+        numbers, ends = self.features.shape[1], misfit <= ENDS
+        levels, reasons, advice = verdict.levels, list(verdict.reasons), list(verdict.advice)
+        if not ends.all():
+            pairs = zip(levels, ends.tolist(), strict=True)
+            levels = [level if ended else level.limited(Level.LIKELY) for level, ended in pairs]
+            reasons.append(f"{counted(int((~ends).sum()), 'image')} came out with another map than was read")
+            advice.append("More steps (`trainer.max_steps`) may bring images nearer to their maps.")
+        if numbers < pixels:
+            levels = [level.limited(Level.UNRELIABLE) for level in levels]
+            reasons.append(f"a map of {numbers:,} numbers leaves an image of {pixels:,} open")
+            advice.append("Fewer images show an earlier, larger map.")
+        return replace(verdict, levels=levels, reasons=reasons, advice=advice)
 
     def introduction(self) -> str:
         """What is inverted, in one line."""

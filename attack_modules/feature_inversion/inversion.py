@@ -623,7 +623,7 @@ class FeatureInversion(Attack):
             psnr = (-10 * wrong.log10()).tolist()
         verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(controls[:each]))
         if self.shown:
-            verdict = self.shown.limited(verdict, misfit)
+            verdict = self.shown.limited(verdict, misfit, controls[0].numel())
         update, read = self.update_of(observed), self.leakage.defended is not None
         return qualified(verdict, update, observed.observation.before, observed.assumptions, read)
 

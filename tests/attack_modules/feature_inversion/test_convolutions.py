@@ -110,9 +110,14 @@ def test_maps_take_the_place_of_features(observe: Observe, attack: Run) -> None:
 
 def test_an_image_that_misses_its_map_is_not_certain() -> None:
     shown = Shown(nn.Identity(), torch.ones(3, 2), torch.full((3,), 0.01), "features.3")
-    verdict = shown.limited(Verdict([Level.CERTAIN, Level.CERTAIN, Level.NOT_READ]), torch.tensor([0.005, 0.02, 0.02]))
+    before, misfit = Verdict([Level.CERTAIN, Level.CERTAIN, Level.NOT_READ]), torch.tensor([0.005, 0.02, 0.02])
+    verdict = shown.limited(before, misfit, pixels=2)
     assert verdict.levels == [Level.CERTAIN, Level.LIKELY, Level.NOT_READ]
     assert verdict.reasons == ["2 images came out with another map than was read"]
+    assert shown.limited(before, misfit[:1].expand(3), pixels=2) == before
+    open_ = shown.limited(before, misfit, pixels=3)
+    assert open_.levels == [Level.UNRELIABLE, Level.UNRELIABLE, Level.NOT_READ]
+    assert open_.reasons[1:] == ["a map of 2 numbers leaves an image of 3 open"]
 
 
 def test_too_many_images_leave_the_features(observe: Observe, attack: Run) -> None:
