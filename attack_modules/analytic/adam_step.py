@@ -122,18 +122,13 @@ class Votes:
 class AdamStep(DefendedReading):
     """Reads the first step of Adam of peers that have equally many images."""
 
+    shows_rank = False
+    single_step = True
+
     @classmethod
     def against(cls, defenses: Sequence[Defense]) -> "AdamStep | None":
         """For peers that train by Adam: None if they, or the server, have defences as well."""
         return None if defenses else cls()
-
-    @property
-    def shows_rank(self) -> bool:
-        return False
-
-    @property
-    def single_step(self) -> bool:
-        return True
 
     def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:
         (seen,) = rounds

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
+from torch.nn import functional as F
 
 from attack_modules.analytic.adam_step import rounding
 from attack_modules.analytic.defended_head import (
@@ -183,7 +184,7 @@ def sizes_of_buckets(values: Tensor, noise: Tensor, most: int) -> tuple[Tensor, 
         most: number of sizes.
     """
     ordered, same = values.abs().sort(1).values, FINE * noise[:, None]
-    first = torch.nn.functional.pad(ordered.diff(dim=1) > same, (1, 0), value=True)
+    first = F.pad(ordered.diff(dim=1) > same, (1, 0), value=True)
     kind = first.cumsum(1) - 1
     counts = torch.zeros_like(ordered).scatter_add_(1, kind, torch.ones_like(ordered))
     kinds = torch.zeros_like(ordered).scatter_add_(1, kind, ordered) / counts.clamp_min(1)
@@ -191,9 +192,8 @@ def sizes_of_buckets(values: Tensor, noise: Tensor, most: int) -> tuple[Tensor, 
     largest = kinds.amax(1, keepdim=True).clamp_min(torch.finfo(kinds.dtype).tiny)
     sizes, left = kinds.new_zeros(len(values), 0), []
     for _ in range(most):
-        often = torch.where(open_, counts - kinds / largest / 2, -1.0).argmax(
-            1, keepdim=True
-        )  # of equals, the smallest
+        # of equally frequent ones, the smallest
+        often = torch.where(open_, counts - kinds / largest / 2, -1.0).argmax(1, keepdim=True)
         chosen = torch.where(open_.any(1, keepdim=True), kinds.gather(1, often), 0.0)
         sizes = torch.cat([sizes, chosen], 1)
         for largest_multiple in LADDER[:2]:

@@ -66,7 +66,6 @@ def read_counts(
         gradients = [gradient / weights[:, None] for gradient in gradients]
         typical = typical and replace(typical, probabilities=typical.probabilities / weights)
     held, distinct = held_classes(gradients[0], hidden, typical, smoothing)
-    evident = class_evidence(gradients[0])[1]
     noise, above = noise_floor(first.singular, tuple(first.update.shape)) or (None, 1)
     compressed = is_compressed(active_entries(first.update, first.spacing), first.spacing)
     epochs = training.epochs or training.steps
@@ -76,7 +75,7 @@ def read_counts(
 
     found, clear, views = counted(held, distinct)
     # with one evident class, the fall behind it would be that of the images' mean
-    if not distinct and 1 < evident.sum() < len(evident) / 2:
+    if not distinct and 1 < (evident := class_evidence(gradients[0])[1]).sum() < len(evident) / 2:
         fewer = counted(evident, True)
         steep = first.singular[fewer[0] - 1] > STEEP_FALL * first.singular[min(fewer[0], len(first.singular) - 1)]
         scales = [empty_scale(gradient, hidden, evident, typical) for gradient in gradients]

@@ -95,40 +95,23 @@ class DefendedFeatures:
 class DefendedReading(ABC):
     """How the first layer's update is read under one kind of defence."""
 
+    resolves: int = 0
+    """How often, while images are reconstructed, their features make this reading better than it was."""
+    most_unexplained: float = math.inf
+    """Residual from which the plain reading is at least as good, since training is not as this one takes it."""
+    noisy: bool = True
+    """Whether features come out with noise, of the size of their uncertainty."""
+    harm: float = 1.0
+    """Factor by which errors of the features harm an image more than as much independent noise."""
+    shows_rank: bool = True
+    """Whether the rank of the update tells of the number of images; else it is that of the held classes."""
+    single_step: bool = False
+    """Whether it reads one local step of one round alone."""
+
     @classmethod
     @abstractmethod
     def against(cls, defenses: Sequence[Defense]) -> "DefendedReading | None":
         """The reading for these defences of the peers and the server; None if they do not ask for it."""
-
-    @property
-    def resolves(self) -> int:
-        """How often, while images are reconstructed, their features make this reading better than it was."""
-        return 0
-
-    @property
-    def most_unexplained(self) -> float:
-        """Residual from which the plain reading is at least as good, since training is not as this one takes it."""
-        return math.inf
-
-    @property
-    def noisy(self) -> bool:
-        """Whether features come out with noise, of the size of their uncertainty."""
-        return True
-
-    @property
-    def harm(self) -> float:
-        """Factor by which errors of the features harm an image more than as much independent noise."""
-        return 1.0
-
-    @property
-    def shows_rank(self) -> bool:
-        """Whether the rank of the update tells of the number of images; else it is that of the held classes."""
-        return True
-
-    @property
-    def single_step(self) -> bool:
-        """Whether it reads one local step of one round alone."""
-        return False
 
     def mixing(self, directions: Tensor, last: LastLayer) -> Tensor | None:
         """(N, N) share of each image, by columns, in each of those that were trained on; None if none are mixed.

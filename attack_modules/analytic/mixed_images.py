@@ -53,17 +53,12 @@ UNMIXED = 0.99
 class MixedImages(DefendedReading):
     """Reads updates of a local step on mixtures of two images each; pairs and shares are estimated."""
 
+    noisy = False
+    single_step = True
+
     @classmethod
     def against(cls, defenses: Sequence[Defense]) -> "MixedImages | None":
         return cls() if any(isinstance(defense, Mixup) for defense in defenses) else None
-
-    @property
-    def noisy(self) -> bool:
-        return False
-
-    @property
-    def single_step(self) -> bool:
-        return True
 
     def mixing(self, directions: Tensor, last: LastLayer) -> Tensor:
         layer, targets, every = last.weight[:, : len(directions)], last.targets, torch.arange(len(last.targets))

@@ -42,21 +42,13 @@ CHUNK = 512
 class PrunedUpdate(DefendedReading):
     """Reads updates of which every peer sent only the largest entries; how many is estimated."""
 
+    resolves = 12
+    harm = HARM
+    most_unexplained = MUCH
+
     @classmethod
     def against(cls, defenses: Sequence[Defense]) -> "PrunedUpdate | None":
         return cls() if any(isinstance(defense, TopK) for defense in defenses) else None
-
-    @property
-    def resolves(self) -> int:
-        return 12
-
-    @property
-    def harm(self) -> float:
-        return HARM
-
-    @property
-    def most_unexplained(self) -> float:
-        return MUCH
 
     def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:
         update = torch.cat([seen.update for seen in rounds])

@@ -52,24 +52,16 @@ typical features 0.26."""
 class SignedUpdate(DefendedReading):
     """Reads updates of which every peer sent the signs, times a size of its own."""
 
+    resolves = 99  # images follow the sizes that they were made from, so these change little at a time
+    shows_rank = False
+    single_step = True
+
     def __init__(self) -> None:
         self._found: tuple[HeadRound, Tensor, Tensor, Tensor, Tensor, float] | None = None  # it is read again and again
 
     @classmethod
     def against(cls, defenses: Sequence[Defense]) -> "SignedUpdate | None":
         return cls() if any(isinstance(one, Sign) and one.scale is None for one in defenses) else None
-
-    @property
-    def resolves(self) -> int:
-        return 99  # images follow the sizes that they were made from, so these change little at a time
-
-    @property
-    def shows_rank(self) -> bool:
-        return False
-
-    @property
-    def single_step(self) -> bool:
-        return True
 
     def solve(self, rounds: Sequence[HeadRound], expected: Expected) -> DefendedFeatures:
         (seen,) = rounds

@@ -28,7 +28,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 
-from attack_modules.analytic.joint_rounds import StackedRounds
+from attack_modules.analytic.joint_rounds import CERTAIN, StackedRounds
 from attack_modules.analytic.sparse_features import STARTS, sparser
 
 SLOW = tuple(0.3 * 0.03 ** (i / 39) for i in range(40))
@@ -53,8 +53,6 @@ APART = 0.01
 """Sine of the angle between two images, in the metric of the noise, from which on they are different."""
 ABSENT = 0.02
 """Error of an image in a round, relative to its largest, up to which it was not there, if noise explains it, too."""
-CERTAIN = 0.05
-"""Largest expected relative error of the features of a certified image, as in `joint_rounds`."""
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,6 @@ class BatchStatistics:
             layer.eval()
         return None
 
-    def introduction(self) -> str:
-        """What is done, in one line."""
-        return "BatchNorm normalises by the peers' own statistics, read from the running ones."
-
 
 def _pixels(model: ImageClassifier, layers: dict[str, _BatchNorm], image_shape: tuple[int, int, int]) -> dict[str, int]:
     """How many values of one image each layer averages."""

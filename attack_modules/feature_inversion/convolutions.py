@@ -179,8 +179,10 @@ def _convolutions(model: ImageClassifier, image_shape: ImageShape, batch_norm: f
 def _instead(layer: nn.Module, maps: Tensor) -> Iterator[None]:
     """Let a layer get other inputs."""
     hook = layer.register_forward_pre_hook(lambda _, inputs: (maps,))
-    yield
-    hook.remove()
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

@@ -70,9 +70,11 @@ def freeze(model: ImageClassifier, names: Collection[str]) -> ImageClassifier:
 def keeping_statistics(model: nn.Module) -> Iterator[None]:
     """Undo what forward passes in train mode do to the running statistics, which may be those of an Observation."""
     kept = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    yield
-    for name, tensor in model.named_buffers():
-        tensor.copy_(kept[name])
+    try:
+        yield
+    finally:
+        for name, tensor in model.named_buffers():
+            tensor.copy_(kept[name])
 
 
 def batch_statistics(model: nn.Module) -> list[str]:

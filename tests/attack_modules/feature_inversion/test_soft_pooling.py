@@ -1,8 +1,12 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from attack_modules import FeatureInversion
 from attack_modules.feature_inversion.soft_pooling import SoftPooling, soften, softened
+from fl_lightning.federation import Federation
 from fl_lightning.models import LeNet5
 
 LAYERS = [nn.MaxPool2d(2), nn.MaxPool2d(3, 2), nn.MaxPool2d(3, 2, padding=1), nn.MaxPool2d((2, 3), (1, 2))]
@@ -62,3 +66,12 @@ def test_poolings_of_a_model_are_soft_only_meanwhile() -> None:
     assert slope().equal(exact)
     kept = nn.ModuleDict({"dilated": nn.MaxPool2d(2, dilation=2), "ceil": nn.MaxPool2d(2, ceil_mode=True)})
     assert not any(map(SoftPooling.fits, kept.values()))
+
+
+def test_softness_reaches_the_inversion(observe: Callable, attack: Callable) -> None:
+    seen = observe(Federation(), num_classes=50)
+    exact, soft = (
+        attack(FeatureInversion(softness=softness), seen, steps=2).reconstruction().images
+        for softness in ((0.0, 0.0), (0.5, 0.5))
+    )
+    assert not soft.allclose(exact, atol=1e-3)
