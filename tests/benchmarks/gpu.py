@@ -61,7 +61,7 @@ class Sizes:
     prior_steps: int = 20
     crowds: tuple[tuple[int, int], ...] = ((256, 128), (64, 128), (1024, 128), (64, 224), (256, 224))
     """Images and their size, where the features are given."""
-    chunks: tuple[int, ...] = (64, 256)
+    chunks: tuple[int, ...] = (16, 64)
     """Images that pass through the model at once, of the first crowd, beside the default."""
     product: int = 8192
     transformer: dict[str, int] = field(default_factory=dict)
