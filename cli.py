@@ -18,7 +18,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import attack_modules
 import fl_lightning.data
@@ -255,9 +255,9 @@ class AuditCLI(LightningCLI):
         told = [assumed.num_images for assumed in rounds.assumptions if assumed.num_images]
         images = max(told, default=1) if foreign else sum(map(len, data.clients))
         attack = self.model.peak_memory(rounds, images)
-        if attack is not None:
+        if attack is not None and self.trainer.is_global_zero:
             ready = foreign or self.datamodule.record.checkpoint.exists()
-            rank_zero_info(forecast(max(attack, 0 if ready else federation.peak_memory(data))))
+            print(forecast(max(attack, 0 if ready else federation.peak_memory(data))), flush=True)
 
     def _make_directory(self) -> None:
         self.evaluation.make_directory(self.trainer)
