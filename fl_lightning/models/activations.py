@@ -28,7 +28,7 @@ def activation_bytes(model: ImageClassifier, image_shape: ImageShape) -> int:
     try:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             graph = model(images)  # it holds the storages, so that no two have the same address
-    except (RuntimeError, NotImplementedError):  # it looks at values
+    except Exception:  # of a user's model that looks at values
         return 0
     del graph
     return sum(kept.values()) // PROBES
