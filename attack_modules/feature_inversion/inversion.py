@@ -253,10 +253,11 @@ class FeatureInversion(Attack):
         if self.convolutions:
             shape = observed.observation.image_shape
             gradients = observed.without_weight_decay(update)
-            self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised)
+            self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised, self.steps)
         if self.shown:
-            of_map = {"features": self.shown.features, "uncertainty": self.shown.uncertainty, "seen": None}
-            self.leakage = replace(self.leakage, **of_map)
+            self.leakage = self.shown.instead(self.leakage)
+            if self.shown.peers is not None:  # images of a peer pass through the model together
+                self.chunk_size = max(self.chunk_size, len(self.leakage.labels))
             return self.shown.model
         return model
 
@@ -566,7 +567,8 @@ class FeatureInversion(Attack):
 
     def reconstruction(self) -> Reconstruction:
         images, mixed = self.best.float(), self.unmixing is not None
-        alone = not mixed and not batch_statistics(self.model)
+        together = self.shown is not None and self.shown.peers is not None
+        alone = not mixed and not together and not batch_statistics(self.model)
         if mixed:
             images = torch.tensordot(self.unmixing, images, 1)
 
@@ -578,7 +580,7 @@ class FeatureInversion(Attack):
             images.clamp(0, 1),
             self.labels,
             num_classes=self.observed_rounds[0].observation.num_classes,
-            consistency_error=None if mixed else error,  # of a mixed image, it depends on another one as well
+            consistency_error=None if mixed or together else error,  # there, it depends on another image as well
             peers=self.leakage.peers,
             features=self.leakage.features if alone else None,
             seen=self.leakage.seen if alone else None,
