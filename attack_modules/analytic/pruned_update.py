@@ -192,9 +192,7 @@ def peers_of_masks(sent: Tensor, gated: Tensor, features: Tensor) -> Tensor:
     return group_peers(influence + influence.amax(1).diag())
 
 
-def regrouped(
-    update: Tensor, gated: Tensor, features: Tensor, peers: Tensor, expected: Tensor, off: Tensor
-) -> Tensor:
+def regrouped(update: Tensor, gated: Tensor, features: Tensor, peers: Tensor, expected: Tensor, off: Tensor) -> Tensor:
     """(N,) the peers, after images went to other ones, image by image, as long as that explains more of the update.
 
     The features of all images are solved for at each try: those that were made for other peers would speak for these.

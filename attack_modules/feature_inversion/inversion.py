@@ -254,8 +254,8 @@ class FeatureInversion(Attack):
             gradients = observed.without_weight_decay(update)
             self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised)
         if self.shown:
-            of_map = {"features": self.shown.features, "uncertainty": self.shown.uncertainty, "seen": None, "shown": None}
-            self.leakage = replace(self.leakage, **of_map)
+            of_map = {"features": self.shown.features, "uncertainty": self.shown.uncertainty}
+            self.leakage = replace(self.leakage, **of_map, seen=None, shown=None)
             return self.shown.model
         return model
 

@@ -52,8 +52,8 @@ def test_known_defence_chooses_the_reading(
     assert (known.weights is not None) == (reading is PrunedUpdate)
     if reading is PrunedUpdate:  # what nobody sent does not count
         assert not torch.equal(known.shares, known.leakage.shown)
-        other = known.features + (known.shares == 0)
-        torch.testing.assert_close(*(known.feature_error(known.best, f, known.weights) for f in (other, known.features)))
+        changed, weights = known.features + (known.shares == 0), known.weights
+        torch.testing.assert_close(*(known.feature_error(known.best, f, weights) for f in (changed, known.features)))
         assert (known.shares == 0).any()
     assert known.diagnosis()["uncertainty"] == known.noise.median()  # of what was inverted last
     plain = attack(FeatureInversion(), observe(trained(defense), Knowledge(defenses="unknown"), **WIDE), steps=2)
