@@ -62,6 +62,8 @@ MOST_NOISE = 3.0
 """Relative noise beyond which features tell nothing."""
 TRIED = 4
 """Known photographs on which it is tried whether inversion improves what a learned decoder makes of them."""
+CPU_CHUNK = 16
+"""Images that pass through the model at once on a CPU, which more would not keep busier."""
 RESIMULATIONS = 2
 """Default number of simulations of the peers' training without a refinement."""
 
@@ -105,7 +107,8 @@ class FeatureInversion(Attack):
         subtract_own: subtract the attacker's own update from the aggregate first.
         resimulations: how often, evenly spread over the steps, the peers' training is simulated; 0 for never, null for
             2, or for what `refinement` asks for.
-        chunk_size: images that pass through the model at once, which bounds memory.
+        chunk_size: images that pass through the model at once, which bounds memory; null for 16 on a CPU, and on a GPU
+            for as many as its memory holds.
         checkpoint_every: steps between checkpoints.
         refinement: corrects the leaked features with the simulated training; null for none.
         guidance: a diffusion prior as a further penalty; null for none.
@@ -127,7 +130,7 @@ class FeatureInversion(Attack):
         betas: tuple[float, float] = (0.8, 0.85),
         subtract_own: bool = True,
         resimulations: int | None = None,
-        chunk_size: int = 16,
+        chunk_size: int | None = None,
         checkpoint_every: int = 25,
         refinement: Refinement | None = None,
         guidance: DiffusionGuidance | None = None,
@@ -141,11 +144,11 @@ class FeatureInversion(Attack):
         if resimulations is None:
             resimulations = refinement.resimulations if refinement else RESIMULATIONS
         wrong = not positive(lr, *prior_limit) or not non_negative(balance, *softness)
-        if wrong or chunk_size < 1 or resimulations < 0:
+        if wrong or (chunk_size is not None and chunk_size < 1) or resimulations < 0:
             raise SettingError(
-                "`model` needs lr > 0, prior_limit > 0, balance >= 0, softness >= 0, chunk_size >= 1 and resimulations "
-                f">= 0, but got lr={lr}, prior_limit={prior_limit}, balance={balance}, softness={softness}, "
-                f"chunk_size={chunk_size}, resimulations={resimulations}."
+                "`model` needs lr > 0, prior_limit > 0, balance >= 0, softness >= 0, chunk_size >= 1 or null and "
+                f"resimulations >= 0, but got lr={lr}, prior_limit={prior_limit}, balance={balance}, "
+                f"softness={softness}, chunk_size={chunk_size}, resimulations={resimulations}."
             )
         self.automatic_optimization = False  # one backward pass a chunk, so that memory holds one graph
         self.lr = lr
@@ -284,10 +287,15 @@ class FeatureInversion(Attack):
             found = self.invert(features.clone(), max(self.trainer.max_steps, 1))
         return mean_psnr(found, known) > mean_psnr(start(features), known)
 
+    @property
+    def _chunk(self) -> int:
+        """Images that pass through the model at once; `Ranks.gather` takes fewer where memory does not suffice."""
+        return self.chunk_size or (CPU_CHUNK if self.device.type == "cpu" else len(self.features))
+
     @torch.no_grad()
     def _embedded(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D) features, a chunk at a time, of at least two images where there are as many."""
-        chunks = images.to(self.model.mean).tensor_split(math.ceil(len(images) / max(self.chunk_size, 3)))
+        chunks = images.to(self.model.mean).tensor_split(math.ceil(len(images) / max(self._chunk, 3)))
         return torch.cat([self.model.embed(chunk) for chunk in chunks])
 
     def _warn_of_mixed_images(self, model: ImageClassifier) -> None:
@@ -335,9 +343,9 @@ class FeatureInversion(Attack):
         if self._resolves_now:
             self._resolve()
         if self.guidance and self.guidance.denoises_at(self.global_step):
-            self.guidance.denoise(self.images, self.ranks, self.chunk_size)
+            self.guidance.denoise(self.images, self.ranks, self._chunk)
         scored = torch.empty(len(self.images), 2, device=self.device)
-        self.ranks.gather(scored, self._descend, self.chunk_size)
+        self.ranks.gather(scored, self._descend, self._chunk)
         errors, losses = scored.unbind(1)
         self.join_gradients(self.images)
         self._remember(errors, losses)
@@ -456,7 +464,7 @@ class FeatureInversion(Attack):
     @torch.no_grad()
     def _resolve(self) -> None:
         """Read a defended update once more, with the features of the best images so far as what is expected."""
-        features = torch.cat([self.model.embed(chunk) for chunk in self.best.split(self.chunk_size)]).cpu()
+        features = self._embedded(self.best).cpu()
         off = self.noise.cpu()  # images are no better than the features that they were made from
         found = self.leakage.defended.again(Expected(features / self.scale, off, of_images=True))
         self.features.copy_(self.scale * found.features)
@@ -480,7 +488,7 @@ class FeatureInversion(Attack):
         def target(chunk: Tensor) -> Tensor:
             return drift[chunk] + self.model.embed(self.best[chunk].contiguous(memory_format=torch.channels_last))
 
-        self.ranks.gather(self.features, target, self.chunk_size)
+        self.ranks.gather(self.features, target, self._chunk)
         self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
         if not self.inverts:
             self.images.copy_(self._start(self.features, self.seen))
@@ -549,7 +557,7 @@ class FeatureInversion(Attack):
             weights = None if self.weights is None else self.weights[chunk]
             return self.feature_error(images[chunk], self.features[chunk], weights)
 
-        self.ranks.gather(errors, error, self.chunk_size)
+        self.ranks.gather(errors, error, self._chunk)
         if self.unmixing is not None:
             errors = ((mixing > 0) * errors[:, None]).amax(0)
         return errors.sqrt()
