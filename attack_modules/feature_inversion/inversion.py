@@ -228,6 +228,8 @@ class FeatureInversion(Attack):
             self.leakage = replace(self.leakage, features=self.scale * self.leakage.features)
         self.register_buffer("features", self.leakage.features.clone())  # target: under the model half way
         self.register_buffer("seen", self.leakage.seen, persistent=False)
+        shown = self.leakage.shown
+        self.register_buffer("shares", None if shown is None else shown.clone())  # of each feature; None if all
         self.register_buffer("labels", self.leakage.labels)
         self.images = nn.Parameter(self._start(self.features, self.seen))
         mixing = self.leakage.mixing  # then `images` are mixtures, and what is found are `unmixed` ones
@@ -257,10 +259,14 @@ class FeatureInversion(Attack):
         if self.convolutions:
             shape = observed.observation.image_shape
             gradients = observed.without_weight_decay(update)
-            self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised)
+            self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised, self.steps)
         if self.shown:
-            of_map = {"features": self.shown.features, "uncertainty": self.shown.uncertainty, "seen": None}
-            self.leakage = replace(self.leakage, **of_map)
+            self.leakage = self.shown.instead(self.leakage)
+            if self._together and self.ranks.count > 1:
+                raise SettingError(
+                    "Images of a peer pass through BatchNorm together, which several processes cannot divide. Set "
+                    "`trainer.devices: 1`, or leave `model.convolutions` out."
+                )
             return self.shown.model
         return model
 
@@ -292,7 +298,14 @@ class FeatureInversion(Attack):
     @property
     def _chunk(self) -> int:
         """Images that pass through the model at once; `Ranks.gather` takes fewer where memory does not suffice."""
+        if self._together:
+            return len(self.features)
         return self.chunk_size or (CPU_CHUNK if self.device.type == "cpu" else len(self.features))
+
+    @property
+    def _together(self) -> bool:
+        """Whether an image's features depend on the other images of its peer."""
+        return self.shown is not None and self.shown.peers is not None
 
     @torch.no_grad()
     def _embedded(self, images: Tensor) -> Tensor:
@@ -364,15 +377,15 @@ class FeatureInversion(Attack):
     def _descend(self, chunk: Tensor) -> Tensor:
         """Set `images.grad` of the images `chunk` (n,); return (n, 2) their E, and the loss that ranks iterates."""
         if not self.inverts:
-            seen = None if self.seen is None else self.seen[chunk]
+            weights = None if self.weights is None else self.weights[chunk]
             with torch.no_grad():
-                error = self.feature_error(self.images[chunk], self.features[chunk], seen)
+                error = self.feature_error(self.images[chunk], self.features[chunk], weights)
             return torch.stack([error, error], 1)
         with torch.enable_grad():
             images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
-            noise, seen = (None if of is None else of[chunk] for of in (self.noise, self.seen))
+            noise, weights = (None if of is None else of[chunk] for of in (self.noise, self.weights))
             features, steps = self.features[chunk], self.trainer.max_steps
-            loss, scored = self._losses(images, features, self.global_step, steps, noise, seen)
+            loss, scored = self._losses(images, features, self.global_step, steps, noise, weights)
             if self.guidance:
                 loss = loss + self.guidance.penalty(images, chunk)
             self.back_propagate(loss.sum(), images)  # a sum: the images are independent
@@ -380,7 +393,7 @@ class FeatureInversion(Attack):
         return scored
 
     def _losses(
-        self, images: Tensor, features: Tensor, step: int, steps: int, noise: Tensor | None, seen: Tensor | None
+        self, images: Tensor, features: Tensor, step: int, steps: int, noise: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(n,) losses to descend on for images (n, C, H, W), and (n, 2) as of `_descend`.
 
@@ -390,10 +403,10 @@ class FeatureInversion(Attack):
             step: of the optimisation, in which the weight of P falls.
             steps: of all.
             noise: (n,) relative size of the noise in `features`, in proportion to which P weighs; None without.
-            seen: (n, D) which of the features count; None for all.
+            weights: (n, D) see `feature_error`.
         """
         with softened(self.model, annealed(self.softness, step, steps)):
-            error = self.feature_error(images, features, seen)
+            error = self.feature_error(images, features, weights)
         limit = annealed(self.prior_limit, step, steps)
         if noise is not None:
             final = (PRIOR_OF_NOISE * noise).clamp_min(self.prior_limit[1])
@@ -405,7 +418,7 @@ class FeatureInversion(Attack):
         loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
         rank = scale.log() + self.balance * (prior + PRIOR_FLOOR).log() if noise is None else error + final * prior
         if noise is None and self.grey is not None:
-            grey = self._distance(self.grey.expand_as(features), features, seen)
+            grey = self._distance(self.grey.expand_as(features), features, weights)
             rank = torch.where(error < EXPLAINS * grey, rank, UNEXPLAINED + scale.log())
         return loss, torch.stack([error, rank], 1).detach()
 
@@ -468,9 +481,11 @@ class FeatureInversion(Attack):
         """Read a defended update once more, with the features of the best images so far as what is expected."""
         features = self._embedded(self.best).cpu()
         off = self.noise.cpu()  # images are no better than the features that they were made from
-        found, uncertainty = self.leakage.defended.again(Expected(features / self.scale, off, of_images=True))
-        self.features.copy_(self.scale * found)
-        self.noise.copy_(uncertainty.clamp_max(MOST_NOISE))
+        found = self.leakage.defended.again(Expected(features / self.scale, off, of_images=True))
+        self.features.copy_(self.scale * found.features)
+        self.noise.copy_(found.uncertainty.clamp_max(MOST_NOISE))
+        if found.shown is not None:
+            self.shares.copy_(found.shown)
         self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
 
     @torch.no_grad()
@@ -524,17 +539,22 @@ class FeatureInversion(Attack):
         total = torch.stack([round_.features for round_ in rounds]).sum(0)
         return total / self.presence.sum(0).to(total)[:, None]
 
-    def feature_error(self, images: Tensor, features: Tensor, seen: Tensor | None = None) -> Tensor:
+    @property
+    def weights(self) -> Tensor | None:
+        """(N, D) of the features, see `feature_error`: those that dropout hid, or a defence did, count less or not."""
+        return self.seen if self.shares is None else self.shares.sqrt()
+
+    def feature_error(self, images: Tensor, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """(N,) relative squared distance of the images' features to `features` (N, D), at any scale if that is off.
 
-        Those that are not `seen` (N, D) do not count.
+        Both are multiplied by `weights` (N, D) in [0, 1] first; None for 1.
         """
-        return self._distance(self.model.embed(images), features, seen)
+        return self._distance(self.model.embed(images), features, weights)
 
-    def _distance(self, shown: Tensor, features: Tensor, seen: Tensor | None) -> Tensor:
+    def _distance(self, shown: Tensor, features: Tensor, weights: Tensor | None) -> Tensor:
         """(N,) the same of the features (N, D) that images have."""
-        if seen is not None:
-            shown, features = shown * seen, features * seen
+        if weights is not None:
+            shown, features = shown * weights, features * weights
         if self.scale != 1:
             fitting = (shown * features).sum(1) / shown.square().sum(1).clamp_min(LEAST_SIZE)
             shown = shown * fitting.detach()[:, None]
@@ -549,8 +569,8 @@ class FeatureInversion(Attack):
             images = torch.tensordot(mixing, images, 1)
 
         def error(chunk: Tensor) -> Tensor:
-            seen = None if self.seen is None else self.seen[chunk]
-            return self.feature_error(images[chunk], self.features[chunk], seen)
+            weights = None if self.weights is None else self.weights[chunk]
+            return self.feature_error(images[chunk], self.features[chunk], weights)
 
         self.ranks.gather(errors, error, self._chunk)
         if self.unmixing is not None:
@@ -570,19 +590,19 @@ class FeatureInversion(Attack):
 
     def reconstruction(self) -> Reconstruction:
         images, mixed = self.best.float(), self.unmixing is not None
-        alone = not mixed and not batch_statistics(self.model)
+        alone = not mixed and not self._together and not batch_statistics(self.model)
         if mixed:
             images = torch.tensordot(self.unmixing, images, 1)
 
         def error(candidates: Tensor, indices: Tensor) -> Tensor:
-            seen = None if self.seen is None else self.seen[indices]
-            return self.feature_error(candidates, self.features[indices], seen)
+            weights = None if self.weights is None else self.weights[indices]
+            return self.feature_error(candidates, self.features[indices], weights)
 
         return Reconstruction(
             images.clamp(0, 1),
             self.labels,
             num_classes=self.observed_rounds[0].observation.num_classes,
-            consistency_error=None if mixed else error,  # of a mixed image, it depends on another one as well
+            consistency_error=None if mixed or self._together else error,  # there, it depends on another image as well
             peers=self.leakage.peers,
             features=self.leakage.features if alone else None,
             seen=self.leakage.seen if alone else None,
