@@ -76,7 +76,7 @@ class PrunedUpdate(DefendedReading):
             uncertainty=error.double(),
             peers=peers,
             residual=((update - every.sum(0)).norm() / update.norm()).item(),
-            shown=shown.double(),
+            weights=shown.double(),
         )
 
     def _peers_of(
