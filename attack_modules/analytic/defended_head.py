@@ -82,8 +82,8 @@ class DefendedFeatures:
         peers: (N,) long; 0 for all where nothing tells.
         residual: relative Frobenius norm of the update that the features leave unexplained.
         noise: standard deviation of independent noise in an entry of the update; None if it is not of this kind.
-        weights: (N, D) in [0, 1] of the features' squared errors as images are made of them, where some are known better
-            than others; None if all count alike.
+        weights: (N, D) in [0, 1] of the features' squared errors as images are made of them, where some are known
+            better than others; None if all count alike.
     """
 
     features: Tensor
