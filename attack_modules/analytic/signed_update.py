@@ -52,7 +52,7 @@ HARM = 1.7
 """See `DefendedReading.harm`: wrong sizes are repeated by the images. Measured on three seeds: 1.2, 1.5 and 1.7."""
 USUAL = 0.25
 """Mean square of a peer's features in a column, over that of all, at which these count half: signs show each column up
-to the same relative error, so that errors of large features are large. Measured on seed 0: 0.9 dB more; at 0.04, 0.1."""
+to the same relative error, so that errors of large features are large. Measured on seed 0: 0.9 dB more; at 0.04 0.1."""
 
 
 class SignedUpdate(DefendedReading):
