@@ -255,10 +255,14 @@ class FeatureInversion(Attack):
         if self.convolutions:
             shape = observed.observation.image_shape
             gradients = observed.without_weight_decay(update)
-            self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised)
+            self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised, self.steps)
         if self.shown:
-            of_map = {"features": self.shown.features, "uncertainty": self.shown.uncertainty}
-            self.leakage = replace(self.leakage, **of_map, seen=None, weights=None)
+            self.leakage = self.shown.instead(self.leakage)
+            if self._together and self.ranks.count > 1:
+                raise SettingError(
+                    "Images of a peer pass through BatchNorm together, which several processes cannot divide. Set "
+                    "`trainer.devices: 1`, or leave `model.convolutions` out."
+                )
             return self.shown.model
         return model
 
@@ -290,7 +294,14 @@ class FeatureInversion(Attack):
     @property
     def _chunk(self) -> int:
         """Images that pass through the model at once; `Ranks.gather` takes fewer where memory does not suffice."""
+        if self._together:
+            return len(self.features)
         return self.chunk_size or (CPU_CHUNK if self.device.type == "cpu" else len(self.features))
+
+    @property
+    def _together(self) -> bool:
+        """Whether an image's features depend on the other images of its peer."""
+        return self.shown is not None and self.shown.peers is not None
 
     @torch.no_grad()
     def _embedded(self, images: Tensor) -> Tensor:
@@ -576,7 +587,7 @@ class FeatureInversion(Attack):
 
     def reconstruction(self) -> Reconstruction:
         images, mixed = self.best.float(), self.unmixing is not None
-        alone = not mixed and not batch_statistics(self.model)
+        alone = not mixed and not self._together and not batch_statistics(self.model)
         if mixed:
             images = torch.tensordot(self.unmixing, images, 1)
 
@@ -588,7 +599,7 @@ class FeatureInversion(Attack):
             images.clamp(0, 1),
             self.labels,
             num_classes=self.observed_rounds[0].observation.num_classes,
-            consistency_error=None if mixed else error,  # of a mixed image, it depends on another one as well
+            consistency_error=None if mixed or self._together else error,  # there, it depends on another image as well
             peers=self.leakage.peers,
             features=self.leakage.features if alone else None,
             seen=self.leakage.seen if alone else None,
