@@ -82,7 +82,8 @@ class DefendedFeatures:
         peers: (N,) long; 0 for all where nothing tells.
         residual: relative Frobenius norm of the update that the features leave unexplained.
         noise: standard deviation of independent noise in an entry of the update; None if it is not of this kind.
-        shown: (N, D) share in [0, 1] of each feature that the update shows; the rest is as expected. None if all is.
+        weights: (N, D) in [0, 1] of the features' squared errors as images are made of them, where some are known
+            better than others; None if all count alike.
     """
 
     features: Tensor
@@ -91,7 +92,7 @@ class DefendedFeatures:
     peers: Tensor
     residual: float
     noise: float | None = None
-    shown: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class DefendedReading(ABC):
@@ -144,12 +145,12 @@ class ReadAgain:
     Attributes:
         features: (N, D), without the 1 of a bias.
         uncertainty: (N,) see `DefendedFeatures`.
-        shown: (N, D) or None, likewise.
+        weights: (N, D) or None, likewise.
     """
 
     features: Tensor
     uncertainty: Tensor
-    shown: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class Rereadable(ABC):
@@ -190,5 +191,5 @@ class DefendedLayer(Rereadable):
 
     def again(self, expected: Expected) -> ReadAgain:
         found, width = self.solve(expected), expected.features.shape[1]
-        shown = None if found.shown is None else found.shown[:, :width]
-        return ReadAgain(found.features[:, :width], found.uncertainty, shown)
+        weights = None if found.weights is None else found.weights[:, :width]
+        return ReadAgain(found.features[:, :width], found.uncertainty, weights)

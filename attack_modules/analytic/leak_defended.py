@@ -141,7 +141,7 @@ def leak_defended(
         noisy=reading.noisy,
         defended=layer,
         mixing=None if mixing is None else mixing.float(),
-        shown=None if found.shown is None else found.shown[:, :width].float(),
+        weights=None if found.weights is None else found.weights[:, :width].float(),
     )
 
 

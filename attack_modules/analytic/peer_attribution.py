@@ -94,9 +94,9 @@ def joined_uncertainty(uncertainty: Sequence[Tensor], attribution: Attribution) 
     return largest.index_reduce(0, torch.cat(attribution.identities), torch.cat([*uncertainty]), "amax")
 
 
-def joined_shares(shown: Sequence[Tensor | None], attribution: Attribution) -> Tensor | None:
-    """(M, D) mean share of each feature that the rounds show; None if they show all. Arguments as above, (N_r, D)."""
-    return None if any(share is None for share in shown) else joined_features(shown, attribution)
+def joined_weights(weights: Sequence[Tensor | None], attribution: Attribution) -> Tensor | None:
+    """(M, D) mean weight of each feature over the rounds; None if a round has none. Arguments as above, (N_r, D)."""
+    return None if any(one is None for one in weights) else joined_features(weights, attribution)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class JoinedRounds(Rereadable):
         return ReadAgain(
             joined_features([one.features for one in found], self.attribution),
             joined_uncertainty([one.uncertainty for one in found], self.attribution),
-            joined_shares([one.shown for one in found], self.attribution),
+            joined_weights([one.weights for one in found], self.attribution),
         )
 
 

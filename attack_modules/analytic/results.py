@@ -120,7 +120,7 @@ class Leakage:
             None if images were not mixed.
         seen: (N, D) bool, features that dropout left to be seen and that are not 0; the others are 0 in `features`.
             None without dropout in front of the head.
-        shown: (N, D) share of each feature that a defended update shows, see `DefendedFeatures`; None if all.
+        weights: (N, D) of the features' squared errors, see `DefendedFeatures`; None if all count alike.
     """
 
     labels: Tensor
@@ -133,7 +133,7 @@ class Leakage:
     defended: Rereadable | None = None
     mixing: Tensor | None = None
     seen: Tensor | None = None
-    shown: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Shown(NamedTuple):
 
     def instead(self, leakage: Leakage) -> Leakage:
         """What the head shows, with the maps instead of features, in their order."""
-        of_map = {"features": self.features, "uncertainty": self.uncertainty, "seen": None, "shown": None}
+        of_map = {"features": self.features, "uncertainty": self.uncertainty, "seen": None, "weights": None}
         if self.order is not None:
             ones = None if leakage.ones is None else leakage.ones[self.order]
             of_map |= {"labels": leakage.labels[self.order], "peers": self.peers, "ones": ones}

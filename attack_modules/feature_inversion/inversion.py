@@ -228,8 +228,8 @@ class FeatureInversion(Attack):
             self.leakage = replace(self.leakage, features=self.scale * self.leakage.features)
         self.register_buffer("features", self.leakage.features.clone())  # target: under the model half way
         self.register_buffer("seen", self.leakage.seen, persistent=False)
-        shown = self.leakage.shown
-        self.register_buffer("shares", None if shown is None else shown.clone())  # of each feature; None if all
+        weights = self.leakage.weights
+        self.register_buffer("weights", None if weights is None else weights.clone())
         self.register_buffer("labels", self.leakage.labels)
         self.images = nn.Parameter(self._start(self.features, self.seen))
         mixing = self.leakage.mixing  # then `images` are mixtures, and what is found are `unmixed` ones
@@ -377,13 +377,13 @@ class FeatureInversion(Attack):
     def _descend(self, chunk: Tensor) -> Tensor:
         """Set `images.grad` of the images `chunk` (n,); return (n, 2) their E, and the loss that ranks iterates."""
         if not self.inverts:
-            weights = None if self.weights is None else self.weights[chunk]
+            weights = None if self.counted is None else self.counted[chunk]
             with torch.no_grad():
                 error = self.feature_error(self.images[chunk], self.features[chunk], weights)
             return torch.stack([error, error], 1)
         with torch.enable_grad():
             images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
-            noise, weights = (None if of is None else of[chunk] for of in (self.noise, self.weights))
+            noise, weights = (None if of is None else of[chunk] for of in (self.noise, self.counted))
             features, steps = self.features[chunk], self.trainer.max_steps
             loss, scored = self._losses(images, features, self.global_step, steps, noise, weights)
             if self.guidance:
@@ -484,8 +484,8 @@ class FeatureInversion(Attack):
         found = self.leakage.defended.again(Expected(features / self.scale, off, of_images=True))
         self.features.copy_(self.scale * found.features)
         self.noise.copy_(found.uncertainty.clamp_max(MOST_NOISE))
-        if found.shown is not None:
-            self.shares.copy_(found.shown)
+        if found.weights is not None:
+            self.weights.copy_(found.weights)
         self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
 
     @torch.no_grad()
@@ -540,21 +540,22 @@ class FeatureInversion(Attack):
         return total / self.presence.sum(0).to(total)[:, None]
 
     @property
-    def weights(self) -> Tensor | None:
-        """(N, D) of the features, see `feature_error`: those that dropout hid, or a defence did, count less or not."""
-        return self.seen if self.shares is None else self.shares.sqrt()
+    def counted(self) -> Tensor | None:
+        """(N, D) weights of the features, see `feature_error`: not those that dropout hid; None for 1."""
+        return self.seen if self.weights is None else self.weights
 
     def feature_error(self, images: Tensor, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """(N,) relative squared distance of the images' features to `features` (N, D), at any scale if that is off.
 
-        Both are multiplied by `weights` (N, D) in [0, 1] first; None for 1.
+        Squares of features count as much as their `weights` (N, D) in [0, 1]; None for 1.
         """
         return self._distance(self.model.embed(images), features, weights)
 
     def _distance(self, shown: Tensor, features: Tensor, weights: Tensor | None) -> Tensor:
         """(N,) the same of the features (N, D) that images have."""
         if weights is not None:
-            shown, features = shown * weights, features * weights
+            root = weights.sqrt()
+            shown, features = shown * root, features * root
         if self.scale != 1:
             fitting = (shown * features).sum(1) / shown.square().sum(1).clamp_min(LEAST_SIZE)
             shown = shown * fitting.detach()[:, None]
@@ -569,7 +570,7 @@ class FeatureInversion(Attack):
             images = torch.tensordot(mixing, images, 1)
 
         def error(chunk: Tensor) -> Tensor:
-            weights = None if self.weights is None else self.weights[chunk]
+            weights = None if self.counted is None else self.counted[chunk]
             return self.feature_error(images[chunk], self.features[chunk], weights)
 
         self.ranks.gather(errors, error, self._chunk)
@@ -595,7 +596,7 @@ class FeatureInversion(Attack):
             images = torch.tensordot(self.unmixing, images, 1)
 
         def error(candidates: Tensor, indices: Tensor) -> Tensor:
-            weights = None if self.weights is None else self.weights[indices]
+            weights = None if self.counted is None else self.counted[indices]
             return self.feature_error(candidates, self.features[indices], weights)
 
         return Reconstruction(

@@ -14,8 +14,8 @@ from attack_modules.analytic.peer_attribution import (
     attribute,
     joined_features,
     joined_labels,
-    joined_shares,
     joined_uncertainty,
+    joined_weights,
 )
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.attack import AttackError
@@ -148,7 +148,7 @@ class ChangingParticipants(RoundsReader):
             defended=JoinedRounds([found.defended for found in rounds], self.attribution)
             if all(found.defended for found in rounds)
             else None,
-            shown=joined_shares([found.shown for found in rounds], self.attribution),
+            weights=joined_weights([found.weights for found in rounds], self.attribution),
         )
         return joined, presence
 

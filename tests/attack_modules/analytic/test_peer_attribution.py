@@ -63,7 +63,7 @@ def test_rounds_under_a_defence_are_read_again_each_with_its_own_images() -> Non
     again = JoinedRounds([Halved(), Halved()], found).again(expected)
     torch.testing.assert_close(again.features, expected.features / 2)
     torch.testing.assert_close(again.uncertainty, 3 * expected.error)
-    torch.testing.assert_close(again.shown, expected.features / 4)
+    torch.testing.assert_close(again.weights, expected.features / 4)
 
 
 def test_peers_that_come_and_go_together_are_one_unless_local_steps_tell() -> None:

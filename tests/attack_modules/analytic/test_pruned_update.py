@@ -54,9 +54,9 @@ def test_peers_masks_and_features(keep: float) -> None:
     assert error(again.features).mean() < 0.6 * error(found.features).mean()
     assert (masks(sent.any(0), again.gated.float(), features, PEERS) == sent).double().mean() > 0.98
     few = sent[PEERS].sum(1) < 2  # (N, D): entries that an image's peer sent of a feature
-    assert again.shown[few].mean() < 0.5 * again.shown[~few].mean()
-    assert ((again.shown >= 0) & (again.shown <= 1)).all()
-    none = again.shown[sent[PEERS].sum(1) == 0]
+    assert again.weights[few].mean() < 0.5 * again.weights[~few].mean()
+    assert ((again.weights >= 0) & (again.weights <= 1)).all()
+    none = again.weights[sent[PEERS].sum(1) == 0]
     assert none.numel() == 0 or none.median() < 1e-5  # the masks are not quite those
 
 
