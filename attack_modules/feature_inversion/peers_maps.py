@@ -195,12 +195,10 @@ def _errors(
 
     Errors behind the convolutions that take these follow from their updates, given the maps, without what is behind.
     """
-    takers = [model.get_submodule(name) for name, given in path.source.items() if given == source]
     names = [name for name, given in path.source.items() if given == source]
+    takers = [model.get_submodule(name) for name in names]
     if any(isinstance(taker, BasicBlock) and taker.downsample is None for taker in takers):
         return None  # a shortcut takes them too
-    errors = torch.zeros_like(maps)
-    for name, layer in zip(names, takers, strict=True):
-        if isinstance(layer, nn.Conv2d):
-            errors += errors_before(layer, maps, update[f"{name}.weight"])
-    return errors
+    pairs = [(name, taker) for name, taker in zip(names, takers, strict=True) if isinstance(taker, nn.Conv2d)]
+    shares = [errors_before(layer, maps, update[f"{name}.weight"]) for name, layer in pairs]
+    return None if any(share is None for share in shares) else sum(shares)
