@@ -82,6 +82,7 @@ class DefendedFeatures:
         peers: (N,) long; 0 for all where nothing tells.
         residual: relative Frobenius norm of the update that the features leave unexplained.
         noise: standard deviation of independent noise in an entry of the update; None if it is not of this kind.
+        shown: (N, D) share in [0, 1] of each feature that the update shows; the rest is as expected. None if all is.
     """
 
     features: Tensor
@@ -90,6 +91,7 @@ class DefendedFeatures:
     peers: Tensor
     residual: float
     noise: float | None = None
+    shown: Tensor | None = None
 
 
 class DefendedReading(ABC):
@@ -135,6 +137,21 @@ class DefendedReading(ABC):
         """
 
 
+@dataclass(frozen=True)
+class ReadAgain:
+    """Features of N images that were read once more.
+
+    Attributes:
+        features: (N, D), without the 1 of a bias.
+        uncertainty: (N,) see `DefendedFeatures`.
+        shown: (N, D) or None, likewise.
+    """
+
+    features: Tensor
+    uncertainty: Tensor
+    shown: Tensor | None = None
+
+
 class Rereadable(ABC):
     """What was read under a defence, and can be read again.
 
@@ -145,8 +162,8 @@ class Rereadable(ABC):
     reading: DefendedReading
 
     @abstractmethod
-    def again(self, expected: Expected) -> tuple[Tensor, Tensor]:
-        """(N, D) features of the images, without the 1 of a bias, and (N,) their uncertainty.
+    def again(self, expected: Expected) -> ReadAgain:
+        """The features of the images.
 
         Args:
             expected: of the features.
@@ -171,6 +188,7 @@ class DefendedLayer(Rereadable):
         ones = expected.features.new_ones(len(expected.features), width - expected.features.shape[1])
         return self.reading.solve(self.rounds, replace(expected, features=torch.cat([expected.features, ones], 1)))
 
-    def again(self, expected: Expected) -> tuple[Tensor, Tensor]:
-        found = self.solve(expected)
-        return found.features[:, : expected.features.shape[1]], found.uncertainty
+    def again(self, expected: Expected) -> ReadAgain:
+        found, width = self.solve(expected), expected.features.shape[1]
+        shown = None if found.shown is None else found.shown[:, :width]
+        return ReadAgain(found.features[:, :width], found.uncertainty, shown)

@@ -25,7 +25,6 @@ of the classes, which are fitted first, with their counts.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,8 +33,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attack_modules.analytic.counting import apportion
+from attack_modules.analytic.stacked_rounds import CERTAIN, StackedRounds
 from attack_modules.attack import AttackError
-from fl_lightning.errors import counted
 
 FIRST_ROUNDS = (0.1, 0.3, 1.0)
 """Shares of the rounds that the means of the classes are fitted to, one after the other: fitted to all at once, they
@@ -43,20 +42,12 @@ end at other counts where training soon is at its end."""
 DIRECT = 34
 """Most images for which the normal matrix is factorised. A start of 16 images takes 1 s, with conjugate gradients 50 s;
 one of 32 takes 10 s either way."""
-VISIBLE = 5.0
-"""Least ratio of singular values N and N + 1 at which the rank counts as visible."""
-EVEN = 2.5
-"""Singular value N + 1 over the root mean square of all beyond N, up to which these are of noise: 1 to 2 in theory
-(Marchenko and Pastur). Measured: 1.4 under a frozen EfficientNet, 1.7 to 2.1 in synthetic rounds; 3.3 to 5.6 where a
-gap shows fewer images than there are, the others of which noise hides."""
 MOST_BENT = 0.3
 """Largest size of the second-order correction beside the step. Of four starts, one found 16 images at 0.75, and all
 at 0.3."""
 EXPLAINED = 8.0
 """Residual, in units of the observed noise, up to which a solution is certified. Measured: 1.7 to 7 where the features
 are right, 9.5 and more where they are not."""
-CERTAIN = 0.05
-"""Largest expected relative error of the features of a certified image."""
 TRIES = 30
 """Raises of the damping before an iteration is given up."""
 STEPS = 24
@@ -83,94 +74,6 @@ class LocalSteps:
 
 ONE_STEP = LocalSteps(1, 0.0)
 """Then images do not move each other, so that the number of peers does not matter."""
-
-
-@dataclass(frozen=True)
-class StackedRounds:
-    """The rounds of a head, in an orthonormal basis of the row space of all their gradients.
-
-    Attributes:
-        weights: (R, C, N) the head before each round.
-        left: (R C, N) orthonormal: the stacked gradients are `left * singular @ basis`.
-        singular: (N,) singular values of the stacked gradients.
-        basis: (N, D) orthonormal.
-        noise: standard deviation of the independent noise in an entry of the gradients, as beyond the rank.
-        gap: singular value N over singular value N + 1.
-        biased: whether the last of the D features is the 1 of a bias.
-    """
-
-    weights: Tensor
-    left: Tensor
-    singular: Tensor
-    basis: Tensor
-    noise: float
-    gap: float
-    biased: bool
-
-    @classmethod
-    def of(cls, weights: Tensor, gradients: Tensor, biased: bool, num_images: int | None = None) -> "StackedRounds":
-        """Find the rank.
-
-        Args:
-            weights: (R, C, D) the head before each round; a bias is its last column.
-            gradients: (R, C, D) of the mean loss over the peers' images, in each round; summed over the local steps.
-            biased: whether there is a bias.
-            num_images: N, if it is told.
-
-        Raises:
-            AttackError: the rank is not below the number of equations, not visible, or what is beyond it is no noise.
-        """
-        rounds, classes, width = weights.shape
-        stacked = gradients.double().reshape(rounds * classes, width)
-        left, singular, basis = torch.linalg.svd(stacked, full_matrices=False)
-        most = min(rounds * (classes - 1), width) - 1
-        ratios = singular[:-1] / singular[1:].clamp_min(torch.finfo(torch.float64).tiny)
-        found = num_images or (int(ratios[:most].argmax()) + 1 if most > 0 else 1)
-        if found > most:
-            raise AttackError(
-                f"{counted(found, 'image')} cannot be told apart in {counted(rounds, 'round')} of {classes} classes "
-                f"and {width} features: at most {max(most, 0)} can. Observe more rounds (`federation.observed_rounds`)."
-            )
-        gap = ratios[found - 1].item()
-        if gap < VISIBLE:
-            cause = "" if num_images is None else f"There may not be {counted(found, 'image')}, as is assumed; or r"
-            raise AttackError(
-                f"The stacked updates of {rounds} rounds show no rank: singular value {found} is only {gap:.2g} times "
-                f"the next. {cause or 'R'}ounding or noise hides the images: the rounds change the predictions too "
-                "little. Observe more rounds, or rounds of a higher learning rate."
-            )
-        rest = singular[found:]
-        uneven = (rest[0] / rest.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)).item()
-        if uneven > EVEN:
-            raise AttackError(
-                f"The stacked updates of {rounds} rounds seem to hold more than {counted(found, 'image')}, which noise "
-                f"hides: singular value {found + 1} is {uneven:.2g} times those beyond, too much for noise. Observe "
-                "more rounds, or rounds of a higher learning rate, and do not tell too small a number of images."
-            )
-        freedom = (rounds * classes - found) * (width - found)
-        return cls(
-            weights=weights.double() @ basis[:found].T,
-            left=left[:, :found],
-            singular=singular[:found] * found,  # of the sum over the images
-            basis=basis[:found],
-            noise=found * (rest.square().sum() / freedom).sqrt().item(),
-            gap=gap,
-            biased=biased,
-        )
-
-    @property
-    def num_images(self) -> int:
-        return len(self.singular)
-
-    @cached_property
-    def gradients(self) -> Tensor:
-        """(R C, N) the summed gradients in the basis."""
-        return self.left * self.singular
-
-    @property
-    def one(self) -> Tensor | None:
-        """(N,) the direction of the bias: its inner product with the coordinates of an image is 1."""
-        return self.basis[:, -1] if self.biased else None
 
 
 @dataclass(frozen=True)

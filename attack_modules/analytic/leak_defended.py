@@ -141,6 +141,7 @@ def leak_defended(
         noisy=reading.noisy,
         defended=layer,
         mixing=None if mixing is None else mixing.float(),
+        shown=None if found.shown is None else found.shown[:, :width].float(),
     )
 
 

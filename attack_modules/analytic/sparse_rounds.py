@@ -28,8 +28,8 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 
-from attack_modules.analytic.joint_rounds import CERTAIN, StackedRounds
 from attack_modules.analytic.sparse_features import STARTS, sparser
+from attack_modules.analytic.stacked_rounds import FoundImages, StackedRounds
 
 SLOW = tuple(0.3 * 0.03 ** (i / 39) for i in range(40))
 """As `sparse_features.COARSE`, in smaller steps: of 24 features, 6 led to one of 256 images; in 20 steps, 1."""
@@ -53,30 +53,6 @@ APART = 0.01
 """Sine of the angle between two images, in the metric of the noise, from which on they are different."""
 ABSENT = 0.02
 """Error of an image in a round, relative to its largest, up to which it was not there, if noise explains it, too."""
-
-
-@dataclass(frozen=True)
-class SparseSolution:
-    """The images that were found, n of N.
-
-    Attributes:
-        features: (n, D) float64, not negative, without the 1 of a bias.
-        expected_errors: (n,) relative errors of the features by noise as observed.
-        labels: (n,) long; uncertain where images were not found, whose errors are taken for others'.
-        presence: (R, n) bool: in which rounds an image was; the same holds.
-        num_images: N.
-    """
-
-    features: Tensor
-    expected_errors: Tensor
-    labels: Tensor
-    presence: Tensor
-    num_images: int
-
-    @property
-    def certified(self) -> Tensor:
-        """(n,) bool."""
-        return self.expected_errors <= CERTAIN
 
 
 @dataclass(frozen=True)
@@ -183,7 +159,7 @@ def nearly_null(gram: Tensor, near: Tensor) -> Tensor:
     return near
 
 
-def sparse_rounds(rounds: StackedRounds) -> SparseSolution:
+def sparse_rounds(rounds: StackedRounds) -> FoundImages:
     """The features of all images whose zeros tell them apart.
 
     Args:
@@ -200,7 +176,7 @@ def sparse_rounds(rounds: StackedRounds) -> SparseSolution:
     return solution_of(search)
 
 
-def solution_of(search: ZeroSearch) -> SparseSolution:
+def solution_of(search: ZeroSearch) -> FoundImages:
     """Scale the found vectors by the 1 of the bias, and read labels and presence from the errors that they leave."""
     rounds, directions = search.rounds, search.directions
     number, classes, _ = rounds.weights.shape
@@ -213,10 +189,11 @@ def solution_of(search: ZeroSearch) -> SparseSolution:
     errors = (rounds.gradients @ dual).view(number, classes, -1)
     norms = errors.norm(dim=1)
     mistaken = 3 * dual.norm(dim=0) * (classes * rounds.noise**2 + norms.square() @ inside)[:, None].sqrt()
-    return SparseSolution(
+    return FoundImages(
         features=features,
         expected_errors=(inside + outside).sqrt() / features.norm(dim=1),
         labels=errors.sum(0).argmin(0),
         presence=(norms > mistaken) | (norms > ABSENT * norms.amax(0)),
         num_images=rounds.num_images,
+        evidence="zeros of their features",
     )

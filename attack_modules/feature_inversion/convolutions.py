@@ -60,7 +60,7 @@ class Shown(NamedTuple):
 
     def instead(self, leakage: Leakage) -> Leakage:
         """What the head shows, with the maps instead of features, in their order."""
-        of_map = {"features": self.features, "uncertainty": self.uncertainty, "seen": None}
+        of_map = {"features": self.features, "uncertainty": self.uncertainty, "seen": None, "shown": None}
         if self.order is not None:
             ones = None if leakage.ones is None else leakage.ones[self.order]
             peers = torch.zeros_like(self.order) if self.peers is None else self.peers

@@ -1,4 +1,7 @@
-"""Rounds of one linear layer over a frozen backbone, read together: `analytic.sparse_rounds` and `joint_rounds`."""
+"""Rounds of one linear layer over a frozen backbone, read together.
+
+By the features' zeros (`analytic.sparse_rounds`), by each image's errors (`error_series`), or for all (`joint_rounds`).
+"""
 
 from collections.abc import Sequence
 
@@ -8,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attack_modules.analytic.drifting_peers import DriftingPeers, HeadSteps, drifting_peers
-from attack_modules.analytic.joint_rounds import JointSolution, LocalSteps, StackedRounds, solve_rounds
+from attack_modules.analytic.error_series import EQUATIONS, error_series
+from attack_modules.analytic.joint_rounds import DIRECT, JointSolution, LocalSteps, solve_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import augmented
-from attack_modules.analytic.sparse_rounds import SparseSolution, sparse_rounds
+from attack_modules.analytic.sparse_rounds import sparse_rounds
+from attack_modules.analytic.stacked_rounds import FoundImages, StackedRounds
 from attack_modules.attack import AttackError
 from attack_modules.feature_inversion.rounds import RoundsReader, refuse_other_images
 from attack_modules.threat_model.observed import RoundsSummary
@@ -20,7 +25,10 @@ from fl_lightning.client import Tensors
 from fl_lightning.errors import SettingError, counted
 
 MOST = 100
-"""Images that are solved for without the help of zeros: 64 take two to four minutes of a core for each start."""
+"""Images that are solved for together, without zeros: 64 take two to four minutes of a core for each start."""
+SHARE = 0.2
+"""Images for each feature up to which zeros are looked for first. Half of the features of EfficientNet are zeros of an
+image: 256 images in 1280 are found, and of 512, a quarter has fewer zeros than there are images."""
 
 
 class HeadAlone(Requirement):
@@ -62,21 +70,23 @@ class FrozenBackbone(RoundsReader):
     Images that share classes come out too. Neither labels nor their counts nor the number of images need to be told,
     and told ones are not used to find the features. Where the backbone ends in a ReLU, the zeros of the features show
     them, however the peers train and whoever takes part (`analytic.sparse_rounds`), and several full-batch local steps
-    show who trained together (`analytic.drifting_peers`). Where zeros show less than half of the images, the rounds are
-    solved for all of them (`analytic.joint_rounds`): of full batches of the same clients, in one local step, or in
+    show who trained together (`analytic.drifting_peers`). In one full-batch step of the same clients, the errors of
+    each image show it, too (`analytic.error_series`), if rounds times classes are more than twice the images; this is
+    tried first for more than a fifth as many images as features. Where neither shows half of the images, the rounds
+    are solved for all of them (`analytic.joint_rounds`): of full batches of the same clients, in one local step, or in
     several of a single peer. The rounds must suffice to show the number of images.
 
     Args:
         starts: most random starts of the joint solver, of which the residual chooses.
         iterations: most of each start.
-        seed: of the starts.
+        seed: of the starts, there and for the errors of single images.
 
     Raises:
         SettingError: a number is below 1.
     """
 
     scaled_by_steps = False  # the 1 of the bias shows the scale
-    solution: SparseSolution | JointSolution
+    solution: FoundImages | JointSolution
     """Of the rounds that were read last, as is the next."""
     drifting: DriftingPeers | None
     """Who trained together, as local steps show; None where there are none to see, or not all images were found."""
@@ -109,12 +119,12 @@ class FrozenBackbone(RoundsReader):
         gradients = [augmented(u)[0].double() / t.lr for u, t in zip(updates, training, strict=True)]
         before = torch.stack([augmented(w)[0] for w in weights])
         rounds = StackedRounds.of(before, torch.stack(gradients), True)
-        zeros = sparse_rounds(rounds)
-        if 2 * len(zeros.labels) >= rounds.num_images:
-            self.solution, presence = zeros, zeros.presence
-            self.drifting = peers_of(zeros, before, torch.stack(gradients), known)
+        found = self._one_by_one(rounds, training)
+        if 2 * len(found.labels) >= rounds.num_images:
+            self.solution, presence = found, found.presence
+            self.drifting = peers_of(found, before, torch.stack(gradients), known)
         else:
-            self.solution = self._joint(rounds, training, numbers, len(zeros.labels))
+            self.solution = self._joint(rounds, training, numbers, len(found.labels))
             presence = torch.ones(len(updates), rounds.num_images, dtype=torch.bool)
             self.drifting = None
         found = self.solution
@@ -135,6 +145,19 @@ class FrozenBackbone(RoundsReader):
         leakage = Leakage(found.labels, found.features.float(), peers, diagnosis, found.expected_errors.float())
         return leakage, presence
 
+    def _one_by_one(self, rounds: StackedRounds, training: Sequence[TrainingKnowledge]) -> FoundImages:
+        """By zeros or by errors, whichever shows more images; the second is not tried where the first shows all."""
+        known, (number, classes, size) = training[0], rounds.weights.shape
+        alike = all((t.num_images, t.steps, t.epochs) == (known.num_images, 1, known.epochs) for t in training)
+        enough = number * (classes - 1) > EQUATIONS * size
+        if not (alike and known.epochs in (None, 1) and known.loss.class_weights is None and enough and size > DIRECT):
+            return sparse_rounds(rounds)
+
+        readings = [lambda: error_series(rounds, known.loss.label_smoothing, self.seed), lambda: sparse_rounds(rounds)]
+        first, second = readings if size > SHARE * rounds.basis.shape[1] else readings[::-1]
+        best = first()
+        return best if len(best.labels) == size else max(best, second(), key=lambda found: len(found.labels))
+
     def _joint(
         self, rounds: StackedRounds, training: Sequence[TrainingKnowledge], numbers: Sequence[int], shown: int
     ) -> JointSolution:
@@ -143,13 +166,13 @@ class FrozenBackbone(RoundsReader):
         batches = known.epochs is not None and known.epochs < known.steps
         if batches or known.loss.class_weights is not None:
             raise AttackError(
-                f"Zeros of the features show {shown} of {images} in rounds {numbers[0]} to {numbers[-1]}, so the "
+                f"Zeros and errors show {shown} of {images} in rounds {numbers[0]} to {numbers[-1]}, so the "
                 f"backbone may not end in a ReLU. Without them, {'mini-batches' if batches else 'class weights'} are "
                 "not solved. Observe more rounds (`federation.observed_rounds`), or attack one round."
             )
         if rounds.num_images > MOST:
             raise AttackError(
-                f"Zeros of the features show {shown} of {images} in rounds {numbers[0]} to {numbers[-1]}, so the "
+                f"Zeros and errors show {shown} of {images} in rounds {numbers[0]} to {numbers[-1]}, so the "
                 f"backbone may not end in a ReLU, or augmentation shows each image in another view in each round. "
                 f"Without zeros, at most {MOST} images are solved. Observe fewer clients, or attack one round."
             )
@@ -161,7 +184,7 @@ class FrozenBackbone(RoundsReader):
         )
         if not found.explained:
             raise AttackError(
-                f"Zeros of the features show {shown} of {images} in rounds {numbers[0]} to {numbers[-1]}, and solved "
+                f"Zeros and errors show {shown} of {images} in rounds {numbers[0]} to {numbers[-1]}, and solved "
                 f"for all, they leave {found.residual:.3g} times the noise in the best of "
                 f"{counted(len(found.tried), 'start')}. The peers may have trained otherwise, or changed. Otherwise "
                 "observe more rounds, or raise `model.rounds.starts` or `iterations`."
@@ -170,8 +193,9 @@ class FrozenBackbone(RoundsReader):
 
     def introduction(self) -> str:
         found = self.solution
-        how = "by the zeros of their features"
-        if isinstance(found, JointSolution):
+        if isinstance(found, FoundImages):
+            how = f"by the {found.evidence}"
+        else:
             how = f"by start {len(found.tried)} of {self.starts}, which leaves {found.residual:.3g} times the noise"
         return (
             f"Rounds of a frozen backbone: {counted(len(found.labels), 'image')} found {how}; the features of "
@@ -191,9 +215,7 @@ class FrozenBackbone(RoundsReader):
         return f"{shown}: {peers}, which fit full-batch steps best, leave {left}"
 
 
-def peers_of(
-    found: SparseSolution, weights: Tensor, gradients: Tensor, known: TrainingKnowledge
-) -> DriftingPeers | None:
+def peers_of(found: FoundImages, weights: Tensor, gradients: Tensor, known: TrainingKnowledge) -> DriftingPeers | None:
     """Who trained together, where several full-batch steps can be simulated of all images.
 
     Args:

@@ -14,6 +14,7 @@ from attack_modules.analytic.peer_attribution import (
     attribute,
     joined_features,
     joined_labels,
+    joined_shares,
     joined_uncertainty,
 )
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
@@ -147,6 +148,7 @@ class ChangingParticipants(RoundsReader):
             defended=JoinedRounds([found.defended for found in rounds], self.attribution)
             if all(found.defended for found in rounds)
             else None,
+            shown=joined_shares([found.shown for found in rounds], self.attribution),
         )
         return joined, presence
 

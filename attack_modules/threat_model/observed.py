@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.knowledge import Knowledge, KnowledgeError
+from fl_lightning.allocation import release_freed_memory
 from fl_lightning.client import Tensors
 from fl_lightning.data import FederatedData
 from fl_lightning.federation import Federation
@@ -211,6 +212,7 @@ class ObservedRounds(GivenRounds):
             federation, data = self._source
             print(federation.introduction(data), flush=True)
             federation.run(data, self.record.directory)
+            release_freed_memory()  # the attack's tensors are others
         elif self.foreign:
             print(
                 f"'{self.record.directory}' has no settings.json: its rounds are taken as observed in another system, "

@@ -12,12 +12,12 @@ from attack_modules.analytic.joint_rounds import (
     JointProblem,
     LocalSteps,
     PairBlocks,
-    StackedRounds,
     direct_solve,
     expected_errors,
     iterative_solve,
     solve_rounds,
 )
+from attack_modules.analytic.stacked_rounds import StackedRounds
 from attack_modules.attack import AttackError
 
 CLASSES, WIDTH = 4, 64

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attack_modules.analytic.joint_rounds import StackedRounds
-from attack_modules.analytic.sparse_rounds import SparseSolution, ZeroSearch, solution_of, sparse_rounds
+from attack_modules.analytic.sparse_rounds import ZeroSearch, solution_of, sparse_rounds
+from attack_modules.analytic.stacked_rounds import FoundImages, StackedRounds
 
 CLASSES, WIDTH, PEERS, EACH, ROUNDS, RATE = 4, 256, 4, 3, 14, 0.02
 LABELS = torch.tensor([0, 0, 1, 0, 1, 1, 2, 0, 3, 3, 2, 2])
@@ -48,11 +48,11 @@ def truth() -> tuple[Tensor, StackedRounds, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def found(truth: tuple) -> SparseSolution:
+def found(truth: tuple) -> FoundImages:
     return sparse_rounds(truth[1])
 
 
-def test_all_images_come_out_of_mini_batches_momentum_and_changing_peers(truth: tuple, found: SparseSolution) -> None:
+def test_all_images_come_out_of_mini_batches_momentum_and_changing_peers(truth: tuple, found: FoundImages) -> None:
     features, rounds, presence = truth
     assert rounds.num_images == len(LABELS)
     errors, nearest = torch.cdist(features.double(), found.features).min(1)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from attack_modules.analytic.drifting_peers import HeadSteps, coupling_of
 from attack_modules.analytic.noisy_gates import NoisyGates
 from attack_modules.analytic.results import TrainingKnowledge
-from attack_modules.analytic.sparse_rounds import SparseSolution
+from attack_modules.analytic.stacked_rounds import FoundImages
 from attack_modules.attack import AttackError
 from attack_modules.feature_inversion import frozen_backbone
 from attack_modules.feature_inversion.frozen_backbone import FrozenBackbone, HeadAlone, PlainSGD, peers_of
@@ -87,7 +87,7 @@ def test_peers_that_smooth_labels_and_take_part_in_some_rounds_are_told_apart() 
     targets = 0.7 * F.one_hot(LABELS, CLASSES).double().T + 0.3 / CLASSES
     steps = HeadSteps(weights @ inputs.T, inputs @ inputs.T, targets, presence, RATE, 3)
     errors = steps.simulate(coupling_of(peers))[0] / presence.sum(1)[:, None, None]
-    solution = SparseSolution(features, torch.zeros(9), LABELS, presence, 9)
+    solution = FoundImages(features, torch.zeros(9), LABELS, presence, 9, "zeros")
     loss = replace(TrainingKnowledge(RATE, 3).loss, label_smoothing=0.3)
     found = peers_of(solution, weights, errors @ inputs, TrainingKnowledge(RATE, 3, epochs=3, loss=loss))
     assert found.residual < 1e-3
@@ -95,8 +95,22 @@ def test_peers_that_smooth_labels_and_take_part_in_some_rounds_are_told_apart() 
     assert peers_of(solution, weights, errors @ inputs, TrainingKnowledge(RATE, 3, epochs=1, loss=loss)) is None
 
 
+def test_errors_show_images_without_zeros_which_are_too_many_to_be_solved_together(
+    rounds: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_backbone, "DIRECT", 4)
+    reader = FrozenBackbone()
+    leakage, _ = reader.read(rounds[1], rounds[2], [TrainingKnowledge(RATE, 1)] * 12, list(range(12)))
+    errors, nearest = (torch.cdist(rounds[0], leakage.features) / 12).min(1)
+    assert errors.max() < 0.05
+    assert torch.equal(leakage.labels[nearest], LABELS)
+    assert "9 images found by the errors of each in all rounds" in reader.introduction()
+
+
 def test_what_was_not_found_is_refused(rounds: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AttackError, match="show 0 of 9 images in rounds 0 to 11, and solved for all, they leave"):
+    with pytest.raises(
+        AttackError, match="errors show 0 of 9 images in rounds 0 to 11, and solved for all, they leave"
+    ):
         FrozenBackbone(starts=1, iterations=2).read(
             rounds[1], rounds[2], [TrainingKnowledge(RATE, 1)] * 12, list(range(12))
         )
