@@ -176,8 +176,8 @@ def scores(ending: Ending, truth: Truth, images: int, imagenet: bool, given: Nam
     card = score(found.images, truth.images, found.labels, truth.labels, Recogniser() if imagenet else None)
     pairs = card.assignment[card.assignment >= 0]
     values, error = card.per_image["psnr"][card.assignment >= 0], ""
-    if len(found.images) == images and len(pairs) == images:
-        features = ending.model.embed(truth.images[pairs.argsort()])
+    if found.labels.sort().values.equal(truth.labels.sort().values):  # distinct ones, which tell what is of whom
+        features = ending.model.embed(truth.images[truth.labels.argsort()[found.labels.argsort().argsort()]])
         off = (features - ending.features).norm(dim=1) / features.norm(dim=1)
         error = f"{off.median().item():.2g}"
     if given.pictures:
