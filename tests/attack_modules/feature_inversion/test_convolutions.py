@@ -159,7 +159,7 @@ def test_images_of_several_peers_through_batch_norm(
 ) -> None:
     """Maps, and who trained together, of a single step."""
     seen = observe(once(model), BLIND, num_clients=3, images_per_client=[*sizes, 2], num_classes=50)
-    module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=60)
+    module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=30)
     found = module.reconstruction()
     originals = IMAGES[found.labels]
     assert module.shown.layer == layer
