@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fl_lightning.client import Tensors, parameters
 from fl_lightning.errors import SettingError, in_short
@@ -248,9 +249,21 @@ def build_model(description: dict[str, Any], state: Tensors, shared: bool = Fals
     """
     model_class = _model_class(description)
     refuse_unfit(description, state)
-    model = model_class(**description["init_args"])
+    with _Uninitialised():
+        model = model_class(**description["init_args"])
     model.load_state_dict(state, assign=shared)
     return model.to(torch.get_default_dtype())  # the dtype of a new model, which shared tensors may not have
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves parameters as they were allocated, since a state is loaded: pages never written take no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        tensor = args[0] if args else named.get("tensor")
+        if getattr(func, "__module__", None) == "torch.nn.init" and isinstance(tensor, nn.Parameter):
+            return tensor
+        return func(*args, **named)
 
 
 def build_on_meta(description: dict[str, Any]) -> ImageClassifier:

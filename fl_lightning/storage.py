@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -174,10 +174,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Save tensors and plain Python types atomically, readable with `weights_only=True`."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)  # into a file, a full disk would raise an error of torch that does not name its cause
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        writer = _Writer(file)
+        try:
+            torch.save(content, writer)  # not into memory first, where a checkpoint may have gigabytes
+        except RuntimeError as error:  # torch's, which does not name the cause
+            raise writer.error or error from error
+
+
+class _Writer(io.RawIOBase):
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

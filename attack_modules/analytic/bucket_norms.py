@@ -301,9 +301,8 @@ def solve_levels(sent: SentLevels, levels: int, start: NoisyFeatures) -> SolvedL
             found, shown = gates_of_norms((levels * level).reshape(rows, -1), errors[own], gates[own])
             gates[own], norms[:, peer] = found, shown.flatten()
             parts = ((counts * level).reshape(rows, -1), level.expand(-1, size).reshape(rows, -1), explained)
-            features[own], covariance = likeliest(*parts, found * errors[own], iterations)
-            variance = covariance.diagonal(dim1=1, dim2=2).sum(0)
-            uncertainty[own] = (variance / features[own].square().sum(1)).sqrt()
+            features[own], variance = likeliest(*parts, found * errors[own], iterations)
+            uncertainty[own] = (variance.sum(1) / features[own].square().sum(1)).sqrt()
     off = (norms - levels * own_sizes).abs() / (norms + levels * own_sizes).clamp_min(TINY)
     if (misfit := off[own_sizes > 0].median().item()) > MISFIT:
         raise UnreadableDefense(
@@ -412,10 +411,11 @@ def _distance(squared: Tensor, norms: Tensor, least: Tensor) -> Tensor:
 def likeliest(
     values: Tensor, sizes: Tensor, known: Tensor, gated: Tensor, iterations: int = ITERATIONS
 ) -> tuple[Tensor, Tensor]:
-    """(n, D) features of a peer's images, and (D, n, n) their covariance, by maximum likelihood.
+    """(n, D) features of a peer's images by maximum likelihood, and (n, D) their variance.
 
     The gradient of the log likelihood of `k` is that of a sum of squares with the variance of the rounding, which
-    depends on the entry: the equations are solved again with the variances that the features then have.
+    depends on the entry: the equations are solved again with the variances that the features then have. Where
+    they leave more unexplained than the rounding, as after several local steps, it counts as well (White 1980).
 
     Args:
         values: (K, D) sent.
@@ -437,4 +437,6 @@ def likeliest(
         spread = (pairs.T @ covariance.flatten(1).T).clamp_min(0)
         level = ((entries.square() + spread).sqrt() / sizes.clamp_min(TINY)).frac()
         variance = sizes.square() * (level * (1 - level)).clamp_min(LEAST_VARIANCE)
-    return features, covariance
+    scatter = (pairs @ (weight * (values - entries)).square()).T.unflatten(1, (len(gated), len(gated)))
+    robust = covariance @ scatter @ covariance
+    return features, torch.maximum(covariance.diagonal(dim1=1, dim2=2), robust.diagonal(dim1=1, dim2=2)).T

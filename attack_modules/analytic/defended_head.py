@@ -82,6 +82,8 @@ class DefendedFeatures:
         peers: (N,) long; 0 for all where nothing tells.
         residual: relative Frobenius norm of the update that the features leave unexplained.
         noise: standard deviation of independent noise in an entry of the update; None if it is not of this kind.
+        weights: (N, D) in [0, 1] of the features' squared errors as images are made of them, where some are known
+            better than others; None if all count alike.
     """
 
     features: Tensor
@@ -90,6 +92,7 @@ class DefendedFeatures:
     peers: Tensor
     residual: float
     noise: float | None = None
+    weights: Tensor | None = None
 
 
 class DefendedReading(ABC):
@@ -135,6 +138,21 @@ class DefendedReading(ABC):
         """
 
 
+@dataclass(frozen=True)
+class ReadAgain:
+    """Features of N images that were read once more.
+
+    Attributes:
+        features: (N, D), without the 1 of a bias.
+        uncertainty: (N,) see `DefendedFeatures`.
+        weights: (N, D) or None, likewise.
+    """
+
+    features: Tensor
+    uncertainty: Tensor
+    weights: Tensor | None = None
+
+
 class Rereadable(ABC):
     """What was read under a defence, and can be read again.
 
@@ -145,8 +163,8 @@ class Rereadable(ABC):
     reading: DefendedReading
 
     @abstractmethod
-    def again(self, expected: Expected) -> tuple[Tensor, Tensor]:
-        """(N, D) features of the images, without the 1 of a bias, and (N,) their uncertainty.
+    def again(self, expected: Expected) -> ReadAgain:
+        """The features of the images.
 
         Args:
             expected: of the features.
@@ -171,6 +189,7 @@ class DefendedLayer(Rereadable):
         ones = expected.features.new_ones(len(expected.features), width - expected.features.shape[1])
         return self.reading.solve(self.rounds, replace(expected, features=torch.cat([expected.features, ones], 1)))
 
-    def again(self, expected: Expected) -> tuple[Tensor, Tensor]:
-        found = self.solve(expected)
-        return found.features[:, : expected.features.shape[1]], found.uncertainty
+    def again(self, expected: Expected) -> ReadAgain:
+        found, width = self.solve(expected), expected.features.shape[1]
+        weights = None if found.weights is None else found.weights[:, :width]
+        return ReadAgain(found.features[:, :width], found.uncertainty, weights)

@@ -141,6 +141,7 @@ def leak_defended(
         noisy=reading.noisy,
         defended=layer,
         mixing=None if mixing is None else mixing.float(),
+        weights=None if found.weights is None else found.weights[:, :width].float(),
     )
 
 

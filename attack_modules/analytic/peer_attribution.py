@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
-from attack_modules.analytic.defended_head import DefendedReading, Expected, Rereadable
+from attack_modules.analytic.defended_head import DefendedReading, Expected, ReadAgain, Rereadable
 from attack_modules.analytic.results import Leakage
 
 
@@ -94,6 +94,11 @@ def joined_uncertainty(uncertainty: Sequence[Tensor], attribution: Attribution) 
     return largest.index_reduce(0, torch.cat(attribution.identities), torch.cat([*uncertainty]), "amax")
 
 
+def joined_weights(weights: Sequence[Tensor | None], attribution: Attribution) -> Tensor | None:
+    """(M, D) mean weight of each feature over the rounds; None if a round has none. Arguments as above, (N_r, D)."""
+    return None if any(one is None for one in weights) else joined_features(weights, attribution)
+
+
 @dataclass(frozen=True)
 class JoinedRounds(Rereadable):
     """Rounds with different participants under a defence, each of which is read by itself.
@@ -111,13 +116,16 @@ class JoinedRounds(Rereadable):
         """Of the defence, which is the same in all rounds."""
         return self.rounds[0].reading
 
-    def again(self, expected: Expected) -> tuple[Tensor, Tensor]:
+    def again(self, expected: Expected) -> ReadAgain:
         found = [
             round_.again(replace(expected, features=expected.features[shown], error=expected.error[shown]))
             for round_, shown in zip(self.rounds, self.attribution.identities, strict=True)
         ]
-        features, uncertainty = zip(*found, strict=True)
-        return joined_features(features, self.attribution), joined_uncertainty(uncertainty, self.attribution)
+        return ReadAgain(
+            joined_features([one.features for one in found], self.attribution),
+            joined_uncertainty([one.uncertainty for one in found], self.attribution),
+            joined_weights([one.weights for one in found], self.attribution),
+        )
 
 
 def joined_labels(leakages: Sequence[Leakage], attribution: Attribution) -> Tensor:

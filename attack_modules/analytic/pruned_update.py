@@ -7,9 +7,10 @@ squares over the entries that the masks say were sent. Held classes' rows of the
 complete even where 99 % are pruned, so labels, activations and gates are read as if nothing had been pruned.
 
 Which peer an image belongs to shows in the masks: two images of one peer bring an entry over the threshold together,
-or cancel; images of two peers do not. Then images that are alone join another peer if that explains more.
+or cancel; images of two peers do not. Then images join another peer if that explains more.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -29,12 +30,17 @@ is not exactly 0."""
 MUCH = 0.4
 """Residual from which too much is unexplained. Measured: 0.19 to 0.21 where 10 % are sent, 0.33 where 1 %; 0.45 and
 0.57 after training and at a large rate, where the plain attack makes as much of the update, or 3 dB more."""
-HARM = 1.9
-"""See `DefendedReading.harm`: small features go missing together. Measured where 1 % are sent, on three seeds."""
+HARM = 2.2
+"""See `DefendedReading.harm`: small features go missing together. Measured where 1 % are sent, on three seeds; at 1.9,
+one of 48 images, of 16 dB, was likely."""
 COLUMNS = 256
 """Number of features from which the peers and the share of entries that is sent are estimated."""
 FEWER = 64
-"""Number of features from which it is seen whether an image that is alone belongs to another peer."""
+"""Number of features from which it is seen whether an image belongs to another peer."""
+MOST_SENT = 1 / 16
+"""Share of the features, those with most entries that were sent, from which these are."""
+TRIES = 2
+"""How often masks and features are found alternately for each of these assignments."""
 CHUNK = 512
 """Columns that are solved at once."""
 
@@ -45,6 +51,9 @@ class PrunedUpdate(DefendedReading):
     resolves = 12
     harm = HARM
     most_unexplained = MUCH
+
+    def __init__(self) -> None:
+        self._found: tuple[HeadRound, Tensor] | None = None  # peers do not change as it is read again
 
     @classmethod
     def against(cls, defenses: Sequence[Defense]) -> "PrunedUpdate | None":
@@ -58,11 +67,9 @@ class PrunedUpdate(DefendedReading):
         prior, off = expected.features.to(update), expected.error.to(update)
         features = prior
         if not expected.of_images:
-            features, _ = solve_columns(update, gated, sent[None], peers, prior, off)
-        peers = peers_of_masks(sent, gated, features)
-        some = torch.arange(0, features.shape[1], max(features.shape[1] // FEWER, 1))
-        peers = joined(update[:, some], gated, features[:, some], peers)
-        features, error = solve_columns(update, gated, masks(sent, gated, features, peers), peers, prior, off)
+            features, _, _ = solve_columns(update, gated, sent[None], peers, prior, off)
+        peers = self._peers_of(rounds, update, gated, sent, features, prior, off)
+        features, error, shown = solve_columns(update, gated, masks(sent, gated, features, peers), peers, prior, off)
         every = peer_updates(gated, features, peers) * masks(sent, gated, features, peers)
         return DefendedFeatures(
             features=features.double(),
@@ -70,7 +77,27 @@ class PrunedUpdate(DefendedReading):
             uncertainty=error.double(),
             peers=peers,
             residual=((update - every.sum(0)).norm() / update.norm()).item(),
+            weights=shown.double(),
         )
+
+    def _peers_of(
+        self,
+        rounds: Sequence[HeadRound],
+        update: Tensor,
+        gated: Tensor,
+        sent: Tensor,
+        features: Tensor,
+        expected: Tensor,
+        off: Tensor,
+    ) -> Tensor:
+        """(N,) the peers, which are found when rounds are read first."""
+        if self._found is None or self._found[0] is not rounds[0]:
+            peers = peers_of_masks(sent, gated, features)
+            most = sent.sum(0).topk(max(int(MOST_SENT * sent.shape[1]), min(FEWER, sent.shape[1]))).indices
+            some = most[:: max(len(most) // FEWER, 1)]
+            peers = regrouped(update[:, some], gated, features[:, some], peers, expected[:, some], off)
+            self._found = rounds[0], peers
+        return self._found[1]
 
 
 def active(activations: Tensor) -> Tensor:
@@ -80,7 +107,7 @@ def active(activations: Tensor) -> Tensor:
 
 def solve_columns(
     update: Tensor, gated: Tensor, sent: Tensor, peers: Tensor, expected: Tensor, off: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Features by least squares over the entries that were sent, column by column.
 
     Args:
@@ -92,11 +119,11 @@ def solve_columns(
         off: (N,) error of these, relative to their size.
 
     Returns:
-        (N, D), not negative unless the expected are, and (N,) their expected relative error: what the residual and what
-        the expected features leave of theirs.
+        (N, D), not negative unless the expected are; (N,) their expected relative error, what the residual and what
+        the expected features leave of theirs; and (N, D) the share in [0, 1] of each that is not as expected.
     """
     ridge = RIDGE * gated.square().sum(1)
-    solved, variance, kept = [], torch.zeros_like(off), torch.zeros_like(off)
+    solved, shares, variance, kept = [], [], torch.zeros_like(off), torch.zeros_like(off)
     for columns in torch.arange(update.shape[1]).split(CHUNK):
         mask = sent[:, :, columns].permute(2, 1, 0)[..., peers]  # (chunk, K, N)
         design = mask * gated.T
@@ -106,11 +133,13 @@ def solve_columns(
         solved.append((inverse @ right[..., None])[..., 0])
         missing = (update[:, columns].T - (design @ solved[-1][..., None])[..., 0]).square().sum(1)
         diagonal = inverse.diagonal(dim1=1, dim2=2)
-        left = mask.any(2).sum(1) - len(ridge) + (diagonal * ridge).sum(1)  # degrees of freedom
+        shares.append(1 - diagonal * ridge)
+        left = mask.any(2).sum(1) - shares[-1].sum(1)  # degrees of freedom
         variance += ((missing / left.clamp_min(1))[:, None] * diagonal).sum(0)
         kept += ((diagonal * ridge).square() * expected[:, columns].T.square()).sum(0)
     features = torch.cat(solved).T.clamp_min(min(expected.min().item(), 0.0))
-    return features, ((variance + kept * off.square()) / features.square().sum(1)).sqrt()
+    error = ((variance + kept * off.square()) / features.square().sum(1)).sqrt()
+    return features, error, torch.cat(shares).T.clamp(0, 1)
 
 
 def peer_updates(gated: Tensor, features: Tensor, peers: Tensor) -> Tensor:
@@ -164,31 +193,38 @@ def peers_of_masks(sent: Tensor, gated: Tensor, features: Tensor) -> Tensor:
     return group_peers(influence + influence.amax(1).diag())
 
 
-def joined(update: Tensor, gated: Tensor, features: Tensor, peers: Tensor) -> Tensor:
-    """(N,) the peers, after images that were alone went to another one as long as that explains more of the update.
+def regrouped(update: Tensor, gated: Tensor, features: Tensor, peers: Tensor, expected: Tensor, off: Tensor) -> Tensor:
+    """(N,) the peers, after images went to other ones, image by image, as long as that explains more of the update.
 
-    Others stay, since features are made for the peers that images had: under 1 % kept, it explained more to move two
-    images to a wrong peer than to leave them at their own.
+    The features of all images are solved for at each try: those that were made for other peers would speak for these.
 
     Args:
         update: (K, d) some of its columns.
         gated: (N, K) back-propagated errors, gates included.
         features: (N, d) in these columns.
         peers: (N,) long, to begin with.
+        expected: (N, d) features to which the equations are regularised.
+        off: (N,) error of these, relative to their size.
     """
     sent = update.abs() > SENT * update.square().mean().sqrt()
 
     def unexplained(peers: Tensor) -> float:
-        found = peer_updates(gated, features, peers) * masks(sent, gated, features, peers)
-        return (update - found.sum(0)).square().sum().item()
+        found = features
+        for _ in range(TRIES):
+            found, _, _ = solve_columns(update, gated, masks(sent, gated, found, peers), peers, expected, off)
+        seen = peer_updates(gated, found, peers) * masks(sent, gated, found, peers)
+        return (update - seen.sum(0)).square().sum().item()
 
-    left = unexplained(peers)
-    for _ in range(len(peers)):
-        alone = (peers.bincount()[peers] == 1).nonzero().flatten()
-        others = [(image, peer) for image in alone for peer in peers.unique() if peer != peers[image]]
-        moves = [peers.index_fill(0, image[None], int(peer)) for image, peer in others]
-        lefts = [unexplained(moved) for moved in moves]
-        if not lefts or min(lefts) >= left:
-            break
-        left, peers = min(lefts), moves[lefts.index(min(lefts))]
-    return peers.unique(return_inverse=True)[1]
+    left, since = unexplained(peers), 0
+    for image in itertools.cycle(range(len(peers))):
+        moves = [peers.clone() for peer in peers.unique() if peer != peers[image]]
+        others = [peer for peer in peers.unique() if peer != peers[image]]
+        for move, peer in zip(moves, others, strict=True):
+            move[image] = peer
+        moves = [move.unique(return_inverse=True)[1] for move in moves]
+        lefts = [unexplained(move) for move in moves]
+        since += 1
+        if lefts and min(lefts) < left:
+            left, peers, since = min(lefts), moves[lefts.index(min(lefts))], 0
+        if since == len(peers):
+            return peers

@@ -120,6 +120,7 @@ class Leakage:
             None if images were not mixed.
         seen: (N, D) bool, features that dropout left to be seen and that are not 0; the others are 0 in `features`.
             None without dropout in front of the head.
+        weights: (N, D) of the features' squared errors, see `DefendedFeatures`; None if all count alike.
     """
 
     labels: Tensor
@@ -132,6 +133,7 @@ class Leakage:
     defended: Rereadable | None = None
     mixing: Tensor | None = None
     seen: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,6 @@ def transposed_times(matrix: Tensor, other: Tensor) -> Tensor:
     found = other.new_zeros(matrix.shape[1], other.shape[1])
     start = 0
     for part in chunks(matrix):
-        found += part.T @ other[start : start + len(part)]
+        found.addmm_(part.T, other[start : start + len(part)])
         start += len(part)
     return found

@@ -55,21 +55,21 @@ def sparsest_features(space: RowSpace, num_images: int) -> Tensor:
 
 
 def sparsest_rows(basis: Tensor, num_images: int) -> Tensor:
-    """Unit coordinates (n, N) of the `n <= N` images' vectors in a basis (N, D) of their span.
+    """Unit coordinates (n, M) of the `n <= N` images' vectors in a basis (M, D) of a space that holds them.
 
     Args:
-        basis: of vectors that are not negative and of which many entries are 0.
+        basis: of vectors that are not negative and of which many entries are 0, and maybe of others, `M >= N`.
         num_images: N.
     """
     basis = basis[:, :: max(basis.shape[1] // COLUMNS, 1)]
     size = basis.norm(dim=0)
     basis = basis[:, size > 1e-3 * size.max()]
-    found = basis.new_zeros(0, num_images)
+    found = basis.new_zeros(0, len(basis))
     generator = torch.Generator().manual_seed(0)
     with Progress(disable=rank_zero_only.rank > 0) as progress:
         task = progress.add_task("Sparse features", total=num_images)
         for _ in range(SWEEPS):
-            new = _sweep(basis, found, generator)
+            new = _sweep(basis, found, num_images, generator)
             found = torch.cat([found, new])
             progress.update(task, completed=len(found))
             if len(found) == num_images or not len(found):
@@ -77,10 +77,10 @@ def sparsest_rows(basis: Tensor, num_images: int) -> Tensor:
     return found
 
 
-def _sweep(basis: Tensor, found: Tensor, generator: torch.Generator) -> Tensor:
-    """(k, N) unit vectors of further images, in coordinates of a `basis` (N, D), beyond those of `found` (n, N)."""
-    count = len(basis)
-    others = torch.linalg.svd(found, full_matrices=True).Vh[len(found) :] if len(found) else torch.eye(count).to(basis)
+def _sweep(basis: Tensor, found: Tensor, num_images: int, generator: torch.Generator) -> Tensor:
+    """(k, M) unit vectors of further images, in coordinates of a `basis` (M, D), beyond those of `found` (n, M)."""
+    whole = torch.eye(len(basis)).to(basis)
+    others = torch.linalg.svd(found, full_matrices=True).Vh[len(found) :] if len(found) else whole
     drawn = torch.randn(STARTS, len(others), generator=generator, dtype=torch.float64).to(basis)
     kept = F.normalize(drawn @ others, dim=1)
     start = kept
@@ -97,7 +97,7 @@ def _sweep(basis: Tensor, found: Tensor, generator: torch.Generator) -> Tensor:
     fit = ((vectors @ others.T).norm(dim=1) > APART) & (negative < NEGATIVE) & (zeros > LEAST_ZEROS)
     taken = found
     for i in zeros.argsort(descending=True).tolist():
-        if len(taken) < count and fit[i] and zeros[i] > NEAR_BEST * zeros[fit].max():
+        if len(taken) < num_images and fit[i] and zeros[i] > NEAR_BEST * zeros[fit].max():
             covered = torch.linalg.qr(taken.T).Q
             if (vectors[i] - covered @ (covered.T @ vectors[i])).norm() > APART:
                 taken = torch.cat([taken, vectors[i : i + 1]])

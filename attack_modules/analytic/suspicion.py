@@ -8,11 +8,23 @@ from attack_modules.attack import Level, Verdict
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.plausibility import looks_like_signs
 from fl_lightning.client import Tensors
-from fl_lightning.defenses import QSGD, Augmentation, HalfPrecision, PartialSharing, Quantization, RandomK, Sign, TopK
+from fl_lightning.defenses import (
+    QSGD,
+    Augmentation,
+    HalfPrecision,
+    Mixup,
+    PartialSharing,
+    Quantization,
+    RandomK,
+    Sign,
+    TopK,
+)
 
 MANY_ZEROS = 0.2
 """Share of zeros beyond that of rounding, see `is_compressed`."""
 FEW_LEVELS = (Quantization, QSGD)
+VIEWS = "the peers augment their images, so what is found are their views at best"
+MIXTURES = "the peers mix their images, so what is found are mixtures of two at best"
 
 
 def qualified(
@@ -20,16 +32,15 @@ def qualified(
 ) -> Verdict:
     """A verdict with what else is to be suspected; arguments as of `suspected_defenses`.
 
-    Of a single local step, what a known augmentation made of an image comes out as exactly as an image would.
+    Of a single local step, what a known defence made of the images comes out as exactly as an image would.
     """
     verdict = verdict.suspecting(suspected_defenses(update, before, assumptions, read))
-    if not any(isinstance(defense, Augmentation) for defense in assumptions.defenses):
-        return verdict
-    return replace(
-        verdict,
-        levels=[level.limited(Level.UNRELIABLE) for level in verdict.levels],
-        reasons=[*verdict.reasons, "the peers augment their images, so what is found are their views at best"],
-    )
+    for kind, reason in ((Augmentation, VIEWS), (Mixup, MIXTURES)):
+        undone = read and kind is Mixup
+        if not undone and any(isinstance(defense, kind) for defense in assumptions.defenses):
+            levels = [level.limited(Level.UNRELIABLE) for level in verdict.levels]
+            verdict = replace(verdict, levels=levels, reasons=[*verdict.reasons, reason])
+    return verdict
 
 
 def suspected_defenses(update: Tensors, before: Tensors, assumptions: Assumptions, read: bool = False) -> list[str]:

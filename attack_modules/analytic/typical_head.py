@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from attack_modules.threat_model.trial import without_dropout
 from fl_lightning.models import ImageClassifier, ImageShape
-from fl_lightning.models.freezing import keeping_statistics
+from fl_lightning.models.freezing import batch_statistics, keeping_statistics
 
 PROBES = 64
 """Number of noise images."""
+CHUNK = 16
+"""Of them that pass through the model at once, unless its BatchNorm makes one batch of them."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class TypicalHead:
         without_dropout(model)
         probes = pink_noise(PROBES, image_shape)
         with keeping_statistics(model):
-            features = model.embed(probes)
+            at_once = PROBES if batch_statistics(model) else CHUNK
+            features = torch.cat([model.embed(chunk) for chunk in probes.split(at_once)])
         inputs = nn.Sequential(*list(model.head)[:-1])(features)
         probabilities = model.head[-1](inputs).softmax(1).mean(0)
         return cls(probabilities.double(), inputs.sum(1).mean().item(), features.mean(0))

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from fl_lightning.errors import SettingError
 
-BATCH = 16
-"""Images classified per batch."""
+BATCH = 4
+"""Images classified per batch, which takes some 60 MB."""
 
 Recognises = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Signature of `Recogniser.__call__`, for any set of classes."""

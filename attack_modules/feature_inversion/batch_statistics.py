@@ -1,8 +1,12 @@
 """BatchNorm in train mode, undone: the statistics that a peer's images were normalised by are in the running ones."""
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from attack_modules.threat_model.observed import ObservedRound
@@ -60,6 +64,35 @@ class BatchStatistics:
                 getattr(layer, kind).copy_(batch)
             layer.eval()
         return None
+
+
+class PeersNorm(nn.Module):
+    """BatchNorm in train mode for several peers' images at once, each normalised by those of its own peer.
+
+    Args:
+        layer: whose weight and bias are used.
+        sizes: numbers of images of each peer, one peer after the other. Another number of images is taken as peers of
+            the first one's size, the last maybe smaller.
+    """
+
+    def __init__(self, layer: _BatchNorm, sizes: list[int]) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.eps = layer.eps
+        self.sizes = sizes
+
+    def forward(self, maps: Tensor) -> Tensor:
+        parts = maps.split(self.sizes if len(maps) == sum(self.sizes) else self.sizes[0])
+        normalised = [F.batch_norm(p, None, None, self.weight, self.bias, training=True, eps=self.eps) for p in parts]
+        return torch.cat(normalised)
+
+
+def by_peers(model: ImageClassifier, names: Iterable[str], sizes: list[int]) -> ImageClassifier:
+    """A copy of a model with `PeersNorm` instead of its BatchNorm layers of these names."""
+    copied = copy.deepcopy(model)
+    for name in names:
+        copied.set_submodule(name, PeersNorm(copied.get_submodule(name), sizes))
+    return copied
 
 
 def _pixels(model: ImageClassifier, layers: dict[str, _BatchNorm], image_shape: tuple[int, int, int]) -> dict[str, int]:

@@ -44,7 +44,7 @@ def expected_psnr(
         controls: (K, C, H, W), as many for each of `ERRORS`, in their order.
     """
     controls = controls.to(model.mean)
-    right = torch.cat([model.embed(control[None]) for control in controls])
+    right = model.embed(controls)
     generator = torch.Generator().manual_seed(SEED)
     wrong = F.normalize(torch.randn(right.shape, generator=generator).to(right), dim=1)
     if len(features) > 1:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from attack_modules.analytic.convolution_maps import Convolution, Maps, read_maps
 from attack_modules.analytic.results import Leakage
 from attack_modules.attack import Level, Verdict
+from attack_modules.feature_inversion.peers_maps import read_back
 from attack_modules.threat_model.requirements import Requirement, SingleRound
 from fl_lightning.client import Tensors
 from fl_lightning.errors import counted
@@ -45,12 +46,26 @@ class Shown(NamedTuple):
         features: (N, D) in the order of the head's.
         uncertainty: (N,) expected relative errors.
         layer: name of the convolution.
+        order: (N,) long, which of the head's images these are, where they are in another order; None else.
+        peers: (N,) long, where images depend on the others of their peer, as through BatchNorm in train mode; then all
+            pass through the model at once. None else.
     """
 
     model: ImageClassifier
     features: Tensor
     uncertainty: Tensor
     layer: str
+    order: Tensor | None = None
+    peers: Tensor | None = None
+
+    def instead(self, leakage: Leakage) -> Leakage:
+        """What the head shows, with the maps instead of features, in their order."""
+        of_map = {"features": self.features, "uncertainty": self.uncertainty, "seen": None, "weights": None}
+        if self.order is not None:
+            ones = None if leakage.ones is None else leakage.ones[self.order]
+            peers = torch.zeros_like(self.order) if self.peers is None else self.peers
+            of_map |= {"labels": leakage.labels[self.order], "peers": peers, "ones": ones}
+        return replace(leakage, **of_map)
 
     def limited(self, verdict: Verdict, misfit: Tensor, pixels: int) -> Verdict:
         """The verdict, with images that do not have their map no better than likely.
@@ -88,8 +103,10 @@ class Convolutions:
     and positions, and gives away its input map for every image (`analytic/convolution_maps.py`). Of all such layers,
     the first is taken, whose map holds most. Which map is whose, and how large it is, follows from the head's features.
 
-    One local step or few of one round. In front of BatchNorm in train mode, of a single image, with
-    `model.statistics`.
+    One local step or few of one round. In front of BatchNorm in train mode, of a single local step, with
+    `model.statistics`: there the number of peers and who trained together follow as well, and the blocks of a residual
+    network are followed back from the map that is read to the earliest that their updates determine
+    (`analytic/residual_blocks.py`).
     """
 
     def requirements(self) -> list[Requirement]:
@@ -103,6 +120,7 @@ class Convolutions:
         leakage: Leakage,
         image_shape: ImageShape,
         batch_norm: frozenset[str],
+        steps: int,
     ) -> Shown | None:
         """The first map that is shown; None, with a warning, where no update shows one.
 
@@ -112,6 +130,7 @@ class Convolutions:
             leakage: what the head's update shows.
             image_shape: (C, H, W).
             batch_norm: names of the layers that normalised by their batch's statistics when the peers trained.
+            steps: that each peer took.
         """
         images = len(leakage.labels)
         of_layers = {f"features.{inside}": update[name] for name, inside in model.feature_names(update).items()}
@@ -120,6 +139,12 @@ class Convolutions:
         if leakage.diagnosis.disentangled == leakage.diagnosis.num_images and leakage.mixing is None:
             for convolution in able[:TRIED]:
                 found = read_maps(of_layers[f"{convolution.name}.weight"], convolution, images)
+                if found and found.peers is not None:
+                    normalised = batch_norm if steps == 1 else frozenset()
+                    if shown := self._shared(model, of_layers, convolution, found, leakage, image_shape, normalised):
+                        return shown
+                    if images > 1:
+                        continue
                 sized = found and self._sized(model, convolution, found, leakage, image_shape)
                 if sized is not None:
                     embed = MapClassifier(model, convolution.name, found.unseen)
@@ -131,6 +156,31 @@ class Convolutions:
             "features are inverted. Fewer images and a single local step show more."
         )
         return None
+
+    def _shared(
+        self,
+        model: ImageClassifier,
+        update: Tensors,
+        convolution: Convolution,
+        found: Maps,
+        leakage: Leakage,
+        image_shape: ImageShape,
+        batch_norm: frozenset[str],
+    ) -> Shown | None:
+        """The earliest maps of several peers' images that BatchNorm in train mode normalised by peer."""
+        if convolution.behind not in batch_norm or model.get_submodule(convolution.behind).training:
+            return None
+        known = leakage.features.to(model.mean)
+        if leakage.ones is not None:
+            known = known / leakage.ones.to(known)[:, None]
+        read = read_back(model, convolution, found, update, known, image_shape, batch_norm)
+        if read is None:
+            return None
+        embed = MapClassifier(read.model, read.convolution.name, read.unseen)
+        uncertainty = torch.full((len(known),), read.uncertainty, dtype=leakage.uncertainty.dtype)
+        features = read.maps.flatten(1).to(leakage.features)
+        peers = read.peers if read.peers.any() else None
+        return Shown(embed, features, uncertainty, read.convolution.name, read.order, peers)
 
     def _sized(
         self, model: ImageClassifier, convolution: Convolution, found: Maps, leakage: Leakage, image_shape: ImageShape

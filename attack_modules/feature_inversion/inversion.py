@@ -22,6 +22,7 @@ from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
 from attack_modules.feature_inversion.learned_decoder import LearnedDecoder, PhotographDecoder
+from attack_modules.feature_inversion.memory import peak_bytes
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
@@ -62,6 +63,8 @@ MOST_NOISE = 3.0
 """Relative noise beyond which features tell nothing."""
 TRIED = 4
 """Known photographs on which it is tried whether inversion improves what a learned decoder makes of them."""
+CPU_CHUNK = 16
+"""Images that pass through the model at once on a CPU, which more would not keep busier."""
 RESIMULATIONS = 2
 """Default number of simulations of the peers' training without a refinement."""
 
@@ -105,7 +108,8 @@ class FeatureInversion(Attack):
         subtract_own: subtract the attacker's own update from the aggregate first.
         resimulations: how often, evenly spread over the steps, the peers' training is simulated; 0 for never, null for
             2, or for what `refinement` asks for.
-        chunk_size: images that pass through the model at once, which bounds memory.
+        chunk_size: images that pass through the model at once, which bounds memory; null for 16 on a CPU, and on a GPU
+            for as many as its memory holds.
         checkpoint_every: steps between checkpoints.
         refinement: corrects the leaked features with the simulated training; null for none.
         guidance: a diffusion prior as a further penalty; null for none.
@@ -127,7 +131,7 @@ class FeatureInversion(Attack):
         betas: tuple[float, float] = (0.8, 0.85),
         subtract_own: bool = True,
         resimulations: int | None = None,
-        chunk_size: int = 16,
+        chunk_size: int | None = None,
         checkpoint_every: int = 25,
         refinement: Refinement | None = None,
         guidance: DiffusionGuidance | None = None,
@@ -141,11 +145,11 @@ class FeatureInversion(Attack):
         if resimulations is None:
             resimulations = refinement.resimulations if refinement else RESIMULATIONS
         wrong = not positive(lr, *prior_limit) or not non_negative(balance, *softness)
-        if wrong or chunk_size < 1 or resimulations < 0:
+        if wrong or (chunk_size is not None and chunk_size < 1) or resimulations < 0:
             raise SettingError(
-                "`model` needs lr > 0, prior_limit > 0, balance >= 0, softness >= 0, chunk_size >= 1 and resimulations "
-                f">= 0, but got lr={lr}, prior_limit={prior_limit}, balance={balance}, softness={softness}, "
-                f"chunk_size={chunk_size}, resimulations={resimulations}."
+                "`model` needs lr > 0, prior_limit > 0, balance >= 0, softness >= 0, chunk_size >= 1 or null and "
+                f"resimulations >= 0, but got lr={lr}, prior_limit={prior_limit}, balance={balance}, "
+                f"softness={softness}, chunk_size={chunk_size}, resimulations={resimulations}."
             )
         self.automatic_optimization = False  # one backward pass a chunk, so that memory holds one graph
         self.lr = lr
@@ -182,6 +186,9 @@ class FeatureInversion(Attack):
     def least_memory(self, rounds: RoundsSummary) -> int:
         """The updates of all rounds, a model, and what the closed form makes of the head's first layer."""
         return (len(rounds.assumptions) + 1) * super().least_memory(rounds) + space_bytes(rounds.model.head[0].weight)
+
+    def peak_memory(self, rounds: RoundsSummary, images: int) -> int:
+        return peak_bytes(rounds, images, self.chunk_size or CPU_CHUNK)
 
     def prepare(self) -> None:
         seen, device = self.observed_rounds, self.trainer.strategy.root_device
@@ -221,6 +228,8 @@ class FeatureInversion(Attack):
             self.leakage = replace(self.leakage, features=self.scale * self.leakage.features)
         self.register_buffer("features", self.leakage.features.clone())  # target: under the model half way
         self.register_buffer("seen", self.leakage.seen, persistent=False)
+        weights = self.leakage.weights
+        self.register_buffer("weights", None if weights is None else weights.clone())
         self.register_buffer("labels", self.leakage.labels)
         self.images = nn.Parameter(self._start(self.features, self.seen))
         mixing = self.leakage.mixing  # then `images` are mixtures, and what is found are `unmixed` ones
@@ -250,10 +259,14 @@ class FeatureInversion(Attack):
         if self.convolutions:
             shape = observed.observation.image_shape
             gradients = observed.without_weight_decay(update)
-            self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised)
+            self.shown = self.convolutions.read(model, gradients, self.leakage, shape, normalised, self.steps)
         if self.shown:
-            of_map = {"features": self.shown.features, "uncertainty": self.shown.uncertainty, "seen": None}
-            self.leakage = replace(self.leakage, **of_map)
+            self.leakage = self.shown.instead(self.leakage)
+            if self._together and self.ranks.count > 1:
+                raise SettingError(
+                    "Images of a peer pass through BatchNorm together, which several processes cannot divide. Set "
+                    "`trainer.devices: 1`, or leave `model.convolutions` out."
+                )
             return self.shown.model
         return model
 
@@ -282,10 +295,22 @@ class FeatureInversion(Attack):
             found = self.invert(features.clone(), max(self.trainer.max_steps, 1))
         return mean_psnr(found, known) > mean_psnr(start(features), known)
 
+    @property
+    def _chunk(self) -> int:
+        """Images that pass through the model at once; `Ranks.gather` takes fewer where memory does not suffice."""
+        if self._together:
+            return len(self.features)
+        return self.chunk_size or (CPU_CHUNK if self.device.type == "cpu" else len(self.features))
+
+    @property
+    def _together(self) -> bool:
+        """Whether an image's features depend on the other images of its peer."""
+        return self.shown is not None and self.shown.peers is not None
+
     @torch.no_grad()
     def _embedded(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D) features, a chunk at a time, of at least two images where there are as many."""
-        chunks = images.to(self.model.mean).tensor_split(math.ceil(len(images) / max(self.chunk_size, 3)))
+        chunks = images.to(self.model.mean).tensor_split(math.ceil(len(images) / max(self._chunk, 3)))
         return torch.cat([self.model.embed(chunk) for chunk in chunks])
 
     def _warn_of_mixed_images(self, model: ImageClassifier) -> None:
@@ -333,9 +358,9 @@ class FeatureInversion(Attack):
         if self._resolves_now:
             self._resolve()
         if self.guidance and self.guidance.denoises_at(self.global_step):
-            self.guidance.denoise(self.images, self.ranks, self.chunk_size)
+            self.guidance.denoise(self.images, self.ranks, self._chunk)
         scored = torch.empty(len(self.images), 2, device=self.device)
-        self.ranks.gather(scored, self._descend, self.chunk_size)
+        self.ranks.gather(scored, self._descend, self._chunk)
         errors, losses = scored.unbind(1)
         self.join_gradients(self.images)
         self._remember(errors, losses)
@@ -352,15 +377,15 @@ class FeatureInversion(Attack):
     def _descend(self, chunk: Tensor) -> Tensor:
         """Set `images.grad` of the images `chunk` (n,); return (n, 2) their E, and the loss that ranks iterates."""
         if not self.inverts:
-            seen = None if self.seen is None else self.seen[chunk]
+            weights = None if self.counted is None else self.counted[chunk]
             with torch.no_grad():
-                error = self.feature_error(self.images[chunk], self.features[chunk], seen)
+                error = self.feature_error(self.images[chunk], self.features[chunk], weights)
             return torch.stack([error, error], 1)
         with torch.enable_grad():
             images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
-            noise, seen = (None if of is None else of[chunk] for of in (self.noise, self.seen))
+            noise, weights = (None if of is None else of[chunk] for of in (self.noise, self.counted))
             features, steps = self.features[chunk], self.trainer.max_steps
-            loss, scored = self._losses(images, features, self.global_step, steps, noise, seen)
+            loss, scored = self._losses(images, features, self.global_step, steps, noise, weights)
             if self.guidance:
                 loss = loss + self.guidance.penalty(images, chunk)
             self.back_propagate(loss.sum(), images)  # a sum: the images are independent
@@ -368,7 +393,7 @@ class FeatureInversion(Attack):
         return scored
 
     def _losses(
-        self, images: Tensor, features: Tensor, step: int, steps: int, noise: Tensor | None, seen: Tensor | None
+        self, images: Tensor, features: Tensor, step: int, steps: int, noise: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(n,) losses to descend on for images (n, C, H, W), and (n, 2) as of `_descend`.
 
@@ -378,10 +403,10 @@ class FeatureInversion(Attack):
             step: of the optimisation, in which the weight of P falls.
             steps: of all.
             noise: (n,) relative size of the noise in `features`, in proportion to which P weighs; None without.
-            seen: (n, D) which of the features count; None for all.
+            weights: (n, D) see `feature_error`.
         """
         with softened(self.model, annealed(self.softness, step, steps)):
-            error = self.feature_error(images, features, seen)
+            error = self.feature_error(images, features, weights)
         limit = annealed(self.prior_limit, step, steps)
         if noise is not None:
             final = (PRIOR_OF_NOISE * noise).clamp_min(self.prior_limit[1])
@@ -393,7 +418,7 @@ class FeatureInversion(Attack):
         loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
         rank = scale.log() + self.balance * (prior + PRIOR_FLOOR).log() if noise is None else error + final * prior
         if noise is None and self.grey is not None:
-            grey = self._distance(self.grey.expand_as(features), features, seen)
+            grey = self._distance(self.grey.expand_as(features), features, weights)
             rank = torch.where(error < EXPLAINS * grey, rank, UNEXPLAINED + scale.log())
         return loss, torch.stack([error, rank], 1).detach()
 
@@ -454,11 +479,13 @@ class FeatureInversion(Attack):
     @torch.no_grad()
     def _resolve(self) -> None:
         """Read a defended update once more, with the features of the best images so far as what is expected."""
-        features = torch.cat([self.model.embed(chunk) for chunk in self.best.split(self.chunk_size)]).cpu()
+        features = self._embedded(self.best).cpu()
         off = self.noise.cpu()  # images are no better than the features that they were made from
-        found, uncertainty = self.leakage.defended.again(Expected(features / self.scale, off, of_images=True))
-        self.features.copy_(self.scale * found)
-        self.noise.copy_(uncertainty.clamp_max(MOST_NOISE))
+        found = self.leakage.defended.again(Expected(features / self.scale, off, of_images=True))
+        self.features.copy_(self.scale * found.features)
+        self.noise.copy_(found.uncertainty.clamp_max(MOST_NOISE))
+        if found.weights is not None:
+            self.weights.copy_(found.weights)
         self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
 
     @torch.no_grad()
@@ -476,7 +503,7 @@ class FeatureInversion(Attack):
         def target(chunk: Tensor) -> Tensor:
             return drift[chunk] + self.model.embed(self.best[chunk].contiguous(memory_format=torch.channels_last))
 
-        self.ranks.gather(self.features, target, self.chunk_size)
+        self.ranks.gather(self.features, target, self._chunk)
         self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
         if not self.inverts:
             self.images.copy_(self._start(self.features, self.seen))
@@ -512,17 +539,23 @@ class FeatureInversion(Attack):
         total = torch.stack([round_.features for round_ in rounds]).sum(0)
         return total / self.presence.sum(0).to(total)[:, None]
 
-    def feature_error(self, images: Tensor, features: Tensor, seen: Tensor | None = None) -> Tensor:
+    @property
+    def counted(self) -> Tensor | None:
+        """(N, D) weights of the features, see `feature_error`: not those that dropout hid; None for 1."""
+        return self.seen if self.weights is None else self.weights
+
+    def feature_error(self, images: Tensor, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """(N,) relative squared distance of the images' features to `features` (N, D), at any scale if that is off.
 
-        Those that are not `seen` (N, D) do not count.
+        Squares of features count as much as their `weights` (N, D) in [0, 1]; None for 1.
         """
-        return self._distance(self.model.embed(images), features, seen)
+        return self._distance(self.model.embed(images), features, weights)
 
-    def _distance(self, shown: Tensor, features: Tensor, seen: Tensor | None) -> Tensor:
+    def _distance(self, shown: Tensor, features: Tensor, weights: Tensor | None) -> Tensor:
         """(N,) the same of the features (N, D) that images have."""
-        if seen is not None:
-            shown, features = shown * seen, features * seen
+        if weights is not None:
+            root = weights.sqrt()
+            shown, features = shown * root, features * root
         if self.scale != 1:
             fitting = (shown * features).sum(1) / shown.square().sum(1).clamp_min(LEAST_SIZE)
             shown = shown * fitting.detach()[:, None]
@@ -537,10 +570,10 @@ class FeatureInversion(Attack):
             images = torch.tensordot(mixing, images, 1)
 
         def error(chunk: Tensor) -> Tensor:
-            seen = None if self.seen is None else self.seen[chunk]
-            return self.feature_error(images[chunk], self.features[chunk], seen)
+            weights = None if self.counted is None else self.counted[chunk]
+            return self.feature_error(images[chunk], self.features[chunk], weights)
 
-        self.ranks.gather(errors, error, self.chunk_size)
+        self.ranks.gather(errors, error, self._chunk)
         if self.unmixing is not None:
             errors = ((mixing > 0) * errors[:, None]).amax(0)
         return errors.sqrt()
@@ -558,19 +591,19 @@ class FeatureInversion(Attack):
 
     def reconstruction(self) -> Reconstruction:
         images, mixed = self.best.float(), self.unmixing is not None
-        alone = not mixed and not batch_statistics(self.model)
+        alone = not mixed and not self._together and not batch_statistics(self.model)
         if mixed:
             images = torch.tensordot(self.unmixing, images, 1)
 
         def error(candidates: Tensor, indices: Tensor) -> Tensor:
-            seen = None if self.seen is None else self.seen[indices]
-            return self.feature_error(candidates, self.features[indices], seen)
+            weights = None if self.counted is None else self.counted[indices]
+            return self.feature_error(candidates, self.features[indices], weights)
 
         return Reconstruction(
             images.clamp(0, 1),
             self.labels,
             num_classes=self.observed_rounds[0].observation.num_classes,
-            consistency_error=None if mixed else error,  # of a mixed image, it depends on another one as well
+            consistency_error=None if mixed or self._together else error,  # there, it depends on another image as well
             peers=self.leakage.peers,
             features=self.leakage.features if alone else None,
             seen=self.leakage.seen if alone else None,
@@ -596,6 +629,13 @@ class FeatureInversion(Attack):
         known = self._starter[0].known
         features = self._embedded(known)
         return self._distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
+
+    @property
+    def steps_of_verdict(self) -> float:
+        """Control images take as many steps as the attack's own; they are fewer, or more."""
+        start = self._starter[0]
+        learned = len(start.known[: TRIED if self.inverts else None]) if isinstance(start, PhotographDecoder) else 1
+        return self.trainer.max_steps * learned * len(ERRORS) / len(self.images)
 
     def verdict(self, misfit: Tensor) -> Verdict:
         leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())

@@ -15,6 +15,7 @@ from attack_modules.analytic.peer_attribution import (
     joined_features,
     joined_labels,
     joined_uncertainty,
+    joined_weights,
 )
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.attack import AttackError
@@ -147,6 +148,7 @@ class ChangingParticipants(RoundsReader):
             defended=JoinedRounds([found.defended for found in rounds], self.attribution)
             if all(found.defended for found in rounds)
             else None,
+            weights=joined_weights([found.weights for found in rounds], self.attribution),
         )
         return joined, presence
 

@@ -31,6 +31,7 @@ class Ranks:
         self.count = trainer.world_size if trainer else 1
         self.rank = trainer.global_rank if trainer else 0
         self.strategy = trainer.strategy if trainer else None
+        self.room: int | None = None  # rows for which the GPU's memory sufficed, where it did not for more
         if trainer and not isinstance(self.strategy, DDPStrategy | SingleDeviceStrategy):
             raise SettingError(
                 f"An attack runs in one process or in several that each hold all images, but `trainer.strategy` is "
@@ -47,11 +48,22 @@ class Ranks:
 
     @torch.no_grad()
     def gather(self, whole: Tensor, function: Callable[[Tensor], Tensor], chunk_size: int) -> None:
-        """Fill (N, ...) `whole` with `function` of chunks (n,) of row indices; each process computes its shard."""
-        filled = torch.zeros_like(whole)
-        for chunk in self.shard(len(whole)).to(whole.device).split(chunk_size):
-            if len(chunk):
+        """Fill (N, ...) `whole` with `function` of chunks (n,) of row indices; each process computes its shard.
+
+        Where a GPU's memory does not suffice for a chunk, this and all later ones are halved. `function` may be called
+        twice with a row.
+        """
+        filled, left = torch.zeros_like(whole), self.shard(len(whole)).to(whole.device)
+        while len(left):
+            chunk = left[: min(chunk_size, self.room or chunk_size)]
+            try:
                 filled[chunk] = function(chunk).to(filled)
+            except torch.OutOfMemoryError:
+                if len(chunk) == 1:
+                    raise
+                self.room = len(chunk) // 2
+            else:
+                left = left[len(chunk) :]
         whole.copy_(self.reduce(filled))
 
     def reduce_update(self, update: dict[str, Tensor | LowRank]) -> dict[str, Tensor | LowRank]:

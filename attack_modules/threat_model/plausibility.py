@@ -55,7 +55,7 @@ def refuse_impossible(observation: Observation, server_lr: float | None = 1.0) -
     whose = {"before": "The model before", "after": "The model after", "own_update": "The attacker's own update of"}
     for group, words in whose.items():
         for name, tensor in getattr(observation, group).items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
                 raise ObservationError(
                     f"{words} round {round_} holds NaN or infinity in '{name}': the training diverged, or a file is "
                     "damaged. Observe an earlier round, or lower the clients' learning rate (`federation.client.lr`)."
@@ -78,6 +78,12 @@ def refuse_impossible(observation: Observation, server_lr: float | None = 1.0) -
             f"Without the attacker's own update, round {round_} differs by the rounding of its numbers alone: no peer "
             "trained, or their learning rate was far too small to leave a trace. Observe another round."
         )
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, without a copy of the tensor."""
+    least, most = tensor.aminmax()  # of which both are NaN where an entry is
+    return math.isfinite(least) and math.isfinite(most)
 
 
 def parameters_of(observation: Observation) -> list[str]:
@@ -163,10 +169,12 @@ def against_own(observation: Observation) -> bool:
     own = observation.own_update
     if not own or observation.num_classes < MANY_CLASSES:
         return False
-    aggregate = {name: observation.before[name] - observation.after[name] for name in own}
-    product = sum((aggregate[name] * tensor).sum() for name, tensor in own.items())
-    norms = [sum(tensor.square().sum() for tensor in u.values()).sqrt() for u in (aggregate, own)]
-    return bool(product < AGAINST * norms[0] * norms[1])
+    sums = torch.zeros(3)
+    for name, tensor in own.items():  # one parameter at a time, without copies of it: a head has 100 MB and more
+        moved, own_part = (observation.before[name] - observation.after[name]).flatten(), tensor.flatten()
+        sums += torch.stack([moved @ own_part, moved @ moved, own_part @ own_part])
+    product, *squares = sums
+    return bool(product < AGAINST * squares[0].sqrt() * squares[1].sqrt())
 
 
 def class_sums(observation: Observation, update: Tensors) -> Tensor | None:

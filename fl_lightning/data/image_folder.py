@@ -67,8 +67,12 @@ def folder_catalogue(root: Path, image_shape: ImageShape) -> Catalogue:
         SettingError: a folder cannot be listed.
     """
     if not os.path.isdir(root):
-        found = f"'{root}' is a file" if os.path.isfile(root) else f"There is no folder '{root}'"
-        raise MissingFile(f"{found}. Set `data.root` to a folder with one folder per class.")
+        if os.path.isfile(root):
+            raise MissingFile(
+                f"'{root}' is a file. Set `data.root` to a folder with one folder per class; a table of images is read "
+                "by `--data.csv`, CIFAR-10 in an archive by `--data CIFAR10`."
+            )
+        raise MissingFile(f"There is no folder '{root}'. Set `data.root` to a folder with one folder per class.")
     paths: list[Path] = []
     labels: list[int] = []
     try:

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/defence_utility.py ARCHIVE notebooks/defence_utility.csv --seeds 0 1 2
 
-takes CIFAR-10 as JPEG files in an archive or folder, at 16x16 pixels so that a row takes a minute: 10 clients, one
-local epoch in batches of 10 at rate 0.02 with momentum 0.9 (Adam: rate 0.001).
+takes CIFAR-10 as JPEG files in an archive or folder, at 16x16 pixels so that a row takes minutes: 10 clients, one local
+epoch in batches of 32 at rate 0.02 with momentum 0.9 (Adam: rate 0.001).
 """
 
 import tempfile
@@ -37,20 +37,22 @@ def data_of(root: Path, seed: int, images: int) -> tuple[CIFAR10, ImageSet]:
     return data, whole
 
 
-def row_of(name: str, seed: int, root: Path, images: int, rounds: int) -> dict[str, object]:
+def row_of(name: str, seed: int, root: Path, images: int, rounds: int, accelerator: str) -> dict[str, object]:
     """Run a federation with a defence and test its last model."""
     (data, test), setting = data_of(root, seed, images), SETTINGS[name]
     adam = setting.optimizer == "Adam"
     training = LocalTraining(
         lr=0.001 if adam else 0.02,
         local_epochs=1,
-        batch_size=10,
+        batch_size=32,
         momentum=0.0 if adam else 0.9,
         optimizer=setting.optimizer,
         label_smoothing=setting.label_smoothing,
         defenses=setting.client,
     )
-    federation = Federation(client=training, rounds=rounds, server_defenses=setting.server, seed=seed)
+    federation = Federation(
+        client=training, rounds=rounds, server_defenses=setting.server, seed=seed, accelerator=accelerator
+    )
     with tempfile.TemporaryDirectory() as folder:
         federation.run(data, Path(folder))
         model = federation.initial_model(data)
@@ -66,8 +68,10 @@ def row_of(name: str, seed: int, root: Path, images: int, rounds: int) -> dict[s
 if __name__ == "__main__":
     keep_freed_memory()
     parser = arguments(__doc__.splitlines()[0], SETTINGS)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--accelerator", default="cpu", help="what clients train on: cpu, gpu, auto")
     given = parser.parse_args()
     columns = ("defence", "seed", "rounds", "images_per_client", "accuracy", "epsilon")
-    fill(given, columns, partial(row_of, root=given.root, images=given.images, rounds=given.rounds))
+    told = {name: getattr(given, name) for name in ("root", "images", "rounds", "accelerator")}
+    fill(given, columns, partial(row_of, **told))

@@ -59,8 +59,10 @@ class Sizes:
     prior_channels: tuple[int, ...] = (64, 128, 152)
     prior_batch: int = 64
     prior_steps: int = 20
-    crowds: tuple[tuple[int, int], ...] = ((64, 128), (256, 128), (1024, 128), (64, 224), (256, 224))
+    crowds: tuple[tuple[int, int], ...] = ((256, 128), (64, 128), (1024, 128), (64, 224), (256, 224))
     """Images and their size, where the features are given."""
+    chunks: tuple[int, ...] = (16, 64)
+    """Images that pass through the model at once, of the first crowd, beside the default."""
     product: int = 8192
     transformer: dict[str, int] = field(default_factory=dict)
     """Sizes of MDTv2 where not as released."""
@@ -79,6 +81,7 @@ TINY = Sizes(
     prior_batch=2,
     prior_steps=2,
     crowds=((8, 32),),
+    chunks=(8,),
     product=64,
     transformer={"width": 32, "depth": 4, "heads": 2, "decoder_depth": 2, "latent_size": 4},
     unet_widths=(64,) * 6,
@@ -149,10 +152,11 @@ class InversionAlone(FeatureInversion):
 
     Args:
         images: (N, 3, H, W).
+        settings: of `FeatureInversion`.
     """
 
-    def __init__(self, images: Tensor) -> None:
-        super().__init__(rounds=GivenFeatures(images))
+    def __init__(self, images: Tensor, **settings: Any) -> None:
+        super().__init__(rounds=GivenFeatures(images), **settings)
 
     def prepare(self) -> None:
         before = self.observed_rounds[0].observation.build_model()  # of a single local step, the model half way
@@ -354,12 +358,11 @@ class Bench:
         found = self.attacked(ATTACKS[title](), *sizes, self.device, precision, goal=goal)
         return self.described(found, precision, goal)
 
-    def crowd(self, images: int, size: int, precision: str) -> tuple[str, ...]:
+    def crowd(self, images: int, size: int, precision: str, **settings: Any) -> tuple[str, ...]:
         """Feature inversion alone, of as many images as a GPU has room for."""
         given = random_crops(images, size)
-        found = self.attacked(
-            InversionAlone(given), 8, size, self.sizes.steps, self.device, precision, goal=True, given=given
-        )
+        attack = InversionAlone(given, **settings)
+        found = self.attacked(attack, 8, size, self.sizes.steps, self.device, precision, goal=True, given=given)
         time_, memory, quality, remark = self.described(found, precision, goal=True)
         return time_, memory, quality, f"{remark}; {images / found.step:.0f} images a second"
 
@@ -520,6 +523,12 @@ def run(bench: Bench) -> Bench:
                 f"inversion of given features, {images} images at {size} px, {precision}",
                 lambda i=images, s=size, p=precision: bench.crowd(i, s, p),
             )
+    images, size = sizes.crowds[0]
+    for chunk in sizes.chunks:
+        bench.row(
+            f"inversion of given features, {images} images at {size} px, in chunks of {chunk}, 32-true",
+            lambda c=chunk: bench.crowd(images, size, "32-true", chunk_size=c),
+        )
     for precision in both:
         bench.row(f"prior, training step, {precision}", lambda p=precision: bench.prior_step(p))
         bench.row(f"MDTv2-XL/2, a pass, {precision}", lambda p=precision: bench.transformer(p))

@@ -10,7 +10,7 @@ import pytest
 def test_every_row_runs(capsys: pytest.CaptureFixture[str]) -> None:
     bench = gpu.main(["--device", "cpu", "--tiny"])
     assert bench.failed == 0, bench.rows
-    assert len(bench.rows) == 2 * (1 + 4 + 1 + 2 + 4 + 1) + 2
+    assert len(bench.rows) == 2 * (1 + 4 + 1 + 2 + 4 + 1) + 3
     small = [row for row in bench.rows if row[0].endswith("4 images at 16 px, 32-true")]
     differences = {row[0].split(", 4 images")[0]: float(re.search("images ([0-9.e+-]+);", row[4])[1]) for row in small}
     assert differences.pop(gpu.RANKS) < 1e-4

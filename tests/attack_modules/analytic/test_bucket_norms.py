@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attack_modules.analytic.bucket_norms import BucketNorms, gates_of_norms, sent_levels, shortest
+from attack_modules.analytic.bucket_norms import BucketNorms, gates_of_norms, likeliest, sent_levels, shortest
 from attack_modules.analytic.defended_head import Expected, HeadRound, LastLayer, UnreadableDefense
 from attack_modules.analytic.noisy_gates import NoisyGates
 from fl_lightning.defenses import QSGD, GaussianNoise
@@ -50,6 +50,19 @@ def test_what_noise_hides_norms_show(bias: bool) -> None:
     off = error(found.features)
     assert off.mean() < 0.85 * error(noisy.features).mean()
     torch.testing.assert_close(found.uncertainty.mean(), off.mean().double(), rtol=0.25, atol=0)
+
+
+@pytest.mark.parametrize("drift", [0.0, 1.0])
+def test_the_error_counts_what_is_beyond_the_rounding(drift: float) -> None:
+    """Several local steps leave more than one does, by so many sizes of a level here."""
+    random = torch.Generator().manual_seed(0)
+    gated, features = torch.randn(4, 256, generator=random), torch.rand(4, 200, generator=random)
+    entries = gated.T @ features
+    sizes = torch.full_like(entries, 0.5)
+    sent = ((entries / sizes + torch.rand(entries.shape, generator=random)).floor()) * sizes
+    sent += drift * sizes * torch.randn(entries.shape, generator=random)
+    found, variance = likeliest(sent, sizes, torch.ones_like(sent, dtype=torch.bool), gated)
+    torch.testing.assert_close(variance.sum().sqrt(), (found - features).norm(), rtol=0.3, atol=0)
 
 
 def test_multiples_of_sizes_are_found_again() -> None:

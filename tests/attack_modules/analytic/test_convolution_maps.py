@@ -15,7 +15,7 @@ def update_of(layer: nn.Conv2d, maps: Tensor, centred: bool) -> Tensor:
     """Sum over images and positions of random errors times patches, with the rounding of float32."""
     patches = F.unfold(maps, layer.kernel_size, padding=layer.padding, stride=layer.stride)
     errors = torch.randn(len(maps), layer.out_channels, patches.shape[2])
-    errors = errors - centred * errors.mean(2, keepdim=True)
+    errors = errors - centred * errors.mean((0, 2), keepdim=True)
     return (errors @ patches.transpose(1, 2)).sum(0).view_as(layer.weight)
 
 
@@ -39,7 +39,7 @@ def test_a_single_map_in_front_of_batch_norm_comes_back_as_far_as_it_is_seen(str
     maps, layer = rectified(1, (16, 6, 6)), nn.Conv2d(16, 64, 3, stride, padding=1)
     convolution = Convolution("conv", layer, (16, 6, 6), "norm")
     assert convolution.shows(1)
-    assert not convolution.shows(2)
+    assert convolution.shows(2) == (stride == 2)
     found = read_maps(update_of(layer, maps, centred=True), convolution, 1)
     assert len(found.unseen) == stride - 1
     if stride == 2:
@@ -50,3 +50,24 @@ def test_a_single_map_in_front_of_batch_norm_comes_back_as_far_as_it_is_seen(str
     unseen = found.unseen.flatten(1)
     expected = F.normalize((flat - flat @ unseen.T @ unseen).flatten(1), dim=1)
     torch.testing.assert_close(found.maps.flatten(1), expected, rtol=0, atol=1e-5)
+
+
+def test_images_of_two_peers_in_front_of_batch_norm_come_back_with_their_peers() -> None:
+    """In right proportion, and up to a constant that images of a peer share."""
+    maps, layer = rectified(3, (16, 6, 6)), nn.Conv2d(16, 64, 3, 2, padding=1)
+    convolution = Convolution("conv", layer, (16, 6, 6), "norm")
+    update = sum(update_of(layer, part, centred=True) for part in maps.split([2, 1]))
+    found = read_maps(update, convolution, 3)
+    unseen = found.unseen.flatten(1)
+
+    def seen(of: Tensor) -> Tensor:
+        return (of.flatten(2) - of.flatten(2) @ unseen.T @ unseen).flatten(1)
+
+    likeness = F.normalize(seen(found.maps), dim=1) @ F.normalize(seen(maps.double()), dim=1).T
+    best, order = likeness.max(1)
+    torch.testing.assert_close(best, torch.ones(3).double(), rtol=0, atol=1e-4)
+    first, second = (found.maps[order == image] for image in (0, 1))
+    assert found.peers[order == 0] == found.peers[order == 1] != found.peers[order == 2]
+    size = seen(first).norm() / seen(maps[:1].double()).norm()
+    off = (first - second) / size - (maps[0] - maps[1]).double()
+    assert off.norm() < 0.01 * maps[0].norm()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from attack_modules.analytic.defended_head import Expected, Rereadable
+from attack_modules.analytic.defended_head import Expected, ReadAgain, Rereadable
 from attack_modules.analytic.peer_attribution import JoinedRounds, attribute, joined_features, joined_labels
 from attack_modules.analytic.results import Diagnosis, Leakage
 
@@ -52,17 +52,18 @@ def test_presence_tells_peers_of_one_step() -> None:
 class Halved(Rereadable):
     """Takes half of what is expected for what was read."""
 
-    def again(self, expected: Expected) -> tuple[torch.Tensor, torch.Tensor]:
-        return expected.features / 2, 3 * expected.error
+    def again(self, expected: Expected) -> ReadAgain:
+        return ReadAgain(expected.features / 2, 3 * expected.error, expected.features / 4)
 
 
 def test_rounds_under_a_defence_are_read_again_each_with_its_own_images() -> None:
     shown = [[0, 1, 2], [2, 1, 3]]
     found = attribute([leaked(features(), images) for images in shown])
     expected = Expected(torch.rand(4, 5), torch.rand(4))
-    again, uncertainty = JoinedRounds([Halved(), Halved()], found).again(expected)
-    torch.testing.assert_close(again, expected.features / 2)
-    torch.testing.assert_close(uncertainty, 3 * expected.error)
+    again = JoinedRounds([Halved(), Halved()], found).again(expected)
+    torch.testing.assert_close(again.features, expected.features / 2)
+    torch.testing.assert_close(again.uncertainty, 3 * expected.error)
+    torch.testing.assert_close(again.weights, expected.features / 4)
 
 
 def test_peers_that_come_and_go_together_are_one_unless_local_steps_tell() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from attack_modules.analytic.defended_head import Expected, HeadRound, LastLayer, UnreadableDefense
-from attack_modules.analytic.signed_update import SignedUpdate, signs_of_peers, sizes_of_levels
+from attack_modules.analytic.signed_update import OF_SIZES, USUAL, SignedUpdate, signs_of_peers, sizes_of_levels
 from fl_lightning.defenses import Sign, TopK
 
 IMAGES, HIDDEN, WIDTH, CLASSES = 6, 128, 400, 60
@@ -54,6 +54,14 @@ def test_sizes_signs_peers_and_features() -> None:
     assert error(first.features) < 0.8 * error(features.mean(0).expand(IMAGES, -1))
     again = reading.solve([seen], Expected(features, torch.full((IMAGES,), 0.1), of_images=True))
     assert error(again.features) < 0.7 * error(first.features)
+    of_directions = (again.uncertainty.square() - OF_SIZES**2).sqrt().mean().item()
+    assert 0.4 < of_directions / error(again.features) < 1.6  # two images of a peer are not Gaussian
+    columns = torch.stack([again.features[peer == PEERS].square().mean(0) for peer in (0, 1, 2)])[PEERS]
+    order = columns.flatten().argsort()  # known up to the same relative error
+    assert (again.weights.flatten()[order].diff() <= 0).all()
+    assert again.weights.min() >= 0
+    assert again.weights.max() <= 1
+    assert again.weights[columns < USUAL * again.features.square().mean()].min() > 0.5
 
 
 def test_signs_of_one_size_hide_the_peers() -> None:

@@ -12,6 +12,7 @@ from fl_lightning.defenses import (
     ClientDefense,
     Clipping,
     GaussianNoise,
+    Mixup,
     PartialSharing,
     Quantization,
     RandomK,
@@ -71,12 +72,15 @@ def test_compression_is_suspected(defense: ClientDefense, words: str) -> None:
     assert suspected_defenses(mean_of(defense), BEFORE, told) == []
 
 
-def test_views_are_not_taken_for_images() -> None:
-    certain, told = Verdict([Level.CERTAIN]), replace(ASSUMED, defenses=(Augmentation(),))
+@pytest.mark.parametrize(("defense", "word"), [(Augmentation(), "views"), (Mixup(lam=0.4), "mixtures")], ids=str)
+def test_what_a_defence_makes_of_images_is_not_taken_for_them(defense: ClientDefense, word: str) -> None:
+    certain, told = Verdict([Level.CERTAIN]), replace(ASSUMED, defenses=(defense,))
     assert qualified(certain, mean_of(), BEFORE, ASSUMED) == certain
     found = qualified(certain, mean_of(), BEFORE, told)
     assert found.level is Level.UNRELIABLE
-    assert "views" in found.sentence()
+    assert word in found.sentence()
+    unmixed = qualified(certain, mean_of(), BEFORE, told, read=True)
+    assert (unmixed == certain) == isinstance(defense, Mixup)
 
 
 @pytest.mark.parametrize("defenses", [(), (GaussianNoise(rho=1.0),), (Quantization(bits=8),)], ids=str)

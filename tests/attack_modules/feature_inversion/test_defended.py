@@ -49,6 +49,12 @@ def test_known_defence_chooses_the_reading(
     assert known.leakage.labels.tolist() == [0, 1, 2, 3]
     assert ((known.noise > 0.01) & (known.noise < 1)).all()
     assert torch.equal(known.features, known.leakage.features) != (reading is PrunedUpdate)
+    assert (known.weights is not None) == (reading is PrunedUpdate)
+    if reading is PrunedUpdate:  # what nobody sent does not count
+        assert not torch.equal(known.weights, known.leakage.weights)
+        changed, weights = known.features + (known.weights == 0), known.weights
+        torch.testing.assert_close(*(known.feature_error(known.best, f, weights) for f in (changed, known.features)))
+        assert (known.weights == 0).any()
     assert known.diagnosis()["uncertainty"] == known.noise.median()  # of what was inverted last
     plain = attack(FeatureInversion(), observe(trained(defense), Knowledge(defenses="unknown"), **WIDE), steps=2)
     assert plain.leakage.defended is None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.io import decode_image
 
+from attack_modules.simulation.distributed import Ranks
 from cli import main
 
 ROOT = Path(__file__).parents[3]
@@ -52,6 +53,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_chunks_are_halved_where_memory_does_not_suffice() -> None:
+    sizes, whole, ranks = [], torch.zeros(11), Ranks()
+
+    def double(chunk: Tensor) -> Tensor:
+        sizes.append(len(chunk))
+        if len(chunk) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 2.0 * chunk
+
+    ranks.gather(whole, double, 9)
+    assert torch.equal(whole, 2.0 * torch.arange(11))
+    assert sizes == [9, 4, 2, 2, 2, 2, 2, 1]
+    ranks.gather(whole, double, 9)
+    assert sizes[8:] == [2, 2, 2, 2, 2, 1]
+
+
+def test_a_chunk_of_one_that_has_no_room_is_an_error() -> None:
+    def full(chunk: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Ranks().gather(torch.zeros(3), full, 2)
 
 
 PATHS = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
