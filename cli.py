@@ -36,7 +36,7 @@ from attack_modules.panels import save_images
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRounds, RoundsSummary
 from attack_modules.threat_model.recorded import record_round
-from fl_lightning.allocation import keep_freed_memory
+from fl_lightning.allocation import keep_freed_memory, release_freed_memory
 from fl_lightning.command_line.audit import PURPOSE as AUDIT_PURPOSE
 from fl_lightning.command_line.audit import run_audit
 from fl_lightning.command_line.checks import (
@@ -256,6 +256,7 @@ class AuditCLI(LightningCLI):
         images = max(told, default=1) if foreign else sum(map(len, data.clients))
         attack = self.model.peak_memory(rounds, images)
         if attack is not None and self.trainer.is_global_zero:
+            release_freed_memory()  # of the trial of the model, which is no part of the program
             ready = foreign or self.datamodule.record.checkpoint.exists()
             print(forecast(max(attack, 0 if ready else federation.peak_memory(data))), flush=True)
 

@@ -24,9 +24,9 @@ PROGRAM = 850
 @pytest.mark.parametrize(
     ("model", "size", "clients", "each", "measured"),
     [
-        (LeNet5, 128, 5, 16, 1902),
-        (partial(TorchvisionClassifier, name="alexnet"), 64, 3, 2, 2734),
-        (partial(TorchvisionClassifier, name="vgg11"), 32, 3, 8, 3761),
+        (LeNet5, 128, 5, 16, 1719),
+        (partial(TorchvisionClassifier, name="alexnet"), 64, 3, 2, 2050),
+        (partial(TorchvisionClassifier, name="vgg11"), 32, 3, 8, 3377),
         (partial(TorchvisionClassifier, name="resnet18"), 64, 3, 2, 1456),
     ],
 )
