@@ -49,11 +49,11 @@ ROUNDING = math.pi / 2 - 1
 OF_TYPICAL = 0.24
 """Error of the features' sizes where they are those of typical images, relative to the features'."""
 SLOWNESS = 0.19
-"""Power of the number of readings by which this error falls. Measured on seed 1: 0.14, 0.13, 0.12 and 0.11 after 12, 24,
-40 and 99 readings."""
+"""Power of the number of readings by which this error falls. Measured on seed 1: 0.14, 0.13, 0.12 and 0.11 after 12,
+24, 40 and 99 readings."""
 HARM = 2.1
-"""See `DefendedReading.harm`: wrong sizes are repeated by the images. Known images came back as badly as the peers' at 1.2,
-1.9 and 1.8 times the error, of three seeds."""
+"""See `DefendedReading.harm`: wrong sizes are repeated by the images. Known images came back as badly as the peers' at
+1.2, 1.9 and 1.8 times the error, of three seeds."""
 USUAL = 0.25
 """Mean square of a peer's features in a column, over that of all, at which these count half: signs show each column up
 to the same relative error, so that errors of large features are large. Measured on seed 0: 0.9 dB more; at 0.04 0.1."""

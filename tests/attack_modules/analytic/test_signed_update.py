@@ -5,7 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from attack_modules.analytic.defended_head import Expected, HeadRound, LastLayer, UnreadableDefense
-from attack_modules.analytic.signed_update import OF_TYPICAL, SLOWNESS, USUAL, SignedUpdate, signs_of_peers, sizes_of_levels
+from attack_modules.analytic.signed_update import (
+    OF_TYPICAL,
+    SLOWNESS,
+    USUAL,
+    SignedUpdate,
+    signs_of_peers,
+    sizes_of_levels,
+)
 from fl_lightning.defenses import Sign, TopK
 
 IMAGES, HIDDEN, WIDTH, CLASSES = 6, 128, 400, 60
@@ -53,9 +60,9 @@ def test_sizes_signs_peers_and_features() -> None:
     torch.testing.assert_close(larger.features, first.features)  # of which the mean size of the entries tells
     assert error(first.features) < 0.8 * error(features.mean(0).expand(IMAGES, -1))
     again = reading.solve([seen], Expected(features, torch.full((IMAGES,), 1.0), of_images=True))
-    for readings in range(3, 51):
-        later = reading.solve([seen], Expected(features, again.uncertainty if readings == 3 else off, of_images=True))
-        off = later.uncertainty
+    off = again.uncertainty
+    for _ in range(48):
+        off = reading.solve([seen], Expected(features, off, of_images=True)).uncertainty
     of_sizes = (again.uncertainty.square() - off.square() + (OF_TYPICAL * 50**-SLOWNESS) ** 2).sqrt()
     torch.testing.assert_close(of_sizes, torch.full_like(of_sizes, OF_TYPICAL * 2**-SLOWNESS), rtol=1e-5, atol=0)
     assert error(again.features) < 0.7 * error(first.features)
