@@ -115,9 +115,9 @@ def _of_sizes(expected: Expected, of_directions: Tensor) -> Tensor:
         expected: of the features; its error is that of the reading before.
         of_directions: (N,) error of the features' directions.
     """
-    before = (expected.error.to(of_directions).square() - of_directions.square()).clamp_min(0).sqrt() / OF_TYPICAL
     if not expected.of_images:
         return torch.full_like(of_directions, OF_TYPICAL)
+    before = (expected.error.to(of_directions).square() - of_directions.square()).clamp_min(0).sqrt() / OF_TYPICAL
     readings = before.clamp(torch.finfo(before.dtype).eps, 1) ** (-1 / SLOWNESS)
     return OF_TYPICAL * (readings + 1) ** -SLOWNESS
 
