@@ -34,7 +34,7 @@ from attack_modules.evaluation.progress import Progress
 from attack_modules.evaluation.run_directory import NotLogged, runs_of
 from attack_modules.panels import save_images
 from attack_modules.threat_model.knowledge import Knowledge
-from attack_modules.threat_model.observed import ObservedRounds
+from attack_modules.threat_model.observed import ObservedRounds, RoundsSummary
 from attack_modules.threat_model.recorded import record_round
 from fl_lightning.allocation import keep_freed_memory
 from fl_lightning.command_line.audit import PURPOSE as AUDIT_PURPOSE
@@ -55,6 +55,7 @@ from fl_lightning.command_line.plain_output import speak_plainly
 from fl_lightning.data import FederatedData
 from fl_lightning.errors import SettingError
 from fl_lightning.federation import Federation
+from fl_lightning.memory import forecast
 from fl_lightning.record import Record
 
 DESCRIPTION = (
@@ -225,13 +226,14 @@ class AuditCLI(LightningCLI):
 
     def _observe(self, settings: Any) -> None:
         """Take the federation's record as the data, and refuse what cannot be attacked."""
-        clients = None if self.datamodule is None else self.datamodule.num_clients
+        data = self.datamodule
+        clients = None if data is None else data.num_clients
         if clients == 1 and settings.federation.seat.members(clients):  # a curious server attacks a single client too
             raise SettingError(
                 f"`data.num_clients` is {clients}, the attacker alone, so there is no peer to attack. Set it to at "
                 "least 2."
             )
-        rounds = ObservedRounds(settings.knowledge, settings.federation, self.datamodule, settings.observation)
+        rounds = ObservedRounds(settings.knowledge, settings.federation, data, settings.observation)
         self.datamodule = rounds
         if not rounds.foreign:
             refuse_missing_accelerator(settings.federation.accelerator)
@@ -239,10 +241,23 @@ class AuditCLI(LightningCLI):
             refuse_unwritable(rounds.record.directory, "--observation")
         if isinstance(self.model, Attack) and self.subcommand != "federate":
             summary = rounds.summary()
-            self.model.check(summary, self.trainer.world_size, self.trainer.strategy.root_device.type)
+            device = self.trainer.strategy.root_device.type
+            self.model.check(summary, self.trainer.world_size, device)
+            if self.subcommand == "fit" and device == "cpu":
+                self._forecast(settings.federation, data, summary)
             self.evaluation.postprocessing.check(summary)
             if self.subcommand in EVALUATES and not settings.ckpt_path:
                 rank_zero_warn(f"`{self.subcommand}` without `--ckpt_path` looks at the attack's start, step 0.")
+
+    def _forecast(self, federation: Federation, data: FederatedData | None, rounds: RoundsSummary) -> None:
+        """Print how much memory the run takes, as far as that is known of the attack."""
+        foreign = self.datamodule.foreign
+        told = [assumed.num_images for assumed in rounds.assumptions if assumed.num_images]
+        images = max(told, default=1) if foreign else sum(map(len, data.clients))
+        attack = self.model.peak_memory(rounds, images)
+        if attack is not None and self.trainer.is_global_zero:
+            ready = foreign or self.datamodule.record.checkpoint.exists()
+            print(forecast(max(attack, 0 if ready else federation.peak_memory(data))), flush=True)
 
     def _make_directory(self) -> None:
         self.evaluation.make_directory(self.trainer)

@@ -24,6 +24,7 @@ from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.observed import GivenRounds, ObservedRound, RoundsSummary
 from attack_modules.threat_model.plausibility import doubts, refuse_impossible
 from attack_modules.threat_model.requirements import FittingClassWeights, Requirement, RequirementError, check
+from fl_lightning.allocation import release_freed_memory
 from fl_lightning.client import Tensors, quiet, silent_trainer
 from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.memory import exceeds_memory
@@ -313,6 +314,20 @@ class Attack(LightningModule, ABC):
         """Bytes that the attack certainly holds at once, beside the observed rounds; of all processes together."""
         return sum(parameter.nbytes for parameter in rounds.model.parameters())  # the peers' update
 
+    def peak_memory(self, rounds: RoundsSummary, images: int) -> int | None:
+        """Bytes that the attack takes at most beside the program, as a forecast from shapes; None where there is none.
+
+        Args:
+            rounds: the observed rounds, or those that are to be simulated.
+            images: of all clients.
+        """
+        return None
+
+    @property
+    def steps_of_verdict(self) -> float:
+        """Steps of the optimisation that take as long as the verdict does, which comes after them."""
+        return 0.0
+
     def check(self, rounds: RoundsSummary, processes: int = 1, device: str = "cpu") -> None:
         """Refuse rounds that this attack cannot run on.
 
@@ -349,6 +364,7 @@ class Attack(LightningModule, ABC):
             with torch.device("cpu"):  # else every new tensor would lie on the device, beside the rounds' on the CPU
                 self.prepare()
             self._prepared = True
+            release_freed_memory()  # what reading took, beside which the rounds are looked at once more in the end
 
     @cached_property
     def ranks(self) -> Ranks:

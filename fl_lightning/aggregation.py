@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+import torch
+
 from fl_lightning.client import ClientUpdate, Tensors
 from fl_lightning.errors import SettingError
 from fl_lightning.server_optimizers import ServerOptimizer
@@ -60,14 +62,14 @@ def server_step(
 
     Args:
         parameters: of `w_t`, by name.
-        mean_update: before minus after, by name.
+        mean_update: before minus after, by name; it is emptied.
         server_lr: of the server.
         optimizer: of the server.
         memory: what it keeps of each parameter, by name; changed in place.
         round_: number of the round, from 0.
     """
-    stepped = {
-        name: parameters[name] - server_lr * optimizer.step(update, memory.setdefault(name, {}), round_)
-        for name, update in mean_update.items()
-    }
-    return {**parameters, **stepped}
+    after = dict(parameters)
+    for name in list(mean_update):  # of which no more is held than needed: a head has 100 MB and more
+        step = optimizer.step(mean_update.pop(name), memory.setdefault(name, {}), round_)
+        after[name] = torch.sub(parameters[name], step, alpha=server_lr)
+    return after

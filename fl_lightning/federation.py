@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
 
 from fl_lightning.aggregation import aggregate, server_step
-from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, parameters
+from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, parameters, trained_parameters
 from fl_lightning.data import FederatedData
 from fl_lightning.defenses import (
     ServerDefense,
@@ -25,6 +25,7 @@ from fl_lightning.defenses import (
 from fl_lightning.engines import Engine, InProcess
 from fl_lightning.errors import SettingError, counted, positive
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trainable
+from fl_lightning.models.activations import activation_bytes
 from fl_lightning.models.freezing import batch_statistics, freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
 from fl_lightning.participation import Participation, listed
@@ -250,6 +251,23 @@ class Federation:
             f"{counted(training.local_epochs, 'local epoch')}, {batches}, lr {training.lr:g}."
         )
 
+    def peak_memory(self, data: FederatedData) -> int:
+        """Bytes that the rounds take at most beside the program, as a forecast from shapes (after `data.setup()`).
+
+        Beside the global model, a client has its own, the gradients, the optimiser's state and the activations of a
+        batch, while the mean of the clients before is kept, and what the seat knows of them.
+        """
+        model = on_meta(lambda: self.model(data.num_classes, data.image_shape))
+        freeze(model, frozen_names(model, self.trainable))
+        whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+        trained = sum(tensor.nbytes for tensor in trained_parameters(model).values())
+        sizes = [len(images) for images in data.clients]
+        kept = sum(self.seat.keeps(client, len(sizes)) for client in range(len(sizes) - 1))
+        state = 2 if self.client.optimizer == "Adam" else int(self.client.momentum > 0)
+        batch = min(self.client.batch_size or max(sizes), max(sizes))
+        passes = max(1.5 * batch, min(256, max(sizes)))  # with the gradients of activations; `scores_of` has none
+        return 2 * whole + (2 + state + kept) * trained + int(passes * activation_bytes(model, data.image_shape))
+
     def run(self, data: FederatedData, directory: Path) -> None:
         """Run all rounds, or those that are missing, and leave a `Record` in `directory`.
 
@@ -381,11 +399,10 @@ class Federation:
             update = defense.on_mean(update, occasion)
         if self.server_defenses:
             kept.kept_memory[SERVER] = memory_of(at_server)
+        stays = {name: tensor.clone() for name, tensor in before.items() if name not in update | averaged}
         parameters_after = server_step(
             parameters(model), update, self.server_lr, self.server, kept.server_memory, round_
         )
-        stays = {name: tensor.clone() for name, tensor in before.items() if name not in update | averaged}
-        del update
         model.load_state_dict({**parameters_after, **stays, **averaged}, assign=True)
         whole = Observation(round_, before, dict(model.state_dict()), {}, 0.0, describe_model(model))
         return model, self.seat.observe(whole, known, total)

@@ -1,11 +1,15 @@
-"""How much main memory a process can still get."""
+"""How much main memory a process can still get, and what a run is going to take."""
 
 import os
 import re
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
+STATM = Path("/proc/self/statm")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+LATER = 2**27
+"""Bytes of libraries that are loaded on the way, and of scoring: the same of all models."""
 
 
 def available_memory() -> int | None:
@@ -23,9 +27,29 @@ def available_memory() -> int | None:
     return None
 
 
+def resident_memory() -> int:
+    """Bytes of main memory that this process holds now, the code of libraries included; 0 where nothing tells."""
+    if STATM.exists():
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def exceeds_memory(needed: int) -> str | None:
     """The clause "N GB of memory, and M GB are free" where that is so; None where it fits, or nothing is known."""
     free = available_memory()
     if free is None or needed <= free:
         return None
     return f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+
+
+def forecast(work: int) -> str:
+    """What a run takes at most, in one line.
+
+    Args:
+        work: bytes that it takes beside the program as it is now.
+    """
+    program, free = resident_memory(), available_memory()
+    line = f"Memory, by forecast: {(program + work + LATER) / 1e9:.1f} GB at most, {program / 1e9:.1f} GB now"
+    if free is None or work + LATER <= free:
+        return f"{line}."
+    return f"{line}, which is more than the {free / 1e9:.1f} GB that are free: the run may be killed, or very slow."

@@ -186,7 +186,7 @@ def read_maps(update: Tensor, convolution: Convolution, images: int) -> Maps | N
         found = _sharpened(found, entries)
     maps = F.normalize(found @ basis, dim=1).view(images, channels, height, width)
     signed = images > 1 or (convolution.positive and bool(total.any()))
-    peers = None
+    peers = torch.zeros(1, dtype=torch.long) if convolution.centred and signed and images == 1 else None
     if convolution.centred and images > 1:
         if (together := _peers(maps, unseen, rows, convolution)) is None:
             return None

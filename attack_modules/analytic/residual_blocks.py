@@ -116,12 +116,14 @@ class _Layer(NamedTuple):
         return conv2d_input(like.shape, self.convolution.weight, errors, **self.geometry)
 
 
-def errors_before(layer: nn.Conv2d, maps: Tensor, gradient: Tensor) -> Tensor:
+def errors_before(layer: nn.Conv2d, maps: Tensor, gradient: Tensor) -> Tensor | None:
     """(N, c, h, w) a convolution's share of the errors in front of it, from its gradient and its input maps.
 
-    The errors behind it are unique where all positions together have no more patches than a patch has entries.
+    None where there are more patches than a patch has entries: errors behind it are not unique then.
     """
     patches = F.unfold(maps, layer.kernel_size, padding=layer.padding, stride=layer.stride)
+    if patches[:, 0].numel() > patches.shape[1]:
+        return None
     behind = _regressed(patches, gradient)
     side = [
         (size + 2 * pad - kernel) // stride + 1

@@ -37,6 +37,8 @@ TRIED = 0.8
 """Factor on what is left of a feature for each search that began with it."""
 FRUITLESS = 12
 """Sweeps in a row that find no image, after which the search ends."""
+HOPELESS = 3
+"""The same, where none has been found at all: a sweep of 512 images takes half a minute of a core."""
 WITHIN = 4.0
 """Standard deviations of the noise within which an entry counts as 0."""
 ROUGH = 0.05
@@ -166,9 +168,12 @@ def sparse_rounds(rounds: StackedRounds) -> FoundImages:
         rounds: of a head with a bias, as `StackedRounds.of` finds them.
     """
     search, fruitless = ZeroSearch(rounds), 0
+    possible = MORE * rounds.num_images <= search.basis.shape[1]
     with Progress(transient=True) as progress:
         task = progress.add_task(f"Zeros of {rounds.num_images} images' features", total=rounds.num_images)
-        while len(search.found) < rounds.num_images and fruitless < FRUITLESS:
+        while (
+            possible and len(search.found) < rounds.num_images and fruitless < (FRUITLESS if search.found else HOPELESS)
+        ):
             new = search.sweep()
             fruitless = 0 if new else fruitless + 1
             search.found += new[: rounds.num_images - len(search.found)]

@@ -41,6 +41,10 @@ from fl_lightning.record import describe
 from fl_lightning.storage import atomic_path, has_record, unlock, write_json, write_text
 from fl_lightning.truth import Truth
 
+TIMED = 2
+"""Steps by which the time of the others is told."""
+WORTH_TELLING = 20.0
+"""Seconds from which on it is."""
 PACKAGES = ("torch", "lightning", "torchvision", "torchmetrics")
 """Whose versions are written into the results."""
 
@@ -64,6 +68,7 @@ class Evaluation(Callback):
         self.seed = seed
         self.interruption = Interruption()
         self.seconds = 0.0  # of the attack, over all resumed parts
+        self._second_step = 0.0  # when it began
         self._steps = 0  # before this run, in the checkpoint that it began with
         self._started = 0.0
         self._stopped = False
@@ -135,10 +140,27 @@ class Evaluation(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if isinstance(pl_module, Attack) and trainer.is_global_zero:
+            self._forecast(trainer, pl_module)
         asked = self.interruption.received is not None
         if isinstance(pl_module, Attack) and trainer.strategy.reduce_boolean_decision(asked, all=False):
             trainer.should_stop = self._stopped = True
             trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = 0
+
+    def _forecast(self, trainer: Trainer, attack: Attack) -> None:
+        """Say once how long the rest takes if that is long, by the steps after the first, which also warms up."""
+        done, now = trainer.global_step - self._steps, time.perf_counter()
+        if done == 1:
+            self._second_step = now
+        elif done == 1 + TIMED:
+            step, left = (now - self._second_step) / TIMED, max(trainer.max_steps - trainer.global_step, 0)
+            verdict = step * attack.steps_of_verdict
+            if left * step + verdict > WORTH_TELLING:
+                print(
+                    f"Time, by forecast: {left * step:.0f} s for the {left} steps that are left, {verdict:.0f} s for "
+                    "the verdict, and what scoring takes.",
+                    flush=True,
+                )
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

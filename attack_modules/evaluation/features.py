@@ -51,13 +51,13 @@ def match_features(leaked: Tensor, features: Tensor, seen: Tensor | None = None)
 
 
 def feature_errors(leaked: Tensor, features: Tensor, seen: Tensor | None = None) -> Tensor:
-    """(N, M) relative distances of leaked vectors from originals. Arguments as above."""
+    """(N, M) relative distances of leaked vectors from originals, over those that were seen, from 1e-8 on.
+
+    Arguments as above.
+    """
     leaked, features = leaked.cpu().double(), features.double()
-    shown = torch.ones_like(leaked, dtype=torch.bool) if seen is None else seen.cpu()
-    return torch.stack([_errors(own, features, which) for own, which in zip(leaked, shown, strict=True)])
-
-
-def _errors(leaked: Tensor, features: Tensor, seen: Tensor) -> Tensor:
-    """(M,) relative distance of one leaked vector (D,) from features (M, D), over those that were seen (D,)."""
-    features = features * seen
-    return (features - leaked * seen).norm(dim=1) / features.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    shown = torch.ones_like(leaked) if seen is None else seen.cpu().double()
+    leaked, sizes = leaked * shown, shown @ features.square().T
+    # products instead of all differences, which one after the other leave holes in memory of the size of all features
+    squares = leaked.square().sum(1, keepdim=True) - 2 * leaked @ features.T + sizes
+    return squares.clamp_min(0).sqrt() / sizes.sqrt().clamp_min(torch.finfo(torch.float32).tiny)

@@ -63,7 +63,8 @@ class Shown(NamedTuple):
         of_map = {"features": self.features, "uncertainty": self.uncertainty, "seen": None, "weights": None}
         if self.order is not None:
             ones = None if leakage.ones is None else leakage.ones[self.order]
-            of_map |= {"labels": leakage.labels[self.order], "peers": self.peers, "ones": ones}
+            peers = torch.zeros_like(self.order) if self.peers is None else self.peers
+            of_map |= {"labels": leakage.labels[self.order], "peers": peers, "ones": ones}
         return replace(leakage, **of_map)
 
     def limited(self, verdict: Verdict, misfit: Tensor, pixels: int) -> Verdict:
@@ -142,7 +143,8 @@ class Convolutions:
                     normalised = batch_norm if steps == 1 else frozenset()
                     if shown := self._shared(model, of_layers, convolution, found, leakage, image_shape, normalised):
                         return shown
-                    continue
+                    if images > 1:
+                        continue
                 sized = found and self._sized(model, convolution, found, leakage, image_shape)
                 if sized is not None:
                     embed = MapClassifier(model, convolution.name, found.unseen)
@@ -177,7 +179,8 @@ class Convolutions:
         embed = MapClassifier(read.model, read.convolution.name, read.unseen)
         uncertainty = torch.full((len(known),), read.uncertainty, dtype=leakage.uncertainty.dtype)
         features = read.maps.flatten(1).to(leakage.features)
-        return Shown(embed, features, uncertainty, read.convolution.name, read.order, read.peers)
+        peers = read.peers if read.peers.any() else None
+        return Shown(embed, features, uncertainty, read.convolution.name, read.order, peers)
 
     def _sized(
         self, model: ImageClassifier, convolution: Convolution, found: Maps, leakage: Leakage, image_shape: ImageShape

@@ -4,6 +4,7 @@ By the features' zeros (`analytic.sparse_rounds`), by each image's errors (`erro
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from attack_modules.analytic.drifting_peers import DriftingPeers, HeadSteps, drifting_peers
 from attack_modules.analytic.error_series import EQUATIONS, error_series
+from attack_modules.analytic.hidden_labels import hidden_labels
 from attack_modules.analytic.joint_rounds import DIRECT, JointSolution, LocalSteps, solve_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
 from attack_modules.analytic.row_space import augmented
@@ -32,15 +34,15 @@ image: 256 images in 1280 are found, and of 512, a quarter has fewer zeros than 
 
 
 class HeadAlone(Requirement):
-    """Peers who train one linear layer with a bias, and nothing else."""
+    """Peers who train a head whose first layer has a bias, and nothing else."""
 
-    name = "rounds in which peers train nothing but one linear layer with a bias"
+    name = "rounds in which peers train nothing but a head of linear layers with biases"
 
     def violation(self, rounds: RoundsSummary) -> str | None:
         name, trained = type(rounds.model).__name__, {n for n, p in rounds.model.named_parameters() if p.requires_grad}
         layers = [layer for layer in rounds.model.head if isinstance(layer, nn.Linear)]
-        if len(layers) != 1 or layers[0].bias is None:
-            return f"{name} has {len(layers)} layers, or no bias. Choose another `federation.model`, or `model.rounds`."
+        if any(layer.bias is None for layer in layers):
+            return f"{name} has a head without biases. Choose another `federation.model`, or `model.rounds`."
         if others := sorted(trained - set(rounds.model.head_parameters)):
             return (
                 f"they train {others[0]} of {name} too, so features change from round to round. Set "
@@ -65,7 +67,7 @@ class PlainSGD(Requirement):
 
 
 class FrozenBackbone(RoundsReader):
-    """Peers train a linear head over a frozen backbone; all observed rounds are read together.
+    """Peers train a head of linear layers over a frozen backbone; all observed rounds are read together.
 
     Images that share classes come out too. Neither labels nor their counts nor the number of images need to be told,
     and told ones are not used to find the features. Where the backbone ends in a ReLU, the zeros of the features show
@@ -74,7 +76,8 @@ class FrozenBackbone(RoundsReader):
     each image show it, too (`analytic.error_series`), if rounds times classes are more than twice the images; this is
     tried first for more than a fifth as many images as features. Where neither shows half of the images, the rounds
     are solved for all of them (`analytic.joint_rounds`): of full batches of the same clients, in one local step, or in
-    several of a single peer. The rounds must suffice to show the number of images.
+    several of a single peer. Heads of several layers are read by zeros alone. The rounds must suffice to show the
+    number of images.
 
     Args:
         starts: most random starts of the joint solver, of which the residual chooses.
@@ -117,10 +120,15 @@ class FrozenBackbone(RoundsReader):
                 "The peers' defence is known, but rounds of a frozen backbone are read as if there were none."
             )
         gradients = [augmented(u)[0].double() / t.lr for u, t in zip(updates, training, strict=True)]
-        before = torch.stack([augmented(w)[0] for w in weights])
+        layers = [augmented(w) for w in weights]
+        before, deep = torch.stack([first for first, *_ in layers]), len(layers[0]) > 1
         rounds = StackedRounds.of(before, torch.stack(gradients), True)
-        found = self._one_by_one(rounds, training)
-        if 2 * len(found.labels) >= rounds.num_images:
+        found = sparse_rounds(rounds) if deep else self._one_by_one(rounds, training)
+        if deep:
+            refuse_few_zeros(found, numbers)
+            labels = hidden_labels(found.features, torch.stack(gradients), layers)
+            self.solution, presence, self.drifting = replace(found, labels=labels), found.presence, None
+        elif 2 * len(found.labels) >= rounds.num_images:
             self.solution, presence = found, found.presence
             self.drifting = peers_of(found, before, torch.stack(gradients), known)
         else:
@@ -213,6 +221,24 @@ class FrozenBackbone(RoundsReader):
         if self.drifting.explained:
             return f"Their local steps show {peers}, which leave {left}"
         return f"{shown}: {peers}, which fit full-batch steps best, leave {left}"
+
+
+def refuse_few_zeros(found: FoundImages, numbers: Sequence[int]) -> None:
+    """Refuse to go on with less than half of the images, where there is nothing but zeros to find them by.
+
+    Args:
+        found: the images.
+        numbers: of the rounds.
+
+    Raises:
+        AttackError: with the numbers of images.
+    """
+    if 2 * len(found.labels) < found.num_images:
+        raise AttackError(
+            f"Zeros of the features show {len(found.labels)} of {counted(found.num_images, 'image')} in rounds "
+            f"{numbers[0]} to {numbers[-1]} of a head of several layers. An image needs more features that are 0 than "
+            "there are images, as behind a ReLU. Observe fewer clients, or name one round and leave `model.rounds` out."
+        )
 
 
 def peers_of(found: FoundImages, weights: Tensor, gradients: Tensor, known: TrainingKnowledge) -> DriftingPeers | None:

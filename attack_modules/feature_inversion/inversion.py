@@ -22,6 +22,7 @@ from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
 from attack_modules.feature_inversion.learned_decoder import LearnedDecoder, PhotographDecoder
+from attack_modules.feature_inversion.memory import peak_bytes
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
@@ -185,6 +186,9 @@ class FeatureInversion(Attack):
     def least_memory(self, rounds: RoundsSummary) -> int:
         """The updates of all rounds, a model, and what the closed form makes of the head's first layer."""
         return (len(rounds.assumptions) + 1) * super().least_memory(rounds) + space_bytes(rounds.model.head[0].weight)
+
+    def peak_memory(self, rounds: RoundsSummary, images: int) -> int:
+        return peak_bytes(rounds, images, self.chunk_size or CPU_CHUNK)
 
     def prepare(self) -> None:
         seen, device = self.observed_rounds, self.trainer.strategy.root_device
@@ -625,6 +629,13 @@ class FeatureInversion(Attack):
         known = self._starter[0].known
         features = self._embedded(known)
         return self._distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
+
+    @property
+    def steps_of_verdict(self) -> float:
+        """Control images take as many steps as the attack's own; they are fewer, or more."""
+        start = self._starter[0]
+        learned = len(start.known[: TRIED if self.inverts else None]) if isinstance(start, PhotographDecoder) else 1
+        return self.trainer.max_steps * learned * len(ERRORS) / len(self.images)
 
     def verdict(self, misfit: Tensor) -> Verdict:
         leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())

@@ -10,6 +10,7 @@ from attack_modules.analytic.patch_reading import Control, Estimate, PatchReadin
 from attack_modules.analytic.suspicion import qualified
 from attack_modules.attack import Attack, Level, Reconstruction, Verdict
 from attack_modules.feature_inversion.verdict import LEAST_PSNR
+from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.requirements import LabelsOrLinearHead, Requirement, TrainedHead
 from fl_lightning.errors import counted
 from fl_lightning.seats import View
@@ -46,6 +47,11 @@ class PatchInversion(Attack):
 
     def requirements(self, processes: int) -> list[Requirement]:
         return [TrainedPatchEmbedding(), OneImage(), LabelsOrLinearHead(), TrainedHead()]
+
+    def peak_memory(self, rounds: RoundsSummary, images: int) -> int:
+        """The observed rounds, and one update at a time."""
+        whole = sum(tensor.nbytes for tensor in rounds.model.state_dict().values())
+        return 3 * len(rounds.assumptions) * whole + self.least_memory(rounds)
 
     def prepare(self) -> None:
         seen, shape = self.observed_rounds, self.observed_rounds[0].observation.image_shape

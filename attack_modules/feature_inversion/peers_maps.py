@@ -26,7 +26,7 @@ class PeersMaps(NamedTuple):
     """Maps in front of a convolution of all images, of one peer after the other.
 
     Attributes:
-        model: whose BatchNorm layers normalise each peer's images by themselves.
+        model: whose BatchNorm layers normalise each peer's images by themselves; of a single peer, by its statistics.
         convolution: the maps are in front of it.
         maps: (N, c, h, w) without what is `unseen`.
         unseen: (k, h, w) orthonormal; multiples of these in each channel are not known.
@@ -130,8 +130,7 @@ def read_back(
         return model.get_submodule(name).running_var * values / (values - 1)
 
     with torch.no_grad():
-        known = variance(convolution.behind, convolution.positions)
-        maps = batches.sized(maps, convolution.layer(maps), known)
+        maps = batches.sized(maps, convolution.layer(maps), variance(convolution.behind, convolution.positions))
         maps = _filled(maps, unseen, sizes) if convolution.positive and len(unseen) == 1 else maps
     if (order := _order(whole, source, maps, features, image_shape)) is None:
         return None
@@ -161,7 +160,8 @@ def read_back(
         source = path.source[source]
     flat, across = maps.flatten(2), unseen.flatten(1)
     maps = (flat - flat @ across.T @ across).view_as(maps)
-    return PeersMaps(whole, convolution, maps, unseen, uncertainty, order, peers)
+    known = model if len(sizes) == 1 else whole  # the mean of one peer's statistics is its own
+    return PeersMaps(known, convolution, maps, unseen, uncertainty, order, peers)
 
 
 def _filled(maps: Tensor, unseen: Tensor, sizes: list[int]) -> Tensor:
@@ -195,12 +195,10 @@ def _errors(
 
     Errors behind the convolutions that take these follow from their updates, given the maps, without what is behind.
     """
-    takers = [model.get_submodule(name) for name, given in path.source.items() if given == source]
     names = [name for name, given in path.source.items() if given == source]
+    takers = [model.get_submodule(name) for name in names]
     if any(isinstance(taker, BasicBlock) and taker.downsample is None for taker in takers):
         return None  # a shortcut takes them too
-    errors = torch.zeros_like(maps)
-    for name, layer in zip(names, takers, strict=True):
-        if isinstance(layer, nn.Conv2d):
-            errors += errors_before(layer, maps, update[f"{name}.weight"])
-    return errors
+    pairs = [(name, taker) for name, taker in zip(names, takers, strict=True) if isinstance(taker, nn.Conv2d)]
+    shares = [errors_before(layer, maps, update[f"{name}.weight"]) for name, layer in pairs]
+    return None if any(share is None for share in shares) else sum(shares)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.knowledge import Knowledge, KnowledgeError
-from fl_lightning.allocation import release_freed_memory
+from fl_lightning.allocation import release_freed_memory, release_pages
 from fl_lightning.client import Tensors
 from fl_lightning.data import FederatedData
 from fl_lightning.federation import Federation
@@ -57,12 +57,14 @@ class ObservedRound:
         assumptions: what the attacker takes the peers' training and data to be.
         earlier: what crossed the wire before, oldest first, where it tells what the server's optimiser kept.
         client: number of the client whose update alone it is, as a server sees it; None for the mean of all.
+        in_files: whether the observations' tensors are mapped files, whose pages need not stay in memory.
     """
 
     observation: Observation
     assumptions: Assumptions
     earlier: Sequence[Observation] = ()
     client: View = None
+    in_files: bool = False
 
     def aggregated_update(self) -> Tensors:
         """The weighted mean of all clients' updates, the attacker's own included, by parameter name.
@@ -74,12 +76,22 @@ class ObservedRound:
         known = {seen.round: seen for seen in self.earlier}
         refuse_unknown_rounds(server, round_, known)
         rounds = [*(known[number] for number in server.needed(round_)), self.observation]
-        steps = [seen.aggregated_update(rate) for seen in rounds]
+        steps = []
+        for seen in rounds:
+            steps.append(seen.aggregated_update(rate))
+            self._release(seen)
         return {name: server.undo([step.pop(name) for step in steps], round_) for name in list(steps[0])}
 
     def peers_update(self) -> Tensors:
         """The weighted mean of the peers' updates, by parameter name; raises as `aggregated_update`."""
-        return self.observation.without_own(self.aggregated_update())
+        update = self.observation.without_own(self.aggregated_update())
+        self._release(self.observation)
+        return update
+
+    def _release(self, seen: Observation) -> None:
+        """Give back what the update was made of: three models, of which the attack needs no more than the first."""
+        if self.in_files:
+            release_pages([*seen.before.values(), *seen.after.values(), *seen.own_update.values()])
 
     def without_weight_decay(self, update: Tensors) -> Tensors:
         """The part of an update that the loss's gradients caused."""
@@ -249,7 +261,7 @@ class ObservedRounds(GivenRounds):
         assumptions, there = self._assumptions(self._truth(round_, client), client), self.record.observed_rounds
         needed = [(number, None) for number in assumptions.server.needed(round_) if number in there]
         seen, *earlier = (Observation.load(self.record.observation(*view)) for view in ((round_, client), *needed))
-        return ObservedRound(seen, assumptions, earlier, client)
+        return ObservedRound(seen, assumptions, earlier, client, in_files=True)
 
     def _truth(self, round_: int, client: View) -> Truth | None:
         stem = self.record.truth(round_, client)

@@ -74,12 +74,13 @@ class EfficientNetLite0(ImageClassifier):
     Args:
         num_classes: number of logits.
         image_shape: (3, H, W) of an image.
+        hidden_units: of a second linear layer and a ReLU in between; None for a single layer.
 
     Raises:
-        SettingError: the images are not RGB or too small.
+        SettingError: the images are not RGB or too small, or there are no hidden units.
     """
 
-    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+    def __init__(self, num_classes: int, image_shape: ImageShape, hidden_units: int | None = None) -> None:
         super().__init__((127 / 255,), (128 / 255,))  # as in TensorFlow's efficientnet/lite
         self.save_hyperparameters()
         if image_shape[0] != 3 or min(image_shape[1:]) < 32:
@@ -87,5 +88,12 @@ class EfficientNetLite0(ImageClassifier):
                 f"EfficientNetLite0 takes RGB images of at least 32 x 32 pixels, not of shape {tuple(image_shape)}. "
                 "Set `data.channels: 3`, raise `data.image_size`, or name another `federation.model`."
             )
+        if hidden_units is not None and hidden_units < 1:
+            raise SettingError(
+                f"EfficientNetLite0 needs hidden_units >= 1, or null for a single layer, not {hidden_units}."
+            )
         self.features = PretrainedFeatures()
-        self.head = nn.Sequential(nn.Linear(WIDTH, num_classes))
+        layers = [nn.Linear(WIDTH, num_classes)]
+        if hidden_units is not None:
+            layers = [nn.Linear(WIDTH, hidden_units), nn.ReLU(), nn.Linear(hidden_units, num_classes)]
+        self.head = nn.Sequential(*layers)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -15,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pytest_benchmark.fixture import BenchmarkFixture
 from setting import PEERS, Setting, Table
-from steps import bf16_pays, seconds, step_of
+from steps import bf16_pays, clock, seconds, step_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -219,7 +218,7 @@ class Watch(Callback):
 
     def __init__(self, truth: Truth) -> None:
         self.truth = truth.images
-        self.began = time.perf_counter()
+        self.began = clock()
         self.moments: list[Moment] = []
 
     @property
@@ -231,11 +230,11 @@ class Watch(Callback):
         return next((moment for moment in self.moments if moment.psnr >= psnr), None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        paused = time.perf_counter()
+        paused = clock()
         images = pl_module.reconstruction().images
         error = (images[match(images, self.truth)] - self.truth).square().mean((1, 2, 3))
         self.moments.append(Moment(trainer.global_step, paused - self.began, float(-10 * error.log10().mean())))
-        self.began += time.perf_counter() - paused
+        self.began += clock() - paused
 
 
 def attacked(
@@ -255,7 +254,7 @@ def attacked(
         enable_model_summary=False,
         limit_val_batches=0,
     ).fit(attack, datamodule=setting.rounds)
-    return watch, time.perf_counter() - watch.began
+    return watch, clock() - watch.began
 
 
 def test_time_to_quality(setting: Setting, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:

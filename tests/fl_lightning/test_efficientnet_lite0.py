@@ -28,6 +28,13 @@ def test_a_description_builds_it_without_its_weights() -> None:
     assert model(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 4)
 
 
+def test_a_second_layer_is_asked_for_by_its_units() -> None:
+    model = build_on_meta(describe_model(EfficientNetLite0(4, (3, 32, 32), hidden_units=7)))
+    assert [tuple(p.shape) for p in model.head.parameters()] == [(7, 1280), (7,), (4, 7), (4,)]
+    with pytest.raises(SettingError, match="hidden_units >= 1"):
+        EfficientNetLite0(4, (3, 32, 32), hidden_units=0)
+
+
 def test_grey_or_tiny_images_are_refused() -> None:
     for shape in ((1, 32, 32), (3, 16, 16)):
         with pytest.raises(SettingError, match="RGB images of at least 32"):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from attack_modules import BatchStatistics, Convolutions, FeatureInversion
 from attack_modules.analytic.typical_head import pink_noise
@@ -48,6 +49,18 @@ class Pooling(ImageClassifier):
 class Normalised(Pooling):
     norm = nn.BatchNorm2d
     strides = 2, 2
+
+
+class Residual(Pooling):
+    """The second block's update shows its input, and the first block's what is in front of that."""
+
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__(num_classes, image_shape)
+        stem = nn.Conv2d(image_shape[0], 40, 5, stride=2, padding=2), nn.BatchNorm2d(40), nn.ReLU()
+        down = nn.Sequential(nn.Conv2d(40, 96, 1, 2, bias=False), nn.BatchNorm2d(96))
+        blocks = BasicBlock(40, 40), BasicBlock(40, 96, 2, down)
+        nn.init.constant_(blocks[0].bn2.bias, -1.0)  # so that each channel has a zero
+        self.features = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class Patches(Pooling):
@@ -136,6 +149,35 @@ def test_a_single_image_through_batch_norm(observe: Observe, attack: Run) -> Non
     assert module.shown.layer == "features.3"
     assert (found.features - true).norm() < 0.01 * true.norm()
     assert mean_psnr(found.images, IMAGES[:1]) > 17
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "layer"), [(Normalised, [2, 1], "features.3"), (Residual, [1, 1], "features.3.conv1")]
+)
+def test_images_of_several_peers_through_batch_norm(
+    observe: Observe, attack: Run, model: type[ImageClassifier], sizes: list[int], layer: str
+) -> None:
+    """Maps, and who trained together, of a single step."""
+    seen = observe(once(model), BLIND, num_clients=3, images_per_client=[*sizes, 2], num_classes=50)
+    module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=30)
+    found = module.reconstruction()
+    originals = IMAGES[found.labels]
+    assert module.shown.layer == layer
+    true = module.model.embed(originals)
+    assert ((module.features - true).norm(dim=1) / true.norm(dim=1)).max() < 0.01
+    clients = (found.labels >= sizes[0]).long()
+    assert found.peers.tolist() in (clients.tolist(), (1 - clients).tolist())
+    assert found.features is None and found.consistency_error is None  # a peer's images depend on each other
+    flat = originals.mean((2, 3), keepdim=True).expand_as(originals)
+    assert mean_psnr(found.images, originals) > mean_psnr(flat, originals) + 3
+
+
+def test_several_steps_through_batch_norm_leave_the_features(observe: Observe, attack: Run) -> None:
+    federation = Federation(model=Normalised, client=LocalTraining(lr=0.1, local_epochs=2))
+    seen = observe(federation, BLIND, num_clients=3, images_per_client=[2, 1, 2], num_classes=50)
+    with pytest.warns(UserWarning, match="none of these shows maps"):
+        module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=1)
+    assert module.shown is None
 
 
 @pytest.mark.parametrize("model", [Patches, PlainPatches])

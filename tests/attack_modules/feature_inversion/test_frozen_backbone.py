@@ -1,6 +1,7 @@
 """Rounds of a head over a frozen backbone, read together."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from attack_modules.analytic.results import TrainingKnowledge
 from attack_modules.analytic.stacked_rounds import FoundImages
 from attack_modules.attack import AttackError
 from attack_modules.feature_inversion import frozen_backbone
-from attack_modules.feature_inversion.frozen_backbone import FrozenBackbone, HeadAlone, PlainSGD, peers_of
+from attack_modules.feature_inversion.frozen_backbone import (
+    FrozenBackbone,
+    HeadAlone,
+    PlainSGD,
+    peers_of,
+    refuse_few_zeros,
+)
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.observed import RoundsSummary
 from fl_lightning.client import Tensors
@@ -21,6 +28,7 @@ from fl_lightning.errors import SettingError
 from fl_lightning.models import EfficientNetLite0, LeNet5, TorchvisionClassifier
 
 CLASSES, WIDTH, RATE = 4, 64, 0.05
+PARTS = ("weight", "bias")
 LABELS = torch.tensor([0, 1, 0, 2, 1, 3, 0, 2, 1])
 
 
@@ -95,6 +103,40 @@ def test_peers_that_smooth_labels_and_take_part_in_some_rounds_are_told_apart() 
     assert peers_of(solution, weights, errors @ inputs, TrainingKnowledge(RATE, 3, epochs=1, loss=loss)) is None
 
 
+def test_zeros_show_the_features_under_a_head_of_two_layers_and_then_labels() -> None:
+    features = federate(rectified=True)[0]
+    inputs = torch.cat([features, torch.ones(len(features), 1)], 1)
+    generator = torch.Generator().manual_seed(4)
+    weight, last = (torch.randn(*shape, generator=generator) / shape[1] ** 0.5 for shape in ((16, WIDTH + 1), (4, 17)))
+    layers = []
+    for _ in range(4):
+        layers.append((weight, last))
+        outputs = inputs @ weight.T
+        hidden = torch.cat([outputs.relu(), torch.ones(len(outputs), 1)], 1)
+        errors = ((hidden @ last.T).softmax(1) - F.one_hot(LABELS, CLASSES)) / len(LABELS)
+        back = errors @ last[:, :-1] * (outputs > 0)
+        weight, last = weight - RATE * back.T @ inputs, last - RATE * errors.T @ hidden
+    layers.append((weight, last))
+    named = [
+        {
+            f"head.{2 * i}.{part}": w[:, :-1] if part == "weight" else w[:, -1]
+            for i, w in enumerate(pair)
+            for part in PARTS
+        }
+        for pair in layers
+    ]
+    updates = [{name: before[name] - after[name] for name in before} for before, after in pairwise(named)]
+    reader = FrozenBackbone()
+    leakage, presence = reader.read(updates, named[:-1], [TrainingKnowledge(RATE, 1)] * 4, list(range(4)))
+    distances, nearest = (torch.cdist(features, leakage.features) / 12).min(1)
+    assert distances.max() < 0.01
+    assert torch.equal(leakage.labels[nearest], LABELS)
+    assert presence.all()
+    few = replace(reader.solution, num_images=19)
+    with pytest.raises(AttackError, match="show 9 of 19 images in rounds 3 to 5 of a head of several layers"):
+        refuse_few_zeros(few, [3, 4, 5])
+
+
 def test_errors_show_images_without_zeros_which_are_too_many_to_be_solved_together(
     rounds: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +181,7 @@ def test_rounds_that_train_more_than_a_layer_or_by_adam_are_named() -> None:
     backbone = RoundsSummary(EfficientNetLite0(10, shape), shape, batches)
     assert HeadAlone().violation(backbone) is None
     assert PlainSGD().violation(backbone) is None
-    assert "no bias" in HeadAlone().violation(RoundsSummary(LeNet5(10, shape), shape, batches))
+    assert "without biases" in HeadAlone().violation(RoundsSummary(LeNet5(10, shape), shape, batches))
     trained = TorchvisionClassifier(10, shape, "resnet18")
     assert "they train features." in HeadAlone().violation(RoundsSummary(trained, shape, batches))
     adam = RoundsSummary(EfficientNetLite0(10, shape), shape, [Assumptions(0.1, 1, optimizer="Adam")])
