@@ -83,7 +83,7 @@ class StackedRounds:
             raise AttackError(
                 f"The stacked updates of {rounds} rounds show no rank: singular value {found} is only {gap:.2g} times "
                 f"the next. {cause or 'R'}ounding or noise hides the images: the rounds change the predictions too "
-                "little. Observe more rounds, or rounds of a higher learning rate."
+                "little. Observe more rounds, earlier ones, or rounds of a higher learning rate."
             )
         rest = singular[found : min(rows, columns)]
         uneven = (rest[0] / rest.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)).item()
@@ -91,7 +91,8 @@ class StackedRounds:
             raise AttackError(
                 f"The stacked updates of {rounds} rounds seem to hold more than {counted(found, 'image')}, which noise "
                 f"hides: singular value {found + 1} is {uneven:.2g} times those beyond, too much for noise. Observe "
-                "more rounds, or rounds of a higher learning rate, and do not tell too small a number of images."
+                "more rounds, or rounds of a higher learning rate, or, of one or two images, the first rounds alone, "
+                "since float32 rounds what the others change. Do not tell too small a number of images."
             )
         freedom = (rows - found) * (columns - found)
         return cls(

@@ -1,8 +1,8 @@
 """What leaks of real models: the closed form and inversion of each, as rows of a table.
 
-    python tests/benchmarks/model_table.py train ARCHIVE WEIGHTS --models lenet5 resnet18
-    python tests/benchmarks/model_table.py attack FOLDER notebooks/models.csv --seeds 0 1 2
-    python tests/benchmarks/model_table.py attack ARCHIVE notebooks/models.csv --weights WEIGHTS
+    PYTHONPATH=. python tests/benchmarks/model_table.py train ARCHIVE WEIGHTS --models lenet5 resnet18
+    PYTHONPATH=. python tests/benchmarks/model_table.py attack FOLDER notebooks/models.csv --seeds 0 1 2
+    PYTHONPATH=. python tests/benchmarks/model_table.py attack ARCHIVE notebooks/models.csv --weights WEIGHTS
 
 `attack` takes images as FOLDER/<class>/*.jpg for models as initialised (1000 classes for torchvision's), or, with
 weights, the test images of CIFAR-10 (a `.tar.gz` of JPEG files): images of distinct classes of 64x64 pixels, one peer
