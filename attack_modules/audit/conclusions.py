@@ -367,7 +367,7 @@ class Conclusions:
             if not group.above_chance:
                 what = (
                     f"Consider the defence '{group.defence.name}' in the scenario '{group.scenario.name}', and audit "
-                    "it against an attacker who knows of it."
+                    "it against an attacker who knows of it, unless this one did."
                 )
             elif after.mean < before.mean / 2:
                 what = (

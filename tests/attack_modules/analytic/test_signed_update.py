@@ -5,7 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from attack_modules.analytic.defended_head import Expected, HeadRound, LastLayer, UnreadableDefense
-from attack_modules.analytic.signed_update import OF_SIZES, USUAL, SignedUpdate, signs_of_peers, sizes_of_levels
+from attack_modules.analytic.signed_update import (
+    OF_TYPICAL,
+    SLOWNESS,
+    USUAL,
+    SignedUpdate,
+    signs_of_peers,
+    sizes_of_levels,
+)
 from fl_lightning.defenses import Sign, TopK
 
 IMAGES, HIDDEN, WIDTH, CLASSES = 6, 128, 400, 60
@@ -52,9 +59,14 @@ def test_sizes_signs_peers_and_features() -> None:
     larger = reading.solve([seen], Expected((5.0 * features.mean(0)).expand(IMAGES, -1), torch.ones(IMAGES)))
     torch.testing.assert_close(larger.features, first.features)  # of which the mean size of the entries tells
     assert error(first.features) < 0.8 * error(features.mean(0).expand(IMAGES, -1))
-    again = reading.solve([seen], Expected(features, torch.full((IMAGES,), 0.1), of_images=True))
+    again = reading.solve([seen], Expected(features, torch.full((IMAGES,), 1.0), of_images=True))
+    off = again.uncertainty
+    for _ in range(48):
+        off = reading.solve([seen], Expected(features, off, of_images=True)).uncertainty
+    of_sizes = (again.uncertainty.square() - off.square() + (OF_TYPICAL * 50**-SLOWNESS) ** 2).sqrt()
+    torch.testing.assert_close(of_sizes, torch.full_like(of_sizes, OF_TYPICAL * 2**-SLOWNESS), rtol=1e-5, atol=0)
     assert error(again.features) < 0.7 * error(first.features)
-    of_directions = (again.uncertainty.square() - OF_SIZES**2).sqrt().mean().item()
+    of_directions = (again.uncertainty.square() - (OF_TYPICAL * 2**-SLOWNESS) ** 2).sqrt().mean().item()
     assert 0.4 < of_directions / error(again.features) < 1.6  # two images of a peer are not Gaussian
     columns = torch.stack([again.features[peer == PEERS].square().mean(0) for peer in (0, 1, 2)])[PEERS]
     order = columns.flatten().argsort()  # known up to the same relative error
