@@ -437,7 +437,7 @@ class Attack(LightningModule, ABC):
 
     @property
     def steps_taken(self) -> int:
-        """Steps behind the images; those of the checkpoint that was loaded, where the trainer counts none of its own."""
+        """Steps behind the images; of `test`, which takes none, those of the checkpoint that was loaded."""
         return max(self.global_step, self._steps_loaded)
 
     def _refuse_checkpoint(self, checkpoint: dict, path: str | Path | None) -> None:

@@ -650,8 +650,8 @@ def test_a_checkpoint_is_judged_as_its_run_was() -> None:
     main(["fit", *demo])
     main(["test", *demo, "--ckpt_path", "runs/demo/version_0/checkpoints/last.ckpt"])
     fitted, tested = (
-        [float(row["expected_psnr"]) for row in csv.DictReader(Path(f"runs/demo/version_{i}/per_image.csv").open())]
-        for i in (0, 1)
+        [float(row["expected_psnr"]) for row in csv.DictReader(path.read_text().splitlines())]
+        for path in (Path(f"runs/demo/version_{i}/per_image.csv") for i in (0, 1))
     )
     assert tested == pytest.approx(fitted, abs=0.2)
 
