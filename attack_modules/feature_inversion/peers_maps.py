@@ -184,8 +184,11 @@ def _order(
     model: ImageClassifier, source: str, maps: Tensor, features: Tensor, image_shape: ImageShape
 ) -> Tensor | None:
     """(N,) which of the head's images the outputs (N, c, h, w) of a module are of; None if they are of others."""
-    with _giving(model.get_submodule(source), maps):
-        shown = model.embed(torch.full((len(maps), *image_shape), 0.5).to(maps))
+    try:
+        with _giving(model.get_submodule(source), maps):
+            shown = model.embed(torch.full((len(maps), *image_shape), 0.5).to(maps))
+    except ValueError:  # BatchNorm refuses a single value, so that no peer trained on such an image alone
+        return None
     distances = torch.cdist(shown.double(), features.double()) / features.double().norm(dim=1)
     if not distances.isfinite().all():  # of maps read from what is no single step
         return None

@@ -12,6 +12,7 @@ from torchvision.models.resnet import BasicBlock
 from attack_modules import BatchStatistics, Convolutions, FeatureInversion, Refinement
 from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import Attack, Level, Verdict
+from attack_modules.feature_inversion.batch_statistics import by_peers
 from attack_modules.feature_inversion.controls import mean_psnr
 from attack_modules.feature_inversion.convolutions import Shown, _convolutions
 from attack_modules.feature_inversion.peers_maps import _order
@@ -210,6 +211,13 @@ def test_maps_that_are_no_numbers_are_of_no_image() -> None:
     """As those read from two steps that were taken for one."""
     maps, model = torch.full((2, 16, 8, 8), torch.nan), Normalised(10, (3, 16, 16))
     assert _order(model, "features.2", maps, torch.rand(2, 96), (3, 16, 16)) is None
+
+
+def test_a_peer_that_could_not_have_trained_alone_is_not_taken() -> None:
+    """BatchNorm in train mode refuses an image of which one position is left."""
+    model = Normalised(10, (3, 4, 4))
+    alone = by_peers(model, ["features.4"], [1, 1])
+    assert _order(alone, "features.2", torch.rand(2, 16, 2, 2), torch.rand(2, 96), (3, 4, 4)) is None
 
 
 def test_maps_are_not_read_again_under_a_known_defence(observe: Observe, attack: Run) -> None:
