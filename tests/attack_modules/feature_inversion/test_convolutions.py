@@ -15,7 +15,7 @@ from attack_modules.attack import Attack, Level, Verdict
 from attack_modules.feature_inversion.batch_statistics import by_peers
 from attack_modules.feature_inversion.controls import mean_psnr
 from attack_modules.feature_inversion.convolutions import Shown, _convolutions
-from attack_modules.feature_inversion.peers_maps import _order
+from attack_modules.feature_inversion.peers_maps import _filled, _order
 from attack_modules.simulation.distributed import Ranks
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.knowledge import Knowledge
@@ -211,6 +211,16 @@ def test_maps_that_are_no_numbers_are_of_no_image() -> None:
     """As those read from two steps that were taken for one."""
     maps, model = torch.full((2, 16, 8, 8), torch.nan), Normalised(10, (3, 16, 16))
     assert _order(model, "features.2", maps, torch.rand(2, 96), (3, 16, 16)) is None
+
+
+def test_what_is_unseen_of_maps_is_the_same_of_all_images_of_a_peer() -> None:
+    """The least entry is 0, which only some of a peer's images have where nothing of them is seen."""
+    maps = 1 + torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    maps[0, :, 0, 0] = maps[2, :, 3, 3] = 0
+    unseen = torch.zeros(1, 4, 4)
+    unseen[:, ::3, ::3] = 0.5
+    shifted = maps + torch.tensor([0.7, 0.7, -0.2])[:, None, None, None] * (unseen > 0)
+    torch.testing.assert_close(_filled(shifted, unseen, [2, 1]), maps)
 
 
 def test_a_peer_that_could_not_have_trained_alone_is_not_taken() -> None:
