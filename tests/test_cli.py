@@ -643,6 +643,19 @@ def test_all_enhancements_are_compared_or_left_out_with_a_reason(
         main([*INVERSION, "--postprocess", "semantic"])
 
 
+def test_a_checkpoint_is_judged_as_its_run_was() -> None:
+    """Known images are inverted in as many steps as the checkpoint took, of which `test` counts none of its own."""
+    demo = ["--config", str(ROOT / "configs/demo.yaml"), "--data.image_size", "16", "--trainer.max_steps", "12",
+            "--trainer.val_check_interval", "12", "--trainer.accelerator", "cpu"]  # fmt: skip
+    main(["fit", *demo])
+    main(["test", *demo, "--ckpt_path", "runs/demo/version_0/checkpoints/last.ckpt"])
+    fitted, tested = (
+        [float(row["expected_psnr"]) for row in csv.DictReader(path.read_text().splitlines())]
+        for path in (Path(f"runs/demo/version_{i}/per_image.csv") for i in (0, 1))
+    )
+    assert tested == pytest.approx(fitted, abs=0.2)
+
+
 @pytest.fixture
 def small_cifar10(tmp_path: Path) -> list[str]:
     """What `configs/semantic_demo.yaml` takes, with a model that was not trained."""

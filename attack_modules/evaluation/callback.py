@@ -324,14 +324,13 @@ class Evaluation(Callback):
         rounds, postprocessing = attack.observed_rounds, self.postprocessing
         assumptions = rounds[-1].assumptions
         private = ("labels", "client_sizes", "sources")
-        steps = max(trainer.global_step, self._steps)  # `test` counts none of its own
         return {
             "attack": attack.title,
             "verdict": raw.verdict.results(),
             **raw.results(),
             "diagnosis": attack.diagnosis(),
-            "steps": steps,
-            "finished": steps >= trainer.max_steps,
+            "steps": attack.steps_taken,
+            "finished": attack.steps_taken >= trainer.max_steps,
             "seconds": round(self.seconds, 3),
             "peak_memory_mb": memory,
             "knowledge": assumptions.sources,

@@ -646,7 +646,7 @@ class FeatureInversion(Attack):
         leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())
         misfit = (misfit.cpu() - self._usual_misfit()).clamp_min(0)
         evidence = Evidence(leakage, self.features.cpu(), misfit, self._drifts, self.scale)
-        observed, steps = self.observed_rounds[0], max(self.global_step, 1)
+        observed, steps = self.observed_rounds[0], max(self.steps_taken, 1)
         start = self._starter[0]
         if isinstance(start, PhotographDecoder):  # photographs, and the same ones at each error
             known = start.known[: TRIED if self.inverts else None]
@@ -666,7 +666,9 @@ class FeatureInversion(Attack):
         if self.unmixing is not None:  # as if the images that are added up were wrong independently
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
-        verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(controls[:each]))
+        images = self.best.float().cpu()
+        contrast = (images - images.mean((2, 3), keepdim=True)).square().mean((1, 2, 3))
+        verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(controls[:each]), contrast)
         if self.shown:
             verdict = self.shown.limited(verdict, misfit, controls[0].numel())
         update, read = self.update_of(observed), self.leakage.defended is not None

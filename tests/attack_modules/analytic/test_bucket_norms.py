@@ -139,3 +139,15 @@ def test_rows_that_are_no_whole_buckets_are_read_as_noise() -> None:
     with pytest.warns(UserWarning, match="buckets of 100 entries"):
         found = BucketNorms(LEVELS, 100).solve([seen], expected)
     torch.testing.assert_close(found.features, NoisyGates().solve([seen], expected).features)
+
+
+def test_equations_that_cannot_be_solved_lead_to_the_reading_as_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def singular(*_: object) -> None:
+        raise torch.linalg.LinAlgError("The diagonal element 3 is zero.")
+
+    seen, features, _ = rounded()
+    expected = Expected(torch.zeros_like(features), torch.ones(IMAGES))
+    monkeypatch.setattr("attack_modules.analytic.bucket_norms.solve_levels", singular)
+    with pytest.warns(UserWarning, match="cannot be solved. It is read as noise"):
+        found = BucketNorms(LEVELS, BUCKET).solve([seen], expected)
+    torch.testing.assert_close(found.features, NoisyGates().solve([seen], expected).features)

@@ -114,6 +114,14 @@ def test_known_images_must_come_back_better_than_their_mean_colour(flat: float, 
     assert f"known ones come back at 35 dB, their mean colour is at {flat:.0f} dB" in judged.reasons[0]
 
 
+def test_an_image_of_more_contrast_than_its_error_shows_something_where_known_images_do_not() -> None:
+    found = leakage()
+    evidence = Evidence(found, found.features, torch.full((3,), 0.01), drifts=False)
+    contrast = torch.tensor([0.021, 0.019, 0.0])  # at an expected error of 0.01
+    judged = judge(evidence, [20.0] * 3, 20.0, MODEL, 20.0, contrast)
+    assert judged.levels == [Level.UNRELIABLE, Level.NOT_READ, Level.NOT_READ]
+
+
 def test_an_image_that_fits_far_worse_than_the_others_is_several() -> None:
     evidence = Evidence(leakage(), leakage().features, torch.tensor([0.01, 0.01, 0.08]), drifts=False)
     found = judge(evidence, [30.0] * 3, 35.0, MODEL)
