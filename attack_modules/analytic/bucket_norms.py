@@ -322,7 +322,12 @@ def peers_of_levels(sent: SentLevels, features: Tensor, gated: Tensor) -> Tensor
         sent: by P peers, in the buckets of K rows.
         features: (N, D), as far as they are known.
         gated: (N, K) back-propagated errors, gates included.
+
+    Raises:
+        UnreadableDefense: an image explains nothing.
     """
+    if min(len(features), sent.sizes.shape[1]) == 1:
+        return torch.zeros(len(features), dtype=torch.long)
     parts = features.unflatten(1, (-1, sent.counts.shape[1]))  # (N, D / n, n)
     gram = torch.einsum("nbe,mbe->bnm", parts, parts)
     gram = gram + 0.1 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(len(features)).to(gram)
@@ -337,6 +342,8 @@ def peers_of_levels(sent: SentLevels, features: Tensor, gated: Tensor) -> Tensor
         share = own * delta[:, None] / delta.square().sum(1)[:, None, None]
         together += torch.einsum("bpn,bpm->nm", share, share)
     size = together.diagonal().sqrt()
+    if not (size > 0).all():
+        raise UnreadableDefense("The peers are said to round by QSGD, but no bucket shows whose levels are whose.")
     apart = (1 - together / size / size[:, None]).double().fill_diagonal_(0)
     groups = fcluster(linkage(squareform(apart.numpy(), checks=False), "average"), sent.sizes.shape[1], "maxclust")
     return torch.from_numpy(groups).unique(return_inverse=True)[1]

@@ -190,7 +190,7 @@ def maps_before(
             first, shortcut, inner, inner_errors, sum_errors, passed, outputs, behind.maps - outputs, batches
         )
         maps, before, unexplained = search.run(shape)
-    return BlockMaps(maps, before, max(residual, unexplained))
+    return BlockMaps(maps, before, max(unexplained, residual))  # in this order, NaN stays
 
 
 def _affine(normalised: Tensor, norm: nn.BatchNorm2d) -> Tensor:

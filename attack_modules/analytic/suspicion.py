@@ -28,16 +28,21 @@ MIXTURES = "the peers mix their images, so what is found are mixtures of two at 
 
 
 def qualified(
-    verdict: Verdict, update: Tensors, before: Tensors, assumptions: Assumptions, read: bool = False
+    verdict: Verdict,
+    update: Tensors,
+    before: Tensors,
+    assumptions: Assumptions,
+    read: bool = False,
+    unmixed: bool = False,
 ) -> Verdict:
     """A verdict with what else is to be suspected; arguments as of `suspected_defenses`.
 
-    Of a single local step, what a known defence made of the images comes out as exactly as an image would.
+    Of a single local step, what a known defence made of the images comes out as exactly as an image would. Of several
+    known defences one is read: images whose noise was may be mixtures still, unless they were `unmixed`.
     """
     verdict = verdict.suspecting(suspected_defenses(update, before, assumptions, read))
     for kind, reason in ((Augmentation, VIEWS), (Mixup, MIXTURES)):
-        undone = read and kind is Mixup
-        if not undone and any(isinstance(defense, kind) for defense in assumptions.defenses):
+        if not (unmixed and kind is Mixup) and any(isinstance(defense, kind) for defense in assumptions.defenses):
             levels = [level.limited(Level.UNRELIABLE) for level in verdict.levels]
             verdict = replace(verdict, levels=levels, reasons=[*verdict.reasons, reason])
     return verdict

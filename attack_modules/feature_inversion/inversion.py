@@ -241,6 +241,11 @@ class FeatureInversion(Attack):
                 "`model.refinement` has no effect: it would match the simulated training to the noise that the peers' "
                 "known defence leaves on the update."
             )
+        if self.refinement and self.shown:
+            rank_zero_warn(
+                "`model.refinement` has no effect: it corrects the head's features, in whose place "
+                "`model.convolutions` reads maps."
+            )
         if self.refinement:
             self.refinement.start(self.leakage.features, self.labels)
         if self.guidance:
@@ -360,7 +365,7 @@ class FeatureInversion(Attack):
         if self.guidance and self.guidance.denoises_at(self.global_step):
             self.guidance.denoise(self.images, self.ranks, self._chunk)
         scored = torch.empty(len(self.images), 2, device=self.device)
-        self.ranks.gather(scored, self._descend, self._chunk)
+        self.ranks.gather(scored, self._descend, self._chunk, divisible=not self._together)
         errors, losses = scored.unbind(1)
         self.join_gradients(self.images)
         self._remember(errors, losses)
@@ -471,7 +476,7 @@ class FeatureInversion(Attack):
     @property
     def _resolves_now(self) -> bool:
         """Whether a defended update is read once more at this step, with the images that were found so far."""
-        if not self.leakage.defended or not (times := self.leakage.defended.reading.resolves):
+        if self.shown or not self.leakage.defended or not (times := self.leakage.defended.reading.resolves):
             return False
         every = math.ceil(max(self.trainer.max_steps, 1) / (times + 1))
         return self.global_step > 0 and self.global_step % every == 0
@@ -573,7 +578,7 @@ class FeatureInversion(Attack):
             weights = None if self.counted is None else self.counted[chunk]
             return self.feature_error(images[chunk], self.features[chunk], weights)
 
-        self.ranks.gather(errors, error, self._chunk)
+        self.ranks.gather(errors, error, self._chunk, divisible=not self._together)
         if self.unmixing is not None:
             errors = ((mixing > 0) * errors[:, None]).amax(0)
         return errors.sqrt()
@@ -667,7 +672,8 @@ class FeatureInversion(Attack):
         if self.shown:
             verdict = self.shown.limited(verdict, misfit, controls[0].numel())
         update, read = self.update_of(observed), self.leakage.defended is not None
-        return qualified(verdict, update, observed.observation.before, observed.assumptions, read)
+        unmixed = self.unmixing is not None
+        return qualified(verdict, update, observed.observation.before, observed.assumptions, read, unmixed)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -712,6 +718,8 @@ class FeatureInversion(Attack):
         if self.leakage.defended is None:
             return ""
         reading = self.leakage.defended.reading
+        if self.shown:
+            return f"\nKnown defence or optimiser: the head's first layer is read by {type(reading).__name__}, once."
         again = f", and once more at {reading.resolves} steps with the images found so far" if reading.resolves else ""
         line = (
             f"\nKnown defence or optimiser: the head's first layer is read by {type(reading).__name__}{again}. It "

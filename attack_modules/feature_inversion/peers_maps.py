@@ -148,8 +148,11 @@ def read_back(
         first, shape = f"{source}.conv1", path.shape[source]
         if len(norms) < (2 if block.downsample is None else 3):
             break
-        before = maps_before(block, BlockMaps(maps, errors, uncertainty), own, variances, sizes, shape)
-        if before.residual > READ:
+        try:
+            before = maps_before(block, BlockMaps(maps, errors, uncertainty), own, variances, sizes, shape)
+        except torch.linalg.LinAlgError:  # as behind a BatchNorm of weight 0, with which residual networks often begin
+            break
+        if not before.residual <= READ:  # nor NaN
             break
         convolution = Convolution(first, block.conv1, shape, f"{source}.bn1")
         unseen = unseen_maps(convolution)[: block.downsample is not None].to(maps)
@@ -181,9 +184,14 @@ def _order(
     model: ImageClassifier, source: str, maps: Tensor, features: Tensor, image_shape: ImageShape
 ) -> Tensor | None:
     """(N,) which of the head's images the outputs (N, c, h, w) of a module are of; None if they are of others."""
-    with _giving(model.get_submodule(source), maps):
-        shown = model.embed(torch.full((len(maps), *image_shape), 0.5).to(maps))
+    try:
+        with _giving(model.get_submodule(source), maps):
+            shown = model.embed(torch.full((len(maps), *image_shape), 0.5).to(maps))
+    except ValueError:  # BatchNorm refuses a single value, so that no peer trained on such an image alone
+        return None
     distances = torch.cdist(shown.double(), features.double()) / features.double().norm(dim=1)
+    if not distances.isfinite().all():  # of maps read from what is no single step
+        return None
     places, order = linear_sum_assignment(distances.numpy())
     return None if distances[places, order].max() > SAME_FEATURES else torch.from_numpy(order)
 

@@ -47,19 +47,21 @@ class Ranks:
         return tensor if self.count == 1 else self.strategy.reduce(tensor.contiguous(), reduce_op="sum")
 
     @torch.no_grad()
-    def gather(self, whole: Tensor, function: Callable[[Tensor], Tensor], chunk_size: int) -> None:
+    def gather(
+        self, whole: Tensor, function: Callable[[Tensor], Tensor], chunk_size: int, divisible: bool = True
+    ) -> None:
         """Fill (N, ...) `whole` with `function` of chunks (n,) of row indices; each process computes its shard.
 
-        Where a GPU's memory does not suffice for a chunk, this and all later ones are halved. `function` may be called
-        twice with a row.
+        Where a GPU's memory does not suffice for a chunk, this and all later ones are halved, if they are `divisible`,
+        that is, if no row depends on the others of its chunk. `function` may be called twice with a row.
         """
         filled, left = torch.zeros_like(whole), self.shard(len(whole)).to(whole.device)
         while len(left):
-            chunk = left[: min(chunk_size, self.room or chunk_size)]
+            chunk = left[: min(chunk_size, self.room or chunk_size) if divisible else chunk_size]
             try:
                 filled[chunk] = function(chunk).to(filled)
             except torch.OutOfMemoryError:
-                if len(chunk) == 1:
+                if len(chunk) == 1 or not divisible:
                     raise
                 self.room = len(chunk) // 2
             else:

@@ -171,7 +171,8 @@ def against_own(observation: Observation) -> bool:
         return False
     sums = torch.zeros(3)
     for name, tensor in own.items():  # one parameter at a time, without copies of it: a head has 100 MB and more
-        moved, own_part = (observation.before[name] - observation.after[name]).flatten(), tensor.flatten()
+        moved = (observation.before[name] - observation.after[name]).flatten().to(sums)
+        own_part = tensor.flatten().to(sums)  # maybe of another precision than the models
         sums += torch.stack([moved @ own_part, moved @ moved, own_part @ own_part])
     product, *squares = sums
     return bool(product < AGAINST * squares[0].sqrt() * squares[1].sqrt())

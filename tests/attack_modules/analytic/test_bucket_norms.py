@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attack_modules.analytic.bucket_norms import BucketNorms, gates_of_norms, likeliest, sent_levels, shortest
+from attack_modules.analytic.bucket_norms import (
+    BucketNorms,
+    SentLevels,
+    gates_of_norms,
+    likeliest,
+    peers_of_levels,
+    sent_levels,
+    shortest,
+)
 from attack_modules.analytic.defended_head import Expected, HeadRound, LastLayer, UnreadableDefense
 from attack_modules.analytic.noisy_gates import NoisyGates
 from fl_lightning.defenses import QSGD, GaussianNoise
@@ -108,6 +116,16 @@ def test_norms_show_gates_in_spite_of_other_peers_buckets() -> None:
     norms[torch.rand(norms.shape, generator=random) < 0.1] *= 2
     start = gates ^ (torch.rand(gates.shape, generator=random) < 0.1)
     assert (gates_of_norms(norms, errors, start)[0] == gates).double().mean() > 0.995
+
+
+def test_a_single_image_or_peer_is_its_own_and_nothing_shown_is_refused() -> None:
+    def sent(peers: int) -> SentLevels:
+        return SentLevels(torch.ones(5, peers), torch.zeros(5, 8, peers, dtype=torch.int8), torch.ones(5, 8).bool())
+
+    assert peers_of_levels(sent(2), torch.rand(1, 8), torch.ones(1, 5)).tolist() == [0]
+    assert peers_of_levels(sent(1), torch.rand(3, 8), torch.ones(3, 5)).tolist() == [0, 0, 0]
+    with pytest.raises(UnreadableDefense, match="whose levels are whose"):
+        peers_of_levels(sent(2), torch.rand(3, 8), torch.ones(3, 5))
 
 
 def test_who_reads_what() -> None:

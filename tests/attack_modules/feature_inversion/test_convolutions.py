@@ -9,15 +9,19 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from attack_modules import BatchStatistics, Convolutions, FeatureInversion
+from attack_modules import BatchStatistics, Convolutions, FeatureInversion, Refinement
 from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import Attack, Level, Verdict
+from attack_modules.feature_inversion.batch_statistics import by_peers
 from attack_modules.feature_inversion.controls import mean_psnr
 from attack_modules.feature_inversion.convolutions import Shown, _convolutions
+from attack_modules.feature_inversion.peers_maps import _filled, _order
+from attack_modules.simulation.distributed import Ranks
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.client import LocalTraining
+from fl_lightning.defenses import TopK
 from fl_lightning.federation import Federation
 from fl_lightning.models import ImageClassifier, ImageShape
 from fl_lightning.models.freezing import batch_statistics
@@ -61,6 +65,21 @@ class Residual(Pooling):
         blocks = BasicBlock(40, 40), BasicBlock(40, 96, 2, down)
         nn.init.constant_(blocks[0].bn2.bias, -1.0)  # so that each channel has a zero
         self.features = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Begun(Residual):
+    """Residual networks often begin with a BatchNorm of weight 0."""
+
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__(num_classes, image_shape)
+        nn.init.zeros_(self.features[3].bn2.weight)
+        nn.init.zeros_(self.features[3].bn2.bias)
+
+
+class Deep(Pooling):
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__(num_classes, image_shape)
+        self.head = nn.Sequential(nn.Linear(96, 200), nn.ReLU(), nn.Linear(200, num_classes))
 
 
 class Patches(Pooling):
@@ -155,9 +174,17 @@ def test_a_single_image_through_batch_norm(observe: Observe, attack: Run) -> Non
     ("model", "sizes", "layer"), [(Normalised, [2, 1], "features.3"), (Residual, [1, 1], "features.3.conv1")]
 )
 def test_images_of_several_peers_through_batch_norm(
-    observe: Observe, attack: Run, model: type[ImageClassifier], sizes: list[int], layer: str
+    observe: Observe,
+    attack: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    model: type[ImageClassifier],
+    sizes: list[int],
+    layer: str,
 ) -> None:
     """Maps, and who trained together, of a single step."""
+    gather, divided = Ranks.gather, []
+    noted = lambda *of, divisible=True: divided.append(divisible) or gather(*of, divisible=divisible)  # noqa: E731
+    monkeypatch.setattr(Ranks, "gather", noted)
     seen = observe(once(model), BLIND, num_clients=3, images_per_client=[*sizes, 2], num_classes=50)
     module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=30)
     found = module.reconstruction()
@@ -168,8 +195,50 @@ def test_images_of_several_peers_through_batch_norm(
     clients = (found.labels >= sizes[0]).long()
     assert found.peers.tolist() in (clients.tolist(), (1 - clients).tolist())
     assert found.features is None and found.consistency_error is None  # a peer's images depend on each other
+    module.misfit(found.images, found.labels)
+    assert len(divided) == 31 and not any(divided)
     flat = originals.mean((2, 3), keepdim=True).expand_as(originals)
     assert mean_psnr(found.images, originals) > mean_psnr(flat, originals) + 3
+
+
+def test_a_block_that_lets_no_error_pass_is_not_followed_back(observe: Observe, attack: Run) -> None:
+    seen = observe(once(Begun), BLIND, num_clients=3, images_per_client=[1, 1, 2], num_classes=50)
+    module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=1)
+    assert module.shown.layer == "features.4.conv1"
+
+
+def test_maps_that_are_no_numbers_are_of_no_image() -> None:
+    """As those read from two steps that were taken for one."""
+    maps, model = torch.full((2, 16, 8, 8), torch.nan), Normalised(10, (3, 16, 16))
+    assert _order(model, "features.2", maps, torch.rand(2, 96), (3, 16, 16)) is None
+
+
+def test_what_is_unseen_of_maps_is_the_same_of_all_images_of_a_peer() -> None:
+    """The least entry is 0, which only some of a peer's images have where nothing of them is seen."""
+    maps = 1 + torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    maps[0, :, 0, 0] = maps[2, :, 3, 3] = 0
+    unseen = torch.zeros(1, 4, 4)
+    unseen[:, ::3, ::3] = 0.5
+    shifted = maps + torch.tensor([0.7, 0.7, -0.2])[:, None, None, None] * (unseen > 0)
+    torch.testing.assert_close(_filled(shifted, unseen, [2, 1]), maps)
+
+
+def test_a_peer_that_could_not_have_trained_alone_is_not_taken() -> None:
+    """BatchNorm in train mode refuses an image of which one position is left."""
+    model = Normalised(10, (3, 4, 4))
+    alone = by_peers(model, ["features.4"], [1, 1])
+    assert _order(alone, "features.2", torch.rand(2, 16, 2, 2), torch.rand(2, 96), (3, 4, 4)) is None
+
+
+def test_maps_are_not_read_again_under_a_known_defence(observe: Observe, attack: Run) -> None:
+    """Nor corrected by what refines the head's features."""
+    client = LocalTraining(lr=0.1, local_epochs=1, defenses=[TopK(0.999)])
+    seen = observe(Federation(model=Deep, client=client), num_clients=3, images_per_client=1, num_classes=50)
+    with pytest.warns(UserWarning, match="in whose place"):
+        module = attack(FeatureInversion(convolutions=Convolutions(), refinement=Refinement()), seen, steps=16)
+    assert module.leakage.defended.reading.resolves > 0
+    assert module.shown.layer == "features.3"
+    assert "PrunedUpdate, once." in module.introduction()
 
 
 def test_several_steps_through_batch_norm_leave_the_features(observe: Observe, attack: Run) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,27 @@ def test_zeros_show_the_features_under_a_head_of_two_layers_and_then_labels() ->
     few = replace(reader.solution, num_images=19)
     with pytest.raises(AttackError, match="show 9 of 19 images in rounds 3 to 5 of a head of several layers"):
         refuse_few_zeros(few, [3, 4, 5])
+
+
+WEIGHTED = replace(TrainingKnowledge(RATE, 1).loss, class_weights=torch.ones(CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("changed", "by"),
+    [({}, "errors"), ({"steps": 2}, "zeros"), ({"epochs": 3}, "zeros"), ({"loss": WEIGHTED}, "zeros")],
+)
+def test_errors_are_read_of_single_full_batch_steps_alone(
+    monkeypatch: pytest.MonkeyPatch, changed: dict, by: str
+) -> None:
+    size = frozen_backbone.DIRECT + 1
+    for name, evidence in (("error_series", "errors"), ("sparse_rounds", "zeros")):
+        found = SimpleNamespace(labels=range(size), evidence=evidence)
+        monkeypatch.setattr(frozen_backbone, name, lambda *_, found=found: found)
+    rounds = SimpleNamespace(weights=torch.zeros(size, CLASSES, size), basis=torch.zeros(size, 2 * size))
+    training = [replace(TrainingKnowledge(RATE, 1), **changed)] * size
+    assert FrozenBackbone()._one_by_one(rounds, training).evidence == by
+    other = [*training[1:], replace(training[0], num_images=3)]
+    assert FrozenBackbone()._one_by_one(rounds, other).evidence == "zeros"
 
 
 def test_errors_show_images_without_zeros_which_are_too_many_to_be_solved_together(

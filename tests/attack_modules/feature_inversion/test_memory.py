@@ -15,6 +15,7 @@ from fl_lightning.client import LocalTraining
 from fl_lightning.federation import Federation
 from fl_lightning.memory import LATER, forecast
 from fl_lightning.models import ClassifierFactory, LeNet5, TorchvisionClassifier
+from fl_lightning.models.activations import activation_bytes
 from fl_lightning.observation import describe_model, on_meta
 
 PROGRAM = 850
@@ -40,6 +41,20 @@ def test_the_forecast_is_near_what_was_measured(
     federation = Federation(model=model, client=training).peak_memory(data)
     peak = max(federation, FeatureInversion().peak_memory(rounds, clients * each)) + LATER
     assert (peak >> 20) + PROGRAM == pytest.approx(measured, rel=0.25)
+
+
+def test_the_forecast_counts_what_settings_add() -> None:
+    """Of small models too, of which the program takes most."""
+    shape, training = (3, 64, 64), LocalTraining()
+    model = on_meta(lambda: LeNet5(100, shape))
+    rounds = RoundsSummary.of_model(describe_model(model), [Assumptions(training.lr, training.local_epochs)])
+    few, many = (FeatureInversion(chunk_size=size).peak_memory(rounds, 100) for size in (16, 64))
+    assert many - few == 2 * (64 - 16) * activation_bytes(model, shape)
+    data = SimpleNamespace(num_classes=100, image_shape=shape, clients=[range(4)] * 3)
+    trained = sum(parameter.nbytes for parameter in model.parameters())
+    clients = training, LocalTraining(momentum=0.9), LocalTraining(optimizer="Adam")
+    sgd, momentum, adam = (Federation(model=LeNet5, client=client).peak_memory(data) for client in clients)
+    assert momentum - sgd == adam - momentum == trained
 
 
 @pytest.mark.parametrize("free", [None, 10**9, 10**12])

@@ -69,6 +69,9 @@ def test_chunks_are_halved_where_memory_does_not_suffice() -> None:
     assert sizes == [9, 4, 2, 2, 2, 2, 2, 1]
     ranks.gather(whole, double, 9)
     assert sizes[8:] == [2, 2, 2, 2, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):  # rows that depend on each other
+        ranks.gather(whole, double, 9, divisible=False)
+    assert sizes[14:] == [9]
 
 
 def test_a_chunk_of_one_that_has_no_room_is_an_error() -> None:

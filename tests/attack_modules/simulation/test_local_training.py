@@ -191,7 +191,9 @@ def test_frozen_half_way_the_drift_of_features_is_right_to_first_order(
     data.setup()
     images, labels = data.clients[0].images, data.clients[0].labels
     seen = observe(Federation(client=LocalTraining(lr=0.005, local_epochs=3)), num_clients=2)
+    before = {name: tensor.clone() for name, tensor in seen.observation.before.items()}
     half_way = model_half_way([seen.observation], [seen.peers_update()], 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in seen.observation.before.items())
     whole = dense(SimulatedPeers(seen, False, CPU).mean_update(images, labels))["head.2.weight"]
     errors = []
     for frozen in (half_way, seen.observation.build_model().requires_grad_(False)):

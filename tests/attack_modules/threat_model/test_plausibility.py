@@ -10,7 +10,13 @@ from torch import Tensor
 
 from attack_modules import FeatureInversion
 from attack_modules.threat_model.observed import ObservedRound
-from attack_modules.threat_model.plausibility import ObservationError, doubts, looks_like_signs, refuse_impossible
+from attack_modules.threat_model.plausibility import (
+    ObservationError,
+    against_own,
+    doubts,
+    looks_like_signs,
+    refuse_impossible,
+)
 from fl_lightning.client import LocalTraining, Tensors
 from fl_lightning.federation import Federation
 from fl_lightning.models import VGG7, ClassifierFactory, LeNet5, ResNet9
@@ -84,6 +90,18 @@ def test_swapped_models_are_named(seen: ObservedRound, told: bool) -> None:
     assert not list(doubts(seen))
     (doubt,) = doubts(swapped)
     assert "as if the models before and after were swapped" in doubt
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.float32, torch.float64])
+def test_an_own_update_of_another_precision_is_compared(seen: ObservedRound, precision: torch.dtype) -> None:
+    """Of many classes, where it tells whether models were swapped."""
+    before = {"head.weight": torch.rand(60, 4)}
+    moved = {"head.weight": torch.rand(60, 4).to(precision)}
+    for sign in (1, -1):
+        after = {"head.weight": before["head.weight"] - sign * moved["head.weight"].float()}
+        model = {"class_path": "", "init_args": {"num_classes": 60}}
+        changed = replace(seen.observation, before=before, after=after, own_update=moved, model=model)
+        assert against_own(changed) == (sign < 0)
 
 
 @cache
