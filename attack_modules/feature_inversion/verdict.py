@@ -187,7 +187,7 @@ def _limits(evidence: Evidence, model: nn.Module) -> tuple[Level, list[str], lis
     if found.shown > found.num_images:
         limit(
             Level.UNRELIABLE,
-            f"{found.num_images} images were told, but the update shows {found.shown}",
+            f"{counted(found.num_images, 'image')} told, but the update shows {found.shown}",
             "Let the images be counted: `knowledge.num_images: inferred`.",
         )
     if found.views:

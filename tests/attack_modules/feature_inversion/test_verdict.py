@@ -81,7 +81,7 @@ def test_level_follows_the_expected_psnr(psnr: float, level: Level) -> None:
     ("changed", "level", "words"),
     [
         ({"counted": False}, Level.LIKELY, "cannot be read"),
-        ({"shown": 5}, Level.UNRELIABLE, "3 images were told, but the update shows 5"),
+        ({"shown": 5}, Level.UNRELIABLE, "3 images told, but the update shows 5"),
         ({"views": True}, Level.UNRELIABLE, "augmented"),
         ({"residual": 0.7}, Level.UNRELIABLE, "70% of the head's update are unexplained"),
         ({"residual": 0.05}, Level.UNRELIABLE, "mixup"),
