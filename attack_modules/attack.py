@@ -218,7 +218,7 @@ class Attack(LightningModule, ABC):
                 "set `trainer.enable_checkpointing: false`."
             )
         self.subtract_own = subtract_own
-        self._steps_loaded = 0
+        self.steps_loaded = 0  # of the checkpoint that this run began with
         self.checkpoint_every = checkpoint_every
 
     @abstractmethod
@@ -431,14 +431,14 @@ class Attack(LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._refuse_checkpoint(checkpoint, self.trainer.ckpt_path)
-        self._steps_loaded = checkpoint.get("global_step", 0)
+        self.steps_loaded = checkpoint.get("global_step", 0)
         if loops := checkpoint.get("loops"):  # the last step of a run is not that of a longer one
             loops["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     @property
     def steps_taken(self) -> int:
         """Steps behind the images; of `test`, which takes none, those of the checkpoint that was loaded."""
-        return max(self.global_step, self._steps_loaded)
+        return max(self.global_step, self.steps_loaded)
 
     def _refuse_checkpoint(self, checkpoint: dict, path: str | Path | None) -> None:
         """Refuse a checkpoint of another run, or one after which nothing is left to do.

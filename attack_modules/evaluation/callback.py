@@ -69,7 +69,6 @@ class Evaluation(Callback):
         self.interruption = Interruption()
         self.seconds = 0.0  # of the attack, over all resumed parts
         self._second_step = 0.0  # when it began
-        self._steps = 0  # before this run, in the checkpoint that it began with
         self._started = 0.0
         self._stopped = False
         self._reported = False
@@ -108,7 +107,7 @@ class Evaluation(Callback):
         if isinstance(pl_module, Attack) and trainer.is_global_zero:
             if self._reported:
                 print(f"The attack's own results are complete: {self._directory}", flush=True)
-            elif trainer.state.fn == TrainerFn.FITTING and trainer.global_step > self._steps:
+            elif trainer.state.fn == TrainerFn.FITTING and trainer.global_step > pl_module.steps_loaded:
                 self._rescue(trainer, pl_module)
             elif self.interruption.received:
                 print("Interrupted before the first step was done, so there is nothing to keep.", flush=True)
@@ -124,9 +123,6 @@ class Evaluation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds = state_dict["seconds"]
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._steps = checkpoint.get("global_step", 0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, Attack) and trainer.is_global_zero:
@@ -149,7 +145,7 @@ class Evaluation(Callback):
 
     def _forecast(self, trainer: Trainer, attack: Attack) -> None:
         """Say once how long the rest takes if that is long, by the steps after the first, which also warms up."""
-        done, now = trainer.global_step - self._steps, time.perf_counter()
+        done, now = trainer.global_step - attack.steps_loaded, time.perf_counter()
         if done == 1:
             self._second_step = now
         elif done == 1 + TIMED:

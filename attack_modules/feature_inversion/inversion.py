@@ -638,18 +638,23 @@ class FeatureInversion(Attack):
     @property
     def steps_of_verdict(self) -> float:
         """Control images take as many steps as the attack's own; they are fewer, or more."""
+        known = self._known_photographs
+        each = 1 if known is None else len(known)
+        return self.trainer.max_steps * each * len(ERRORS) / len(self.images)
+
+    @property
+    def _known_photographs(self) -> Tensor | None:
+        """(K, C, H, W) control images, where a decoder learned from photographs; else None, and dead leaves serve."""
         start = self._starter[0]
-        learned = len(start.known[: TRIED if self.inverts else None]) if isinstance(start, PhotographDecoder) else 1
-        return self.trainer.max_steps * learned * len(ERRORS) / len(self.images)
+        return start.known[: TRIED if self.inverts else None] if isinstance(start, PhotographDecoder) else None
 
     def verdict(self, misfit: Tensor) -> Verdict:
         leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())
         misfit = (misfit.cpu() - self._usual_misfit()).clamp_min(0)
         evidence = Evidence(leakage, self.features.cpu(), misfit, self._drifts, self.scale)
         observed, steps = self.observed_rounds[0], max(self.steps_taken, 1)
-        start = self._starter[0]
-        if isinstance(start, PhotographDecoder):  # photographs, and the same ones at each error
-            known = start.known[: TRIED if self.inverts else None]
+        known = self._known_photographs
+        if known is not None:  # the same ones at each error
             controls, each = known.repeat(len(ERRORS), 1, 1, 1), len(known)
         else:
             controls, each = control_images(len(ERRORS), observed.observation.image_shape), 1
