@@ -103,7 +103,9 @@ def test_the_report_says_what_leaked_and_what_failed(study: Study, fake: Callabl
     assert "it is noise" in content["failures"][0][1]
     (pair,) = content["comparisons"]
     assert pair["told"] == {"labels": ["known", "inferred"], "label_counts": ["known", "inferred"]}
-    assert any("audit it against an attacker who knows of it" in action["what"] for action in content["actions"])
+    (advice,) = [action for action in content["actions"] if "noise" in action["what"]]
+    assert advice["what"].startswith("Consider the defence 'noise' in 'told', 'not told', and audit it against an")
+    assert advice["evidence"].count("leaked 100% without and ") == 2
     assert [client["leaked"] for client in content["clients"]] == [9, 9]
     assert plain["confirmed"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 3}
     assert noisy["confirmed"]["mean"] <= noisy["confirmed_by_others"]["mean"] + 0.2
