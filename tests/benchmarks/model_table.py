@@ -202,7 +202,9 @@ def scores(ending: Ending, truth: Truth, images: int, imagenet: bool, given: Nam
     card = score(found.images, truth.images, found.labels, truth.labels, Recogniser() if imagenet else None)
     pairs = card.assignment[card.assignment >= 0]
     values, error = card.per_image["psnr"][card.assignment >= 0], ""
-    if ending.model and found.labels.sort().values.equal(truth.labels.sort().values):  # distinct: they tell what is whose
+    if ending.model and found.labels.sort().values.equal(
+        truth.labels.sort().values
+    ):  # distinct: they tell what is whose
         features = ending.model.embed(truth.images[truth.labels.argsort()[found.labels.argsort().argsort()]])
         off = (features - ending.features).norm(dim=1) / features.norm(dim=1)
         error = f"{off.median().item():.2g}"
