@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from attack_modules import BatchStatistics, Convolutions, FeatureInversion, Refinement
 from attack_modules.analytic.typical_head import pink_noise
@@ -15,7 +15,7 @@ from attack_modules.attack import Attack, Level, Verdict
 from attack_modules.feature_inversion.batch_statistics import by_peers
 from attack_modules.feature_inversion.controls import mean_psnr
 from attack_modules.feature_inversion.convolutions import Shown, _convolutions
-from attack_modules.feature_inversion.peers_maps import _filled, _order
+from attack_modules.feature_inversion.peers_maps import Path, _filled, _order
 from attack_modules.simulation.distributed import Ranks
 from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.knowledge import Knowledge
@@ -221,6 +221,23 @@ def test_what_is_unseen_of_maps_is_the_same_of_all_images_of_a_peer() -> None:
     unseen[:, ::3, ::3] = 0.5
     shifted = maps + torch.tensor([0.7, 0.7, -0.2])[:, None, None, None] * (unseen > 0)
     torch.testing.assert_close(_filled(shifted, unseen, [2, 1]), maps)
+
+
+def test_a_module_that_is_called_several_times_is_no_source() -> None:
+    """As the ReLU of a bottleneck block, in place of whose outputs no single map can be put."""
+    model = Pooling(10, (3, 16, 16))
+    block = Bottleneck(16, 4)
+    model.features = nn.Sequential(model.features[0], block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    path = Path(model.eval(), (3, 16, 16))
+    assert path.source["features.1"] == path.source["features.1.conv1"] == "features.0"
+    assert path.source["features.1.conv2"] == "features.1.bn1"  # its ReLU is in place
+    maps = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)) - 0.5
+    seen = []
+    hook = block.conv2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    _order(model, "features.1.bn1", maps, torch.rand(2, 16), (3, 16, 16))
+    hook.remove()
+    torch.testing.assert_close(seen, [maps.relu()])
+    assert maps.min() < 0  # which the ReLU in place has not changed
 
 
 def test_a_peer_that_could_not_have_trained_alone_is_not_taken() -> None:
