@@ -311,7 +311,7 @@ class FeatureInversion(Attack):
     def _chunk(self) -> int:
         """Images that pass through the model at once; `Ranks.gather` takes fewer where memory does not suffice."""
         if self._together:
-            return len(self.features)
+            return len(self.leakage.labels)
         return self.chunk_size or (CPU_CHUNK if self.device.type == "cpu" else len(self.features))
 
     @property
