@@ -25,6 +25,7 @@ class BatchStatistics:
 
     Exact for one peer and one local step. Of several steps it is the mean over these; of several peers, the mean over
     peers, which is not what any of them normalised by.
+    The attacker's own statistics are taken out in any case, also where its update is not (`subtract_own: false`).
     """
 
     def requirements(self) -> list[Requirement]:
