@@ -3,6 +3,7 @@
     PYTHONPATH=. python tests/benchmarks/model_table.py train ARCHIVE WEIGHTS --models lenet5 resnet18
     PYTHONPATH=. python tests/benchmarks/model_table.py attack FOLDER notebooks/models.csv --seeds 0 1 2
     PYTHONPATH=. python tests/benchmarks/model_table.py attack ARCHIVE notebooks/models.csv --weights WEIGHTS
+    PYTHONPATH=. python tests/benchmarks/model_table.py show notebooks/models.csv
 
 `attack` takes images as FOLDER/<class>/*.jpg for models as initialised (1000 classes for torchvision's), or, with
 weights, the test images of CIFAR-10 (a `.tar.gz` of JPEG files): images of distinct classes of 64x64 pixels, one peer
@@ -10,7 +11,8 @@ of one image, or two peers of half the images each, and the attacker; one round 
 first but of transformers, whose last layer begins at 0: there the second.
 Nothing is told but the rates, the steps and that batches are full, and, for CIFAR-10, whose ten classes do not tell it
 under a head of one layer, the number of images. It appends the rows that the table lacks, so that it
-can be stopped and called again. `train` makes WEIGHTS/<model>.pt by federated training on CIFAR-10's training images.
+can be stopped and called again. `show` prints the table of notebooks/results.md, a line for all seeds. `train` makes
+WEIGHTS/<model>.pt by federated training on CIFAR-10's training images.
 """
 
 import csv
@@ -107,6 +109,8 @@ SETTINGS = {
     "resnet18": Setting(
         torchvisions("resnet18"), partial(with_maps, (0.9, 0.99)), 200, 0.01, rounds=10, images=300, training=0.05
     ),
+    "resnet34": Setting(torchvisions("resnet34"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
+    "resnet50": Setting(torchvisions("resnet50"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
     "alexnet": Setting(torchvisions("alexnet"), with_maps, 40, rounds=7, training=0.0002, optimizer="Adam"),
     "vgg11": Setting(torchvisions("vgg11"), with_maps, 100, rounds=3, images=100, training=0.0001, optimizer="Adam"),
     "efficientnet_lite0": Setting(EfficientNetLite0, FeatureInversion, 60, 0.02),
@@ -249,6 +253,35 @@ def attack(given: Namespace) -> None:
             writer.writerow(row)
 
 
+def show(given: Namespace) -> None:
+    """Print a line for all seeds of a setting, their values between slashes."""
+    titles = ["model, state", "images", "steps", "seeds", "counts, labels right", "inverted", "error, %", "PSNR"]
+    titles += ["lowest", "mean colour", "SSIM", "top 5", "certain, likely, unreliable, not read", "CPU s"]
+    print("|", " | ".join(titles), "|")
+    print("|---" * len(titles) + "|")
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in csv.DictReader(given.table.open()):
+        groups.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(row)
+    order = list(SETTINGS)
+    for (name, state, told, images, steps), rows in sorted(
+        groups.items(), key=lambda group: (order.index(group[0][0]), group[0][1], int(group[0][3]), group[0][4])
+    ):
+        rows.sort(key=lambda row: int(row["seed"]))
+
+        def each(column: str, rows: list[dict[str, str]] = rows) -> str:
+            values = [row[column].removeprefix("features.") or "n/a" for row in rows]
+            return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+        levels = [sum(int(row[of] or 0) for row in rows) for of in ("certain", "likely", "unreliable", "not_read")]
+        errors = [f"{100 * float(row['feature_error']):.2g}" if row["feature_error"] else "n/a" for row in rows]
+        right = all(row["counted"] == row["labels_right"] == images for row in rows)
+        told = "" if told == "nothing" else f", {told} told"
+        seeds = ", ".join(row["seed"] for row in rows)
+        cells = [f"{name}, {state}{told}", images, steps, seeds, "yes" if right else "no", each("read")]
+        cells += [" / ".join(errors), *map(each, ("psnr", "lowest", "mean_colour", "ssim", "top5"))]
+        print("|", " | ".join([*cells, ", ".join(map(str, levels)), each("cpu_seconds")]), "|")
+
+
 def train(given: Namespace) -> None:
     """Write the weights that are lacking."""
     for name in given.models:
@@ -300,6 +333,9 @@ if __name__ == "__main__":
     attacking.add_argument("--noise", type=float, default=18.0, help="PSNR in dB below which a trusted image is wrong")
     attacking.add_argument("--pictures", type=Path, help="a folder that exists, for a panel of each row")
     attacking.set_defaults(run=attack)
+    showing = kinds.add_parser("show", help="the table as Markdown")
+    showing.add_argument("table", type=Path, help="a .csv file that `attack` filled")
+    showing.set_defaults(run=show)
     for one in (training, attacking):
         one.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     given = parser.parse_args()
