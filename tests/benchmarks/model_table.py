@@ -113,7 +113,7 @@ SETTINGS = {
     "resnet50": Setting(torchvisions("resnet50"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
     "alexnet": Setting(torchvisions("alexnet"), with_maps, 40, rounds=7, training=0.0002, optimizer="Adam"),
     "vgg11": Setting(torchvisions("vgg11"), with_maps, 100, rounds=3, images=100, training=0.0001, optimizer="Adam"),
-    "efficientnet_lite0": Setting(EfficientNetLite0, FeatureInversion, 60, 0.02),
+    "efficientnet_lite0": Setting(EfficientNetLite0, FeatureInversion, 60, 0.0002),
     "mobilenet_v3_small": Setting(torchvisions("mobilenet_v3_small"), with_maps, 60, 0.01),
     "convnext_tiny": Setting(torchvisions("convnext_tiny"), with_maps, 60),
     "vit_b_16": Setting(vit_b_16, PatchInversion, 4, 0.03, observed=1),
