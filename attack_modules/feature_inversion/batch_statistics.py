@@ -81,6 +81,7 @@ class PeersNorm(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self.eps = layer.eps
         self.sizes = sizes
+        self.register_buffer("of_peers", torch.tensor(sizes))  # a decoder of the same weights is kept for these alone
 
     def forward(self, maps: Tensor) -> Tensor:
         parts = maps.split(self.sizes if len(maps) == sum(self.sizes) else self.sizes[0])
