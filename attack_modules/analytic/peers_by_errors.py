@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import Progress
 from torch import Tensor
 
 from attack_modules.analytic.drifting_peers import coupling_of
@@ -112,16 +114,20 @@ def trained_together(images: ShownErrors, sizes: Tensor) -> TrainedTogether:
     """
     everyone, first = torch.arange(len(sizes)), sizes
     best: TrainedTogether | None = None
-    for _ in range(ROUNDS):
-        starts = [everyone] if best is None else [everyone, best.peers]
-        found = [_sized(images, _moved(images, start, sizes), sizes, first) for start in starts]
-        new = min(found, key=lambda tried: tried.left.norm().item())
-        if best is not None and new.left.norm() >= best.left.norm():
-            break
-        settled = best is not None and torch.equal(new.peers, best.peers)
-        best, sizes = new, new.sizes
-        if settled:
-            break
+    with Progress(disable=rank_zero_only.rank > 0) as progress:
+        task = progress.add_task("Who trained together", total=ROUNDS)
+        for _ in range(ROUNDS):
+            starts = [everyone] if best is None else [everyone, best.peers]
+            found = [_sized(images, _moved(images, start, sizes), sizes, first) for start in starts]
+            new = min(found, key=lambda tried: tried.left.norm().item())
+            progress.advance(task)
+            if best is not None and new.left.norm() >= best.left.norm():
+                break
+            settled = best is not None and torch.equal(new.peers, best.peers)
+            best, sizes = new, new.sizes
+            if settled:
+                break
+        progress.update(task, completed=ROUNDS)
     return best
 
 
