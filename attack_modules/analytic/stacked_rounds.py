@@ -5,7 +5,7 @@ a frozen backbone features do not change from round to round, so the gradients o
 `F (N x D)` the features of all images (with a 1 for the bias). Their rank is N, and their row space is the features'.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -108,6 +108,22 @@ class StackedRounds:
     @property
     def num_images(self) -> int:
         return len(self.singular)
+
+    def without(self, errors: Tensor) -> "StackedRounds":
+        """The rounds less k images, whose errors (R C, k) in all rounds are known.
+
+        Orthogonal to these errors, the gradients are combinations of the other images' features alone, and their noise
+        is the same.
+        """
+        others = torch.linalg.qr(self.left.T @ errors, mode="complete").Q[:, errors.shape[1] :]
+        left, singular, basis = torch.linalg.svd(others.T * self.singular, full_matrices=False)
+        return replace(
+            self,
+            weights=self.weights @ basis.T,
+            left=self.left @ (others @ left),
+            singular=singular,
+            basis=basis @ self.basis,
+        )
 
     @cached_property
     def gradients(self) -> Tensor:
