@@ -1,9 +1,9 @@
 """Features from the rounds of a head by their zeros, of fewer and fewer images: each one found is taken out of the rest.
 
-In one full-batch step a round, an image of known features and class leaves known errors at the first layer's outputs
-in every round, under a head of any number of layers (`hidden_labels.hidden_errors`). They lie in the column space of
-the stacked gradients `G = A F`, which has N of R H dimensions. So they prove the image, and show its class; and
-orthogonal to them, `G` holds one image less (`StackedRounds.without`), with the same noise.
+In one full-batch step a round, an image of known features and class leaves known errors at the first layer's
+outputs in every round, under a head of any number of layers (`hidden_labels.hidden_errors`). They lie in the column
+space of the stacked gradients `G = A F`, which has N of R H dimensions. So they prove the image, and show its class;
+and orthogonal to them, `G` holds one image less (`StackedRounds.without`), with the same noise.
 
 So zeros (`sparse_rounds`), which show an image only if it has more of them than there are images, show those that have
 most of them first, and then, among fewer images, the others.
