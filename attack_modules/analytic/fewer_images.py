@@ -1,4 +1,4 @@
-"""Features from the rounds of a head by their zeros, of fewer and fewer images: each one found is taken out of the rest.
+"""Features from the rounds of a head by zeros, of fewer and fewer images: each one found is taken out of the rest.
 
 In one full-batch step a round, an image of known features and class leaves known errors at the first layer's
 outputs in every round, under a head of any number of layers (`hidden_labels.hidden_errors`). They lie in the column
