@@ -24,8 +24,8 @@ CLEAR = 1000.0
 """Ratio of singular values N and N + 1 from which nothing is taken to be hidden behind them. Measured: up to 80 where
 images are; 5400 and more where rounding repeats itself."""
 REPEATED = 6.0
-"""As `EVEN`, behind a clear rank: what float32 rounds is alike in rounds that are alike. Measured: 3 of two images in 20
-rounds, and 3.6 of 512 at a rate that overshoots."""
+"""As `EVEN`, behind a clear rank: what float32 rounds is alike in rounds that are alike. Measured: 3 of two images in
+20 rounds, and 3.6 of 512 at a rate that overshoots."""
 STILL = 0.5
 """Share of the weights that change in a round, relative to the round of most, up to which the round is left out: what
 it changes is less than float32's rounding, or little more. Measured: a single image is learned in some ten rounds."""
