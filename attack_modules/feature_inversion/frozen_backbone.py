@@ -125,12 +125,11 @@ class FrozenBackbone(RoundsReader):
         layers = [augmented(w) for w in weights]
         before, deep = torch.stack([first for first, *_ in layers]), len(layers[0]) > 1
         rounds = StackedRounds.of(before, torch.stack(gradients), True)
-        found = self._one_by_one_deep(rounds, layers, training) if deep else self._one_by_one(rounds, training)
         if deep:
+            found = under_several_layers(rounds, torch.stack(gradients), layers, training)
             refuse_few_zeros(found, numbers)
-            labels = hidden_labels(found.features, torch.stack(gradients), layers)
-            self.solution, presence, self.drifting = replace(found, labels=labels), found.presence, None
-        elif 2 * len(found.labels) >= rounds.num_images:
+            self.solution, presence, self.drifting = found, found.presence, None
+        elif 2 * len((found := self._one_by_one(rounds, training)).labels) >= rounds.num_images:
             self.solution, presence = found, found.presence
             self.drifting = peers_of(found, before, torch.stack(gradients), known)
         else:
@@ -166,17 +165,6 @@ class FrozenBackbone(RoundsReader):
         first, second = readings if size > SHARE * rounds.basis.shape[1] else readings[::-1]
         best = first()
         return best if len(best.labels) == size else max(best, second(), key=lambda found: len(found.labels))
-
-    def _one_by_one_deep(
-        self, rounds: StackedRounds, layers: Sequence[Sequence[Tensor]], training: Sequence[TrainingKnowledge]
-    ) -> FoundImages:
-        """By zeros, where possible of fewer and fewer images, if several layers are trained."""
-        if not single_steps(training):
-            return sparse_rounds(rounds)
-        best = fewer_images(rounds, layers, training[0].loss.label_smoothing)
-        if len(best.labels) == rounds.num_images:
-            return best
-        return max(best, sparse_rounds(rounds), key=lambda found: len(found.labels))
 
     def _joint(
         self, rounds: StackedRounds, training: Sequence[TrainingKnowledge], numbers: Sequence[int], shown: int
@@ -240,6 +228,29 @@ def single_steps(training: Sequence[TrainingKnowledge]) -> bool:
     known = training[0]
     alike = all((t.num_images, t.steps, t.epochs) == (known.num_images, 1, known.epochs) for t in training)
     return alike and known.epochs in (None, 1) and known.loss.class_weights is None
+
+
+def under_several_layers(
+    rounds: StackedRounds,
+    gradients: Tensor,
+    layers: Sequence[Sequence[Tensor]],
+    training: Sequence[TrainingKnowledge],
+) -> FoundImages:
+    """By zeros, of fewer and fewer images where errors prove them.
+
+    Args:
+        rounds: of the first layer.
+        gradients: (R, H, D + 1) of it.
+        layers: of each round, (out, in + 1) weights of each layer before it.
+        training: in each round.
+    """
+    proved = fewer_images(rounds, layers, training[0].loss.label_smoothing) if single_steps(training) else None
+    if proved is not None and len(proved.labels) == rounds.num_images:
+        return proved
+    shown = sparse_rounds(rounds)
+    if proved is not None and len(proved.labels) >= len(shown.labels):
+        return proved
+    return replace(shown, labels=hidden_labels(shown.features, gradients, layers))
 
 
 def refuse_few_zeros(found: FoundImages, numbers: Sequence[int]) -> None:
