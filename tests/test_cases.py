@@ -188,7 +188,7 @@ def test_models_swapped_without_an_own_update_are_named(states: dict[str, State]
     assert not list(doubts(observed(states, own=None, own_weight=0.0)))
     swapped(states)
     (doubt,) = doubts(observed(states, own=None, own_weight=0.0))
-    assert "as if the models before and after were swapped" in doubt
+    assert "the models before and after are swapped" in doubt
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

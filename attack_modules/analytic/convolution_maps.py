@@ -95,8 +95,8 @@ class Convolution(NamedTuple):
     def shows(self, images: int) -> bool:
         """Whether its update can determine the maps of so many images."""
         plain = self.layer.groups == 1 and set(self.layer.dilation) == {1} and self.layer.padding_mode == "zeros"
-        if not plain or isinstance(self.layer.padding, str):
-            return False
+        if not plain or isinstance(self.layer.padding, str) or self.map_shape[1:] == (1, 1):
+            return False  # a single pixel is no map, as of the means that squeeze-and-excitation takes
         strided = self.layer.stride != (1, 1) and not self.centred
         if images > 1 and strided:  # moved maps are consistent too, and sparser
             return False
@@ -153,7 +153,8 @@ def read_maps(update: Tensor, convolution: Convolution, images: int) -> Maps | N
     unseen = _unseen(convolution, weight)
 
     def consistent(vectors: np.ndarray) -> np.ndarray:
-        columns = torch.from_numpy(np.ascontiguousarray(vectors.reshape(channels * height * width, -1).T))
+        columns = vectors.reshape(channels * height * width, -1).T
+        columns = torch.from_numpy(np.ascontiguousarray(columns, np.float64))  # a small problem comes in integers
         parts = patches(seen(columns.view(-1, channels, height, width)))
         mean = parts.mean(1, keepdim=True) * convolution.centred
         parts = (parts - mean) @ rows.T @ rows + mean

@@ -12,10 +12,11 @@ errors in front of the block, and the block before, is the recursion of R-GAP (Z
 for several images, through BatchNorm. Neither labels nor rates are used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
@@ -301,22 +302,24 @@ class _Search:
         maps = torch.rand(len(self.inner), *shape, generator=torch.Generator().manual_seed(0)).to(self.inner)
         maps = self.batches.sized(maps, self.first.outputs(maps), self.first.variance)
         best: tuple[Tensor, Tensor, float] | None = None
-        for _ in range(ROUNDS):
-            maps = self._descend(maps)
-            first_errors, other, residual = self._explained(maps)
-            before = self.first.input_errors(maps, first_errors) + self.shortcut.input_errors(maps, other)
-            if best is None or residual < best[2]:
-                best = maps.relu(), before, residual
-            normalised, spread = self.batches.normalised(self.first.outputs(maps), self.first.norm)
-            state = self.inner, self.inner_errors, self.passed, normalised, spread
-            decided = _decided(self.first, maps, *state, self.batches)
-            if decided.equal(self.passed):
-                break
-            self.passed = decided
+        with Progress(transient=True) as progress:
+            task = progress.add_task("Maps in front of a block", total=ROUNDS * EVALUATIONS)
+            for _ in range(ROUNDS):
+                maps = self._descend(maps, lambda: progress.advance(task))
+                first_errors, other, residual = self._explained(maps)
+                before = self.first.input_errors(maps, first_errors) + self.shortcut.input_errors(maps, other)
+                if best is None or residual < best[2]:
+                    best = maps.relu(), before, residual
+                normalised, spread = self.batches.normalised(self.first.outputs(maps), self.first.norm)
+                state = self.inner, self.inner_errors, self.passed, normalised, spread
+                decided = _decided(self.first, maps, *state, self.batches)
+                if decided.equal(self.passed):
+                    break
+                self.passed = decided
         return best
 
-    def _descend(self, maps: Tensor) -> Tensor:
-        """Maps with a lower loss."""
+    def _descend(self, maps: Tensor, evaluated: Callable[[], None]) -> Tensor:
+        """Maps with a lower loss, which calls `evaluated` each time that it takes the loss."""
         with torch.enable_grad():
             maps = maps.clone().requires_grad_()
             optimizer = torch.optim.LBFGS(
@@ -333,6 +336,7 @@ class _Search:
                 optimizer.zero_grad()
                 loss = sum(self._losses(maps)).log()
                 loss.backward(inputs=[maps])
+                evaluated()
                 return loss
 
             optimizer.step(closure)

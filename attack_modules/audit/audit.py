@@ -146,6 +146,8 @@ def audit(
         except AuditError as second:
             print(f"The report could not be written: {second}", flush=True)
         raise
+    if budget is not None and (later := sum(not (cell.folder(out) / "cell.json").exists() for cell in cells)):
+        print(f"The budget of {budget} leaves {counted(later, 'run')} for later: the same command goes on.", flush=True)
     return report()
 
 

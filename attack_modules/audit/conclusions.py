@@ -355,35 +355,37 @@ class Conclusions:
         ]
 
     def _defend(self) -> list[Action]:
-        found = []
+        """One for each defence and what is to be said of it, with the scenarios where that is so."""
+        found: dict[tuple[str, str], list[tuple[str, str]]] = {}
         for group in self.groups:
             plain = self.undefended(group.scenario)
             if plain is None or group is plain or not (group.compared and plain.compared and plain.above_chance):
                 continue
-            before, after = plain.leaked_share, group.leaked_share
-            cost = ""
-            if plain.accuracy and group.accuracy:
-                cost = f" Accuracy of the model: {plain.accuracy.mean:.0%} without, {group.accuracy.mean:.0%} with it."
+            name, before, after = group.defence.name, plain.leaked_share, group.leaked_share
             if not group.above_chance:
-                what = (
-                    f"Consider the defence '{group.defence.name}' in the scenario '{group.scenario.name}', and audit "
-                    "it against an attacker who knows of it, unless this one did."
+                advice = (
+                    f"Consider the defence '{name}'",
+                    ", and audit it against an attacker who knows of it, unless this one did.",
                 )
             elif after.mean < before.mean / 2:
-                what = (
-                    f"The defence '{group.defence.name}' alone is not enough in the scenario "
-                    f"'{group.scenario.name}': combine it with another."
-                )
+                advice = f"The defence '{name}' alone is not enough", ": combine it with another."
             else:
-                what = f"Do not rely on '{group.defence.name}' in the scenario '{group.scenario.name}'."
-            found.append(
-                Action(
-                    what,
-                    f"Leaked {before.mean:.0%} without and {after.mean:.0%} with it; copies {plain.copied:.0%} and "
-                    f"{group.copied:.0%}.{cost}",
-                )
+                advice = f"Do not rely on '{name}'", "."
+            cost = ""
+            if plain.accuracy and group.accuracy:
+                cost = f"; accuracy of the model {plain.accuracy.mean:.0%} and {group.accuracy.mean:.0%}"
+            evidence = (
+                f"leaked {before.mean:.0%} without and {after.mean:.0%} with it; copies {plain.copied:.0%} and "
+                f"{group.copied:.0%}{cost}"
             )
-        return found
+            found.setdefault(advice, []).append((group.scenario.name, evidence))
+        return [
+            Action(
+                f"{what} in {', '.join(repr(scenario) for scenario, _ in where)}{then}",
+                " ".join(f"{scenario}: {evidence}." for scenario, evidence in where),
+            )
+            for (what, then), where in found.items()
+        ]
 
     def _scenarios(self) -> list[Action]:
         worst = self.worst

@@ -25,6 +25,7 @@ class BatchStatistics:
 
     Exact for one peer and one local step. Of several steps it is the mean over these; of several peers, the mean over
     peers, which is not what any of them normalised by.
+    The attacker's own statistics are taken out in any case, also where its update is not (`subtract_own: false`).
     """
 
     def requirements(self) -> list[Requirement]:
@@ -80,6 +81,7 @@ class PeersNorm(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self.eps = layer.eps
         self.sizes = sizes
+        self.register_buffer("of_peers", torch.tensor(sizes))  # a decoder of the same weights is kept for these alone
 
     def forward(self, maps: Tensor) -> Tensor:
         parts = maps.split(self.sizes if len(maps) == sum(self.sizes) else self.sizes[0])

@@ -14,9 +14,16 @@ from attack_modules.analytic.defended_head import Expected
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
 from attack_modules.analytic.row_space import space_bytes
 from attack_modules.analytic.suspicion import qualified
-from attack_modules.attack import Attack, Reconstruction, Verdict
+from attack_modules.attack import Attack, Level, Reconstruction, Verdict
 from attack_modules.feature_inversion.batch_statistics import BatchStatistics
-from attack_modules.feature_inversion.controls import ERRORS, control_images, expected_psnr, mean_colour_psnr, mean_psnr
+from attack_modules.feature_inversion.controls import (
+    ERRORS,
+    control_images,
+    expected_psnr,
+    gain_of_contrast,
+    mean_colour_psnr,
+    mean_psnr,
+)
 from attack_modules.feature_inversion.convolutions import Convolutions
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
@@ -27,7 +34,7 @@ from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
 from attack_modules.feature_inversion.soft_pooling import soften, softened
-from attack_modules.feature_inversion.verdict import DRIFTING, Evidence, judge
+from attack_modules.feature_inversion.verdict import DRIFTING, LEAST_GAIN, Evidence, judge
 from attack_modules.priors import ChromaTotalVariation, Prior, annealed
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
@@ -304,7 +311,7 @@ class FeatureInversion(Attack):
     def _chunk(self) -> int:
         """Images that pass through the model at once; `Ranks.gather` takes fewer where memory does not suffice."""
         if self._together:
-            return len(self.features)
+            return len(self.leakage.labels)
         return self.chunk_size or (CPU_CHUNK if self.device.type == "cpu" else len(self.features))
 
     @property
@@ -660,20 +667,21 @@ class FeatureInversion(Attack):
             controls, each = control_images(len(ERRORS), observed.observation.image_shape), 1
         noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device).repeat_interleave(each)
         seen = None if self.seen is None else self.seen[torch.arange(len(controls)) % len(self.seen)]
+
+        def invert(features: Tensor) -> Tensor:
+            of = (None if part is None else part[: len(features)] for part in (noise, seen))
+            return self.invert(features, steps, *of)
+
+        flat, gain = mean_colour_psnr(controls[:each]), -math.inf
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
-            *psnr, best = expected_psnr(
-                [*evidence.errors.tolist(), 0.0],
-                self.features.clone(),
-                self.model,
-                lambda wrong: self.invert(wrong, steps, noise, seen),
-                controls,
-            )
+            errors = [*evidence.errors.tolist(), 0.0]
+            *psnr, best = expected_psnr(errors, self.features.clone(), self.model, invert, controls)
+            if known is None and best - flat < LEAST_GAIN[Level.NOT_READ]:
+                gain = gain_of_contrast(self.best.float().cpu(), self.model, invert, flat)
         if self.unmixing is not None:  # as if the images that are added up were wrong independently
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
-        images = self.best.float().cpu()
-        contrast = (images - images.mean((2, 3), keepdim=True)).square().mean((1, 2, 3))
-        verdict = judge(evidence, psnr, best, self.model, mean_colour_psnr(controls[:each]), contrast)
+        verdict = judge(evidence, psnr, best, self.model, flat, gain)
         if self.shown:
             verdict = self.shown.limited(verdict, misfit, controls[0].numel())
         update, read = self.update_of(observed), self.leakage.defended is not None

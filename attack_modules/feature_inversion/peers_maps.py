@@ -1,5 +1,6 @@
 """Maps of several peers' images in front of BatchNorm in train mode, made whole, and followed back block by block."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torchvision.models.resnet import BasicBlock
 
 from attack_modules.analytic.convolution_maps import Convolution, Maps, unseen_maps
@@ -55,10 +57,13 @@ class Path:
     @torch.no_grad()
     def __init__(self, model: ImageClassifier, image_shape: ImageShape) -> None:
         self.source: dict[str, str] = {}
-        """Whose output the only input of a module is, by the latter's name: a `BasicBlock`, else the outermost one."""
+        """Whose output the only input of a module is, by the latter's name: a `BasicBlock`, else the outermost one.
+
+        Modules that are called several times, as a block's ReLU is, are left out: no single output is theirs."""
         self.shape: dict[str, tuple[int, ...]] = {}
         """(c, h, w) of that input."""
         made: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no other one gets the same id
+        calls: Counter[str] = Counter()
 
         def before(name: str) -> Any:
             def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -77,19 +82,26 @@ class Path:
 
             return note
 
+        def counting(name: str) -> Any:
+            return lambda *_: calls.update([name])
+
+        def watched(hooks: list[RemovableHandle]) -> None:
+            with keeping_statistics(model):
+                model.embed(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(model.mean))
+            for hook in hooks:
+                hook.remove()
+
         modules = [(name, module) for name, module in model.named_modules() if name.startswith("features.")]
-        hooks = [module.register_forward_pre_hook(before(name)) for name, module in modules]
-        hooks += [module.register_forward_hook(behind(name)) for name, module in modules]
-        with keeping_statistics(model):
-            model.embed(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(model.mean))
-        for hook in hooks:
-            hook.remove()
+        watched([module.register_forward_hook(counting(name)) for name, module in modules])
+        single = [(name, module) for name, module in modules if calls[name] == 1]
+        hooks = [module.register_forward_pre_hook(before(name)) for name, module in single]
+        watched(hooks + [module.register_forward_hook(behind(name)) for name, module in single])
 
 
 @contextmanager
 def _giving(module: nn.Module, maps: Tensor) -> Iterator[None]:
     """Let a module have other outputs."""
-    hook = module.register_forward_hook(lambda *_: maps)
+    hook = module.register_forward_hook(lambda *_: maps.clone())  # an activation in place may follow
     try:
         yield
     finally:

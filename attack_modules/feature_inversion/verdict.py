@@ -1,5 +1,6 @@
 """How far to trust images that were inverted from leaked features, from what the attacker has."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,9 +27,6 @@ LEAST_PSNR = {Level.CERTAIN: 25.0, Level.LIKELY: 20.0, Level.UNRELIABLE: 14.0}
 """Expected PSNR in dB from which an image has a level."""
 LEAST_GAIN = {Level.UNRELIABLE: 3.0, Level.NOT_READ: 1.0}
 """PSNR in dB that known images have above their mean colour, below which no image is better than this level."""
-LEAST_CONTENT = 1.0
-"""Contrast of an image beyond that of its expected error, over this error, from which it shows something although known
-images of less contrast do not. Measured: 0.2 to 6.7 for eight photographs at 17 to 25 dB, six of them above 1."""
 MUCH = 0.5
 """Share of the update from which too much is unexplained."""
 LEAST_RESIDUAL = 0.02
@@ -108,7 +106,7 @@ def judge(
     best: float,
     model: nn.Module,
     flat: float = 0.0,
-    contrast: Tensor | None = None,
+    gain: float = -math.inf,
 ) -> Verdict:
     """Level of each image, with the reasons for less than certainty.
 
@@ -120,7 +118,8 @@ def judge(
         best: PSNR in dB expected of features without an error.
         model: the attacked model.
         flat: PSNR in dB of the same image's mean colour.
-        contrast: (N,) mean squared distance of each found image to its mean colour; None if it shall not count.
+        gain: PSNR in dB that known images of the found ones' contrast have above their mean colour; -inf if they were
+            not tried. It counts where those of less contrast do not show that the features hold anything of an image.
     """
     leakage, errors, misfit = evidence.leakage, evidence.errors, evidence.misfit
     found = leakage.diagnosis
@@ -128,8 +127,8 @@ def judge(
     levels = [next((level for level, least in LEAST_PSNR.items() if p >= least), Level.NOT_READ) for p in psnr]
     for level, least in LEAST_GAIN.items():
         if best - flat < least:
-            shows = _shows_content(psnr, contrast) & (level is Level.NOT_READ)
-            levels = [own if s else own.limited(level) for own, s in zip(levels, shows, strict=True)]
+            most_of_all = Level.UNRELIABLE if gain >= LEAST_GAIN[Level.NOT_READ] else level
+            levels = [own.limited(most_of_all) for own in levels]
     levels = [level.limited(most) for level in levels]
     mixed = (misfit > SINGULAR_MISFIT * misfit.nanmedian()) & (misfit > LEAST_SINGULAR)
     if mixed.any():
@@ -152,12 +151,6 @@ def judge(
         off = f"{error:.1%}" if (error := errors.median().item()) < 1 else "their own size and more"
         reasons.append(f"the features are off by {off}, as far as the attacker can tell")
     return Verdict(levels, found.num_images - found.disentangled, reasons, advice, psnr)
-
-
-def _shows_content(psnr: list[float], contrast: Tensor | None) -> Tensor:
-    """(N,) bool, whether an image has more contrast than its expected error can make."""
-    error = 10 ** (-torch.tensor(psnr) / 10)
-    return torch.zeros(len(psnr), dtype=torch.bool) if contrast is None else contrast - error > LEAST_CONTENT * error
 
 
 def _unreliable(levels: list[Level], which: Tensor) -> list[Level]:

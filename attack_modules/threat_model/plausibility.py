@@ -111,8 +111,9 @@ def doubts(seen: ObservedRound) -> Iterator[str]:
         )
     if goes_uphill(seen, update):
         yield (
-            f"In round {round_} the last layer's update has the wrong sign, as if the models before and after were "
-            "swapped, or the labels were not these peers'. Exchange the two models if so."
+            f"In round {round_} the last layer's update has the wrong sign: the models before and after are swapped, "
+            "or the labels are not these peers', or the clients' rate is so large that their training overshoots. "
+            "Exchange the two models if they are swapped."
         )
 
 

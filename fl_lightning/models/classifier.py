@@ -125,8 +125,6 @@ def feature_width(features: nn.Module, image_shape: ImageShape) -> int:
     """
     try:
         return features(torch.zeros(1, *image_shape)).shape[1]
-    except NotImplementedError:  # the model looks at values, which the meta device has not
-        raise
     except RuntimeError as error:
         raise SettingError(
             f"Images of shape {tuple(image_shape)} do not fit this model ({in_short(error)}). "

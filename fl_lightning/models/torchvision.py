@@ -81,8 +81,6 @@ class TorchvisionClassifier(ImageClassifier):
         statistics = {name: buffer.clone() for name, buffer in self.named_buffers()}  # BatchNorm changes these
         try:
             logits = functional_call(self, statistics, (torch.zeros(2, *image_shape),))
-        except NotImplementedError:  # the model looks at values, which the meta device has not
-            raise
         except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
             raise SettingError(
                 f"Images of shape {tuple(image_shape)} do not fit torchvision's '{self.hparams['name']}' in train mode "

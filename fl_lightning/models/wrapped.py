@@ -198,8 +198,6 @@ def _made(module: str | Prototype, arguments: Mapping[str, Any] | None) -> nn.Mo
         )
     try:
         return found(**(arguments or {}))
-    except NotImplementedError:  # the constructor looks at values, which the meta device has not
-        raise
     except Exception as error:  # of a user's module
         raise SettingError(
             f"{found.__name__} cannot be built with the arguments {arguments or {}} ({in_short(error)}). Give its own "

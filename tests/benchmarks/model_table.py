@@ -3,13 +3,16 @@
     PYTHONPATH=. python tests/benchmarks/model_table.py train ARCHIVE WEIGHTS --models lenet5 resnet18
     PYTHONPATH=. python tests/benchmarks/model_table.py attack FOLDER notebooks/models.csv --seeds 0 1 2
     PYTHONPATH=. python tests/benchmarks/model_table.py attack ARCHIVE notebooks/models.csv --weights WEIGHTS
+    PYTHONPATH=. python tests/benchmarks/model_table.py show notebooks/models.csv
 
 `attack` takes images as FOLDER/<class>/*.jpg for models as initialised (1000 classes for torchvision's), or, with
 weights, the test images of CIFAR-10 (a `.tar.gz` of JPEG files): images of distinct classes of 64x64 pixels, one peer
-of one image, or two peers of half the images each, and the attacker; one round of one or three full-batch steps.
+of one image, or two peers of half the images each, and the attacker; one round of one or three full-batch steps, the
+first but of transformers, whose last layer begins at 0: there the second.
 Nothing is told but the rates, the steps and that batches are full, and, for CIFAR-10, whose ten classes do not tell it
 under a head of one layer, the number of images. It appends the rows that the table lacks, so that it
-can be stopped and called again. `train` makes WEIGHTS/<model>.pt by federated training on CIFAR-10's training images.
+can be stopped and called again. `show` prints the table of notebooks/results.md, a line for all seeds. `train` makes
+WEIGHTS/<model>.pt by federated training on CIFAR-10's training images.
 """
 
 import csv
@@ -25,9 +28,10 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torchvision.models import VisionTransformer
 
-from attack_modules import BatchStatistics, Convolutions, FeatureInversion
-from attack_modules.attack import Result
+from attack_modules import BatchStatistics, Convolutions, FeatureInversion, PatchInversion
+from attack_modules.attack import Attack, Result
 from attack_modules.evaluation.metrics import score
 from attack_modules.evaluation.recognisers import Recogniser
 from attack_modules.panels import draw_panel
@@ -38,7 +42,15 @@ from fl_lightning.client import LocalTraining, quiet, silent_trainer
 from fl_lightning.data import CIFAR10, IID, ByClass, CIFAR10Test, FederatedData, ImageFolder, ImageSet
 from fl_lightning.errors import AuditError
 from fl_lightning.federation import Federation
-from fl_lightning.models import ClassifierFactory, EfficientNetLite0, LeNet5, TorchvisionClassifier
+from fl_lightning.models import (
+    ClassifierFactory,
+    EfficientNetLite0,
+    ImageClassifier,
+    ImageShape,
+    LeNet5,
+    TorchvisionClassifier,
+    WrappedClassifier,
+)
 from fl_lightning.record import Record
 from fl_lightning.storage import load_checkpoint
 from fl_lightning.truth import Truth
@@ -56,8 +68,9 @@ class Setting:
     Attributes:
         model: makes it.
         attack: makes its attack.
-        steps: of inversion.
+        steps: of the attack.
         lr: of the peers' SGD in the observed round.
+        observed: which round that is.
         rounds: of training on CIFAR-10; 0 for a model that is not trained here.
         images: of each of four clients in that.
         training: its rate.
@@ -65,9 +78,10 @@ class Setting:
     """
 
     model: ClassifierFactory
-    attack: Callable[[], FeatureInversion]
+    attack: Callable[[], Attack]
     steps: int
     lr: float = 0.003
+    observed: int = 0
     rounds: int = 0
     images: int = 500
     training: float = 0.02
@@ -83,14 +97,26 @@ def torchvisions(name: str) -> ClassifierFactory:
     return partial(TorchvisionClassifier, name=name)
 
 
+def vit_b_16(num_classes: int, image_shape: ImageShape) -> ImageClassifier:
+    """torchvision's, which itself refuses images of other than 224 pixels."""
+    base = {"patch_size": 16, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
+    arguments = {**base, "image_size": image_shape[1], "num_classes": num_classes}
+    return WrappedClassifier(num_classes, image_shape, VisionTransformer, arguments)
+
+
 SETTINGS = {
     "lenet5": Setting(LeNet5, FeatureInversion, 100, rounds=20),
     "resnet18": Setting(
         torchvisions("resnet18"), partial(with_maps, (0.9, 0.99)), 200, 0.01, rounds=10, images=300, training=0.05
     ),
+    "resnet34": Setting(torchvisions("resnet34"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
+    "resnet50": Setting(torchvisions("resnet50"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
     "alexnet": Setting(torchvisions("alexnet"), with_maps, 40, rounds=7, training=0.0002, optimizer="Adam"),
     "vgg11": Setting(torchvisions("vgg11"), with_maps, 100, rounds=3, images=100, training=0.0001, optimizer="Adam"),
-    "efficientnet_lite0": Setting(EfficientNetLite0, FeatureInversion, 60, 0.02),
+    "efficientnet_lite0": Setting(EfficientNetLite0, FeatureInversion, 60, 0.0002),
+    "mobilenet_v3_small": Setting(torchvisions("mobilenet_v3_small"), with_maps, 60, 0.01),
+    "convnext_tiny": Setting(torchvisions("convnext_tiny"), with_maps, 60),
+    "vit_b_16": Setting(vit_b_16, PatchInversion, 4, 0.03, observed=1),
 }
 KEYS = ("model", "state", "told", "images", "steps", "seed")
 COLUMNS = (
@@ -119,13 +145,15 @@ class Ending(Callback):
     """Keeps what an attack has found, and from what, before Lightning moves it."""
 
     result: Result
-    features: torch.Tensor
-    model: torch.nn.Module
     layer: str
+    features: torch.Tensor | None = None
+    model: torch.nn.Module | None = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.result, self.features, self.model = pl_module.result(), pl_module.features.clone(), pl_module.model
-        self.layer = pl_module.shown.layer if pl_module.shown else "head"
+        self.result, self.layer = pl_module.result(), "patches"
+        if isinstance(pl_module, FeatureInversion):
+            self.features, self.model = pl_module.features.clone(), pl_module.model
+            self.layer = pl_module.shown.layer if pl_module.shown else "head"
 
 
 def row_of(name: str, images: int, steps: int, seed: int, given: Namespace) -> dict[str, Any]:
@@ -141,6 +169,8 @@ def row_of(name: str, images: int, steps: int, seed: int, given: Namespace) -> d
     federation = Federation(
         model=setting.model,
         client=LocalTraining(lr=given.lr or setting.lr, local_epochs=steps),
+        rounds=setting.observed + 1,
+        observed_rounds=[setting.observed],
         seed=seed,
         initial_weights=weights,
     )
@@ -150,7 +180,7 @@ def row_of(name: str, images: int, steps: int, seed: int, given: Namespace) -> d
         rounds = ObservedRounds(knowledge, federation, data, Path(folder))
         rounds.prepare_data()
         rounds.setup()
-        truth = Truth.load(rounds.record.truth(0))
+        truth = Truth.load(rounds.record.truth(setting.observed))
     row: dict[str, Any] = {}
     began = time.process_time()
     try:
@@ -176,7 +206,9 @@ def scores(ending: Ending, truth: Truth, images: int, imagenet: bool, given: Nam
     card = score(found.images, truth.images, found.labels, truth.labels, Recogniser() if imagenet else None)
     pairs = card.assignment[card.assignment >= 0]
     values, error = card.per_image["psnr"][card.assignment >= 0], ""
-    if found.labels.sort().values.equal(truth.labels.sort().values):  # distinct ones, which tell what is of whom
+    if ending.model and found.labels.sort().values.equal(
+        truth.labels.sort().values
+    ):  # distinct: they tell what is whose
         features = ending.model.embed(truth.images[truth.labels.argsort()[found.labels.argsort().argsort()]])
         off = (features - ending.features).norm(dim=1) / features.norm(dim=1)
         error = f"{off.median().item():.2g}"
@@ -189,7 +221,7 @@ def scores(ending: Ending, truth: Truth, images: int, imagenet: bool, given: Nam
     return {
         "counted": len(found.images) + verdict.missing,
         "labels_right": round(card.labels_found * images),
-        "peers": len(found.peers.unique()),
+        "peers": 1 if found.peers is None else len(found.peers.unique()),
         "read": ending.layer,
         "feature_error": error,
         "psnr": f"{values.mean().item():.1f}",
@@ -219,6 +251,35 @@ def attack(given: Namespace) -> None:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+
+
+def show(given: Namespace) -> None:
+    """Print a line for all seeds of a setting, their values between slashes."""
+    titles = ["model, state", "images", "steps", "seeds", "counts, labels right", "inverted", "error, %", "PSNR"]
+    titles += ["lowest", "mean colour", "SSIM", "top 5", "certain, likely, unreliable, not read", "CPU s"]
+    print("|", " | ".join(titles), "|")
+    print("|---" * len(titles) + "|")
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in csv.DictReader(given.table.open()):
+        groups.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(row)
+    order = list(SETTINGS)
+    for (name, state, told, images, steps), rows in sorted(
+        groups.items(), key=lambda group: (order.index(group[0][0]), group[0][1], int(group[0][3]), group[0][4])
+    ):
+        rows.sort(key=lambda row: int(row["seed"]))
+
+        def each(column: str, rows: list[dict[str, str]] = rows) -> str:
+            values = [row[column].removeprefix("features.") or "n/a" for row in rows]
+            return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+        levels = [sum(int(row[of] or 0) for row in rows) for of in ("certain", "likely", "unreliable", "not_read")]
+        errors = [f"{100 * float(row['feature_error']):.2g}" if row["feature_error"] else "n/a" for row in rows]
+        right = all(row["counted"] == row["labels_right"] == images for row in rows)
+        told = "" if told == "nothing" else f", {told} told"
+        seeds = ", ".join(row["seed"] for row in rows)
+        cells = [f"{name}, {state}{told}", images, steps, seeds, "yes" if right else "no", each("read")]
+        cells += [" / ".join(errors), *map(each, ("psnr", "lowest", "mean_colour", "ssim", "top5"))]
+        print("|", " | ".join([*cells, ", ".join(map(str, levels)), each("cpu_seconds")]), "|")
 
 
 def train(given: Namespace) -> None:
@@ -272,6 +333,9 @@ if __name__ == "__main__":
     attacking.add_argument("--noise", type=float, default=18.0, help="PSNR in dB below which a trusted image is wrong")
     attacking.add_argument("--pictures", type=Path, help="a folder that exists, for a panel of each row")
     attacking.set_defaults(run=attack)
+    showing = kinds.add_parser("show", help="the table as Markdown")
+    showing.add_argument("table", type=Path, help="a .csv file that `attack` filled")
+    showing.set_defaults(run=show)
     for one in (training, attacking):
         one.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     given = parser.parse_args()

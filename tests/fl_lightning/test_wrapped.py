@@ -64,6 +64,14 @@ class Probabilities(Net):
         return super().forward(x).softmax(1)
 
 
+class Rates(Net):
+    """Looks at a tensor's values while it is built, as ConvNeXt and Swin do for their rates of dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        *_, self.drop.p = (rate.item() for rate in torch.linspace(0, 0.5, 3))
+
+
 class Pair(Net):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x), x
@@ -123,6 +131,12 @@ def test_a_wrapped_module_is_the_module_with_its_names_and_comes_back_from_its_d
     torch.testing.assert_close(built.head(built.embed(images)), built(images))
     assert not torch.allclose(model(images), built(images))  # the model is a copy
     assert all(parameter.is_meta for parameter in build_on_meta(describe_model(model)).parameters())
+
+
+def test_a_constructor_may_look_at_values() -> None:
+    model = build_on_meta(describe_model(WrappedClassifier(5, SHAPE, Rates)))
+    assert model.head_parameters[-1] == "mean.bias"
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_class_takes_arguments_and_weights_from_a_file(tmp_path: Path) -> None:

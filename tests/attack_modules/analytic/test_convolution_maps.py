@@ -33,6 +33,16 @@ def test_maps_of_several_images_come_back() -> None:
     assert read_maps(update_of(layer, rectified(4, (16, 4, 4)), centred=False), convolution, 3) is None
 
 
+def test_maps_of_few_numbers_come_back_and_single_pixels_are_no_maps() -> None:
+    """scipy solves an eigenproblem of fewer numbers than five times the eigenvectors in another way."""
+    maps = rectified(8, (16, 2, 2))
+    convolution = Convolution("conv", layer := nn.Conv2d(16, 64, 3, padding=1), (16, 2, 2))
+    found = read_maps(update_of(layer, maps, centred=False), convolution, 8)
+    likeness = found.maps.flatten(1) @ F.normalize(maps.double().flatten(1), dim=1).T
+    torch.testing.assert_close(likeness.amax(0), torch.ones(8).double(), rtol=0, atol=1e-4)
+    assert not Convolution("squeezed", nn.Conv2d(16, 64, 1), (16, 1, 1)).shows(1)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_single_map_in_front_of_batch_norm_comes_back_as_far_as_it_is_seen(stride: int) -> None:
     """At stride 2, every second pixel of both directions is under the kernel's centre alone."""

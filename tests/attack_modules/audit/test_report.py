@@ -103,7 +103,9 @@ def test_the_report_says_what_leaked_and_what_failed(study: Study, fake: Callabl
     assert "it is noise" in content["failures"][0][1]
     (pair,) = content["comparisons"]
     assert pair["told"] == {"labels": ["known", "inferred"], "label_counts": ["known", "inferred"]}
-    assert any("audit it against an attacker who knows of it" in action["what"] for action in content["actions"])
+    (advice,) = [action for action in content["actions"] if "noise" in action["what"]]
+    assert advice["what"].startswith("Consider the defence 'noise' in 'told', 'not told', and audit it against an")
+    assert advice["evidence"].count("leaked 100% without and ") == 2
     assert [client["leaked"] for client in content["clients"]] == [9, 9]
     assert plain["confirmed"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 3}
     assert noisy["confirmed"]["mean"] <= noisy["confirmed_by_others"]["mean"] + 0.2
@@ -171,7 +173,7 @@ def test_what_may_name_a_file_is_left_out_of_a_command(tmp_path: Path, monkeypat
 
 
 def test_what_has_no_result_is_said_and_nothing_is_concluded_from_it(
-    study: Study, fake: Callable, tmp_path: Path
+    study: Study, fake: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
 
@@ -193,7 +195,9 @@ def test_what_has_no_result_is_said_and_nothing_is_concluded_from_it(
     content = json.loads((out / "report.json").read_text())
     assert "001.png" in json.dumps(content["failures"])
     assert "`model.lr` is <b>, but" in json.dumps(content["failures"])
-    assert "6 of 12 runs have no result" in said or "7 of 12 runs have no result" in said
+    begun = "6 of 12 runs have no result" in said
+    assert begun or "7 of 12 runs have no result" in said
+    assert begun != ("The budget of 0.001s leaves 1 run for later" in capsys.readouterr().out)
     assert any("`--retry`" in action["what"] for action in content["actions"])
     assert any("at least 3 seeds" in action["what"] for action in content["actions"])
     assert not Page((out / "report.html").read_text()).open

@@ -3,18 +3,24 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.utils import save_image
 
-from attack_modules import BatchStatistics, Convolutions, FeatureInversion, Refinement
+from attack_modules import BatchStatistics, Convolutions, DiffusionGuidance, FeatureInversion, Refinement
 from attack_modules.analytic.typical_head import pink_noise
 from attack_modules.attack import Attack, Level, Verdict
+from attack_modules.diffusion.denoiser import Denoiser
+from attack_modules.feature_inversion import peers_maps
 from attack_modules.feature_inversion.batch_statistics import by_peers
 from attack_modules.feature_inversion.controls import mean_psnr
 from attack_modules.feature_inversion.convolutions import Shown, _convolutions
+from attack_modules.feature_inversion.dead_leaves import dead_leaves
+from attack_modules.feature_inversion.learned_decoder import LearnedDecoder
 from attack_modules.feature_inversion.peers_maps import _filled, _order
 from attack_modules.simulation.distributed import Ranks
 from attack_modules.threat_model.assumptions import Assumptions
@@ -48,6 +54,15 @@ class Pooling(ImageClassifier):
         layers = first, norms[0], nn.ReLU(), second, norms[1], nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(nn.Linear(96, num_classes))
+
+
+class Grey(Denoiser):
+    """Denoises to grey."""
+
+    sigma_min, sigma_max, multiple = 1e-4, 10.0, 1
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(noisy, 0.5)
 
 
 class Normalised(Pooling):
@@ -201,6 +216,29 @@ def test_images_of_several_peers_through_batch_norm(
     assert mean_psnr(found.images, originals) > mean_psnr(flat, originals) + 3
 
 
+def test_maps_of_several_peers_take_a_decoder_and_guidance(observe: Observe, attack: Run, tmp_path: Path) -> None:
+    for index, image in enumerate(dead_leaves(12, (3, 24, 24))):
+        save_image(image, tmp_path / f"{index}.png")
+    components = {
+        "convolutions": Convolutions(),
+        "statistics": BatchStatistics(),
+        "decoder": LearnedDecoder([tmp_path], crops=100, cache=tmp_path / "kept"),
+        "guidance": DiffusionGuidance(Grey(), weight=0.01, denoise_every=5),
+    }
+    seen = observe(once(Normalised), BLIND, num_clients=3, images_per_client=[2, 1, 2], num_classes=50)
+    module = attack(FeatureInversion(**components), seen, steps=15)
+    found = module.reconstruction()
+    assert module.shown.layer == "features.3" and len(module.shown.peers.unique()) == 2
+    assert (module.guidance.denoised == 0.5).all()
+    flat = IMAGES[found.labels].mean((2, 3), keepdim=True).expand_as(found.images)
+    assert mean_psnr(found.images, IMAGES[found.labels]) > mean_psnr(flat, IMAGES[found.labels]) + 1
+    (kept,) = (tmp_path / "kept").glob("*.ckpt")
+    layers = [copy.deepcopy(module.model) for _ in range(2)]
+    other = by_peers(layers[1], ["features.whole.1"], [1, 1, 1])
+    assert components["decoder"].fitted(layers[0], (3, 16, 16)) and len(list(kept.parent.iterdir())) == 1
+    assert components["decoder"].fitted(other, (3, 16, 16)) and len(list(kept.parent.iterdir())) == 2
+
+
 def test_a_block_that_lets_no_error_pass_is_not_followed_back(observe: Observe, attack: Run) -> None:
     seen = observe(once(Begun), BLIND, num_clients=3, images_per_client=[1, 1, 2], num_classes=50)
     module = attack(FeatureInversion(convolutions=Convolutions(), statistics=BatchStatistics()), seen, steps=1)
@@ -221,6 +259,23 @@ def test_what_is_unseen_of_maps_is_the_same_of_all_images_of_a_peer() -> None:
     unseen[:, ::3, ::3] = 0.5
     shifted = maps + torch.tensor([0.7, 0.7, -0.2])[:, None, None, None] * (unseen > 0)
     torch.testing.assert_close(_filled(shifted, unseen, [2, 1]), maps)
+
+
+def test_a_module_that_is_called_several_times_is_no_source() -> None:
+    """As the ReLU of a bottleneck block, in place of whose outputs no single map can be put."""
+    model = Pooling(10, (3, 16, 16))
+    block = Bottleneck(16, 4)
+    model.features = nn.Sequential(model.features[0], block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    path = peers_maps.Path(model.eval(), (3, 16, 16))
+    assert path.source["features.1"] == path.source["features.1.conv1"] == "features.0"
+    assert path.source["features.1.conv2"] == "features.1.bn1"  # its ReLU is in place
+    maps = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)) - 0.5
+    seen = []
+    hook = block.conv2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    _order(model, "features.1.bn1", maps, torch.rand(2, 16), (3, 16, 16))
+    hook.remove()
+    torch.testing.assert_close(seen, [maps.relu()])
+    assert maps.min() < 0  # which the ReLU in place has not changed
 
 
 def test_a_peer_that_could_not_have_trained_alone_is_not_taken() -> None:

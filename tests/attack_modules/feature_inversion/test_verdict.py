@@ -1,15 +1,25 @@
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from attack_modules.analytic.defended_head import DefendedLayer
 from attack_modules.analytic.noisy_gates import NoisyGates
 from attack_modules.analytic.pruned_update import PrunedUpdate
 from attack_modules.analytic.results import Diagnosis, Leakage
 from attack_modules.attack import Level, Verdict
-from attack_modules.feature_inversion.controls import ERRORS, control_images, expected_psnr
+from attack_modules.feature_inversion.controls import (
+    ERRORS,
+    control_images,
+    expected_psnr,
+    gain_of_contrast,
+    mean_colour_psnr,
+    of_contrast,
+)
 from attack_modules.feature_inversion.verdict import Evidence, judge
 from fl_lightning.models import LeNet5
 
@@ -114,12 +124,24 @@ def test_known_images_must_come_back_better_than_their_mean_colour(flat: float, 
     assert f"known ones come back at 35 dB, their mean colour is at {flat:.0f} dB" in judged.reasons[0]
 
 
-def test_an_image_of_more_contrast_than_its_error_shows_something_where_known_images_do_not() -> None:
+@pytest.mark.parametrize(("gain", "level"), [(1.5, Level.UNRELIABLE), (0.5, Level.NOT_READ)])
+def test_images_show_something_where_known_ones_of_their_contrast_do(gain: float, level: Level) -> None:
     found = leakage()
     evidence = Evidence(found, found.features, torch.full((3,), 0.01), drifts=False)
-    contrast = torch.tensor([0.021, 0.019, 0.0])  # at an expected error of 0.01
-    judged = judge(evidence, [20.0] * 3, 20.0, MODEL, 20.0, contrast)
-    assert judged.levels == [Level.UNRELIABLE, Level.NOT_READ, Level.NOT_READ]
+    assert set(judge(evidence, [22.0] * 3, 20.0, MODEL, 20.0, gain).levels) == {level}
+
+
+def test_control_images_of_a_contrast_gain_by_what_of_them_comes_back() -> None:
+    """Of a model of which the features are the mean of 2x2 pixels, and one that shows the mean colour alone."""
+    images = 0.5 + 0.2 * torch.ones(1, 3, 32, 32).cumsum(3).remainder(2).sub(0.5).sign()
+    assert mean_colour_psnr(of_contrast(control_images(3, (3, 32, 32)), 0.04)) == pytest.approx(14, abs=0.1)
+    model = SimpleNamespace(mean=torch.zeros(()), embed=lambda images: F.avg_pool2d(images, 2))
+    flat = mean_colour_psnr(control_images(6, (3, 32, 32)))
+    halved = gain_of_contrast(images, model, lambda features: F.interpolate(features, scale_factor=2), flat)
+    grey = gain_of_contrast(images, model, lambda f: f.mean((2, 3), keepdim=True).expand(-1, -1, 32, 32), flat)
+    assert halved > 3
+    assert abs(grey) < 1e-4
+    assert gain_of_contrast(0.1 * images, model, lambda features: features, flat) == -math.inf
 
 
 def test_an_image_that_fits_far_worse_than_the_others_is_several() -> None:

@@ -89,7 +89,7 @@ def test_swapped_models_are_named(seen: ObservedRound, told: bool) -> None:
     swapped = altered(seen, before=seen.observation.after, after=seen.observation.before)
     assert not list(doubts(seen))
     (doubt,) = doubts(swapped)
-    assert "as if the models before and after were swapped" in doubt
+    assert "the models before and after are swapped" in doubt
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.float32, torch.float64])
