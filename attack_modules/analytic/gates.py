@@ -12,6 +12,8 @@ CERTAIN = 1e-7
 """Variance of a gate up to which it cannot change by 1e-3."""
 NEGLIGIBLE = 1e-4
 """Variance of `gate * error` over that of the constraint up to which a gate stays what its prior says."""
+ENTRIES = 2**22
+"""Of matrices of units that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,11 @@ class GateRegression:
         excess = root / noise[:, None].sqrt()
         counts = (excess.square() > NEGLIGIBLE).sum(1).clamp_min(1)
         units, images = self.inside.shape
-        if counts.max() ** 3 > 3 * units * images**2:
-            for part in torch.arange(len(errors)).split(max(2**24 // self.inside.numel(), 1)):
+        if units**2 > ENTRIES or counts.max() ** 3 > 3 * units * images**2:
+            for part in torch.arange(len(errors)).split(max(4 * ENTRIES // self.inside.numel(), 1)):
                 yield part, _Images(self.inside, root[part], self._outside(gated[part]))
             return
-        for part in counts.argsort().split(max(2**22 // int(counts.max()) ** 2, 1)):
+        for part in counts.argsort().split(max(ENTRIES // int(counts.max()) ** 2, 1)):
             uncertain = excess[part].topk(int(counts[part].max())).indices
             yield part, _Units(self._projector, root[part], self._outside(gated[part]), uncertain)
 

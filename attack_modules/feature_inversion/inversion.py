@@ -606,16 +606,14 @@ class FeatureInversion(Attack):
     def reconstruction(self) -> Reconstruction:
         images, mixed = self.best.float(), self.unmixing is not None
         alone = not mixed and not self._together and not batch_statistics(self.model)
-        if mixed:
+        if mixed:  # then, as of images that pass together, an error depends on another image as well
             images = torch.tensordot(self.unmixing, images, 1)
 
         return Reconstruction(
             images.clamp(0, 1),
             self.labels,
             num_classes=self.observed_rounds[0].observation.num_classes,
-            consistency_error=None
-            if mixed or self._together
-            else self._error_of,  # there, it depends on another image as well
+            consistency_error=None if mixed or self._together else self._error_of,
             peers=self.leakage.peers,
             features=self.leakage.features if alone else None,
             seen=self.leakage.seen if alone else None,
