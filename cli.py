@@ -36,7 +36,7 @@ from attack_modules.panels import save_images
 from attack_modules.threat_model.knowledge import Knowledge
 from attack_modules.threat_model.observed import ObservedRounds, RoundsSummary
 from attack_modules.threat_model.recorded import record_round
-from fl_lightning.allocation import keep_freed_memory, release_freed_memory
+from fl_lightning.allocation import keep_freed_memory, release_freed_memory, release_libraries
 from fl_lightning.command_line.audit import PURPOSE as AUDIT_PURPOSE
 from fl_lightning.command_line.audit import run_audit
 from fl_lightning.command_line.checks import (
@@ -74,6 +74,7 @@ class AuditTrainer(Trainer):
 
     def federate(self, model: LightningModule | None = None, datamodule: LightningDataModule | None = None) -> None:
         """Run the federation alone: accuracy by round to TensorBoard, and the Observations to disk."""
+        release_libraries()
         datamodule.prepare_data()
         print(f"Record of the federation: {datamodule.record.directory}")
 
@@ -257,6 +258,7 @@ class AuditCLI(LightningCLI):
         attack = self.model.peak_memory(rounds, images)
         if attack is not None and self.trainer.is_global_zero:
             release_freed_memory()  # of the trial of the model, which is no part of the program
+            release_libraries()
             ready = foreign or self.datamodule.record.checkpoint.exists()
             print(forecast(max(attack, 0 if ready else federation.peak_memory(data))), flush=True)
 

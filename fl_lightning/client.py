@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from fl_lightning.allocation import LARGE, release_freed_memory
+from fl_lightning.allocation import LARGE, release_freed_memory, release_pages
 from fl_lightning.data import ImageSet
 from fl_lightning.defenses import ClientDefense, defenses_of, describe_defenses, memory_of, occasions
 from fl_lightning.defenses.defense import Occasion
@@ -168,6 +168,7 @@ class ClientTask:
         round: of the federation, from 0.
         own_buffers: BatchNorm's running statistics that the client keeps to itself, empty before its first round; None
             where they are shared as the model's other tensors are.
+        in_file: whether the model's tensors are a mapped file, whose pages need not stay in memory.
     """
 
     model: ImageClassifier
@@ -177,6 +178,7 @@ class ClientTask:
     client: int = 0
     round: int = 0
     own_buffers: Tensors | None = None
+    in_file: bool = False
 
 
 def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "cpu") -> ClientUpdate:
@@ -190,6 +192,8 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
     if any(weight.nbytes >= LARGE for weight in task.model.parameters()):
         release_freed_memory()  # new tensors do not fit between what is left of the last client's
     model = copy.deepcopy(task.model)
+    if task.in_file:
+        release_pages(task.model.state_dict().values())
     model.load_state_dict(task.own_buffers or {}, strict=False)
     defenses = occasions(training.defenses, trained_parameters(task.model), task.seed, task.memory)
     client = ClientModule(model, training, defenses)

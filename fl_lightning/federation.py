@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
 
 from fl_lightning.aggregation import aggregate, server_step
+from fl_lightning.allocation import LARGE
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, parameters, trained_parameters
 from fl_lightning.data import FederatedData
 from fl_lightning.defenses import (
@@ -35,7 +36,7 @@ from fl_lightning.seats import CuriousClient, Seat, View
 from fl_lightning.seeds import seed_of
 from fl_lightning.server_optimizers import FedAvg, ServerOptimizer
 from fl_lightning.state_files import content_of, fitted, read_state
-from fl_lightning.storage import has_record, load_checkpoint, save_checkpoint
+from fl_lightning.storage import has_record, in_a_file, load_checkpoint, save_checkpoint
 from fl_lightning.truth import Truth
 
 SERVER = "server"
@@ -331,13 +332,18 @@ class Federation:
             for round_ in range(start, self.rounds):
                 receivers, training = takes_part.receivers(round_), takes_part.training(round_)
                 self.engine.announce(model, round_, [client for client in receivers if client not in training])
-                model, observations = self._round(round_, model, data, training, kept)
+                if in_file := any(weight.nbytes >= LARGE for weight in model.parameters()):
+                    mapped = in_a_file(model.state_dict(), record.directory / "global_model.safetensors")
+                    model.load_state_dict(mapped, assign=True)
+                    del mapped
+                model, observations = self._round(round_, model, data, training, kept, in_file)
                 self.engine.announce(model, round_ + 1, receivers)
                 if round_ in recorded:
                     for client, observation in observations.items():
                         if one_wire:
                             observation = self.engine.received(observation)
                         observation.save(record.observation(round_, client))
+                observations = observation = None  # no other model is held beside the scoring
                 save_checkpoint(
                     record.checkpoint,
                     {"rounds_done": round_ + 1, "model": model.state_dict(), **vars(kept)},
@@ -358,8 +364,12 @@ class Federation:
         data: FederatedData,
         training: list[int],
         kept: Kept,
+        in_file: bool = False,
     ) -> tuple[ImageClassifier, dict[View, Observation]]:
-        """The next global model, and what the seat sees of the round if it receives its models."""
+        """The next global model, and what the seat sees of the round if it receives its models.
+
+        The tensors of the model may be `in_file`, a mapped one.
+        """
         before = dict(model.state_dict())  # the next model gets tensors of its own, so that these stay
         seed = seed_of(self.seed, round_)
         at_server = occasions(self.server_defenses, parameters(model), seed, kept.kept_memory.get(SERVER, {}))
@@ -370,7 +380,9 @@ class Federation:
             for client in training:
                 own_seed, own_memory = seed_of(self.seed, round_, client), kept.kept_memory.get(str(client), {})
                 own_buffers = None if self.share_buffers else kept.kept_buffers.get(str(client), {})
-                yield ClientTask(model, data.clients[client], own_seed, own_memory, client, round_, own_buffers)
+                yield ClientTask(
+                    model, data.clients[client], own_seed, own_memory, client, round_, own_buffers, in_file
+                )
 
         def updates() -> Iterator[ClientUpdate]:
             results = self.engine.train(tasks(), self.client, self.accelerator)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import secrets
 import sys
 from collections.abc import Iterator
@@ -155,6 +156,26 @@ def load_record(stem: Path, version: int) -> tuple[dict[str, Tensor], dict[str, 
         raise StorageError(
             f"'{path}' cannot be read as safetensors ({in_short(error)}). Restore or recreate it."
         ) from error
+
+
+def in_a_file(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same tensors as a mapped file, whose pages memory need not hold, see `release_pages`; elsewhere than on Linux
+    themselves.
+
+    Args:
+        tensors: of the CPU, by name, none of which shares its memory with another.
+        path: where the file is written; its name is gone at once, and it itself with the last of the tensors.
+
+    Raises:
+        StorageError: the disk is full or the folder is not writable.
+    """
+    if platform.system() != "Linux":
+        return tensors
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    found = load_file(path)
+    path.unlink()
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

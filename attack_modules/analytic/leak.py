@@ -129,9 +129,10 @@ def leak_rounds(
     width, singular = wide[0], space.singular
     at, below = (singular[i].item() if i < len(singular) else space.floor for i in (num_images - 1, num_images))
     vectors = space.vectors(found.coordinates).float()
-    uncertainty = feature_uncertainty(
-        space.rows * scale, found.errors, found.coordinates, space.rest * scale**2
-    ).float()
+    uncertainty = found.uncertainty
+    if uncertainty is None:
+        uncertainty = feature_uncertainty(space.rows * scale, found.errors, found.coordinates, space.rest * scale**2)
+    uncertainty = uncertainty.float()
     features, seen = vectors[:, :width], None
     if training.dropout and training.dropout[0]:
         noise = uncertainty * features.square().mean(1).sqrt()

@@ -147,6 +147,8 @@ class Reading:
         residual: see `Diagnosis`, as the next two.
         drift: of the activations.
         outside: of the gates.
+        uncertainty: (N,) expected relative error of the features, where the solver knows it better than the units'
+            disagreement tells (`feature_uncertainty`).
     """
 
     coordinates: Tensor
@@ -155,3 +157,4 @@ class Reading:
     residual: float
     drift: float
     outside: float = 0.0
+    uncertainty: Tensor | None = None

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attack_modules.analytic.drifting_peers import coupling_of
 from attack_modules.analytic.gate_separation import separate
 from attack_modules.analytic.gates import GateRegression, regress_features
 from attack_modules.analytic.head_training import Trajectory, co_members, gates_of_trajectory, group_peers, simulate
+from attack_modules.analytic.peers_by_errors import ShownErrors, TrainedTogether, trained_together
 from attack_modules.analytic.results import Reading, TrainingKnowledge
 from attack_modules.analytic.row_space import RowSpace
 from attack_modules.analytic.sparse_features import sparsest_features, zeros_of
@@ -23,12 +25,16 @@ LEAST_SIZE = 0.1
 """Norm of features, in units of the images' median, below which they are of no image. Measured: 0.02 or less where
 another image has taken over its features, 0.6 or more for images."""
 
-LEAST_FIT = 0.9
+LEAST_FIT = 0.8
 """Cosine of the errors that a sparse vector shows with a class's, gated, from which it is an image's features.
-Measured: 0.94 or more for radiographs at three local steps, 0.65 for a vector too many."""
+Measured: 0.88 or more for radiographs at three local steps, 0.33 and 0.65 for a vector too many."""
 
-SIZINGS = 8
-"""Rounds of simulated training -> sizes of features whose directions are known; more hardly change them."""
+MOST_MISSING = 0.5
+"""Share of the images that zeros do not tell apart over several steps, beyond which gates are tried as well."""
+
+COMMON_DRIFT = 1
+"""Directions of drift beyond the images' that may stand above some of theirs: features of images that are alike drift
+alike."""
 
 NARROW = 1e-3
 """Standard deviation of pre-activations in these, in units of an image's mean activation."""
@@ -43,14 +49,14 @@ class _Start:
         features: (n, r) coordinates.
         gates: (n, H) from which they are.
         outside: see `Reading`.
-        settled: whether the directions of the features are better known than their sizes.
+        together: who trained together, where the directions of the features tell; else None.
     """
 
     labels: Tensor
     features: Tensor
     gates: Tensor
     outside: float
-    settled: bool
+    together: TrainedTogether | None
 
 
 def read_shared(
@@ -91,9 +97,11 @@ def read_shared(
             "training not as assumed: give `knowledge.num_images`, or attack by gradient matching (configs/paper.yaml)."
         )
     head = _SharedHead(space, last, weight, num_images, training, scale)
-    starts = [head.by_gates()]
-    if training.steps > 1 or len(starts[0].labels) < num_images:
+    starts = [head.by_gates()] if training.steps == 1 else [head.by_zeros()]
+    if training.steps == 1 and len(starts[0].labels) < num_images:
         starts.append(head.by_zeros())
+    if training.steps > 1 and len(starts[0].labels) < (1 - MOST_MISSING) * num_images:
+        starts.append(head.by_gates())
     starts = [start for start in starts if len(start.labels)]
     if not starts:
         raise AttackError(
@@ -118,7 +126,11 @@ def read_shared(
     size = best.coordinates.norm(dim=1)
     order = order[(size > LEAST_SIZE * size.median())[order]]
     return labels[order], replace(
-        best, coordinates=best.coordinates[order], errors=best.errors[order], peers=best.peers[order]
+        best,
+        coordinates=best.coordinates[order],
+        errors=best.errors[order],
+        peers=best.peers[order],
+        uncertainty=None if best.uncertainty is None else best.uncertainty[order],
     )
 
 
@@ -150,22 +162,34 @@ class _SharedHead:
         gated = found.gates * self.class_errors[found.labels]
         features = torch.linalg.lstsq(gated.T, self.rows, driver="gelsd").solution
         outside = found.outside.max().item() if len(found.labels) else 0.0
-        return _Start(found.labels, features, found.gates, outside, settled=False)
+        return _Start(found.labels, features, found.gates, outside, None)
 
     def by_zeros(self) -> _Start:
         """The images whose features are sparse; a class's error, times the gates of its features, fits best."""
-        directions = sparsest_features(self.space, self.num_images)
+        steps = self.training.steps
+        directions = sparsest_features(self.space, self.num_images, COMMON_DRIFT if steps > 1 else 0)
         gates = (directions @ self.first.T > 0).to(self.rows)
         if not len(directions):
-            return _Start(torch.zeros(0, dtype=torch.long), directions, gates, 0.0, settled=True)
+            return _Start(torch.zeros(0, dtype=torch.long), directions, gates, 0.0, None)
         shown = torch.linalg.lstsq(directions.T, self.rows.T, driver="gelsd").solution  # (n, H) errors, gates included
         fit = torch.stack([F.cosine_similarity(shown, gates * error, dim=1) for error in self.class_errors], 1)
         cosine, labels = fit.max(1)
         certain = cosine > LEAST_FIT
         directions, gates, labels = directions[certain], gates[certain], labels[certain]
         outside = (1 - cosine[certain].square()).clamp_min(0).sqrt().amax().item() if certain.any() else 0.0
-        sizes = self.sizes(directions, gates * self.class_errors[labels])
-        return _Start(labels, sizes[:, None] * directions, gates, outside, settled=True)
+        sizes, together = self.sizes(directions, gates * self.class_errors[labels]), None
+        if steps > 1 and certain.any():
+            together = self.together(directions, labels, sizes)
+            sizes = together.sizes
+        return _Start(labels, sizes[:, None] * directions, gates, outside, together)
+
+    def together(self, directions: Tensor, labels: Tensor, sizes: Tensor) -> TrainedTogether:
+        """Peers and sizes of the features of known directions (n, r) and labels (n,); sizes (n,) to begin with."""
+        shown = torch.linalg.lstsq(directions.T, self.rows.T, driver="gelsd").solution
+        training, gram, start = self.training, directions @ directions.T, directions @ self.space.weight.T
+        targets = training.loss.targets(labels, len(self.last), self.last)
+        images = ShownErrors(shown, gram, start, self.weight, targets, training.lr, training.steps)
+        return trained_together(images, sizes)
 
     def sizes(self, directions: Tensor, gated: Tensor, iterations: int = 8) -> Tensor:
         """(n,) sizes of features of known directions (n, r) from their gated errors (n, H), by robust least squares."""
@@ -201,17 +225,14 @@ class _SharedHead:
         features = start.features
         influence = torch.full((len(labels), len(labels)), 1 / self.num_images, dtype=rows.dtype)
         path = simulated(features, influence)
-        if start.settled and steps > 1:
-            directions = F.normalize(features, dim=1)
-            for _ in range(SIZINGS):
-                influence = peers_of(path, features, influence)
-                path = simulated(features, influence)
-                gated = gates_of_trajectory(path, None, NARROW).mean * path.errors.mean(0)
-                features = self.sizes(directions, gated)[:, None] * directions
-                path = simulated(features, influence)
+        if start.together:  # what is known of zeros and peers is more exact than any gates
+            path = simulated(features, coupling_of(start.together.peers))
+            gated = (path.errors * (path.preactivations > 0)).mean(0)
+            found = self.reading(features, gated, start.together.peers, path, start.outside)
+            return replace(found, uncertainty=start.together.uncertainty)
         best = None
-        for number in range(max(iterations, 1)):
-            if steps > 1 and not (start.settled and number == 0):
+        for _ in range(max(iterations, 1)):
+            if steps > 1:
                 influence = peers_of(path, features, influence)
                 path = simulated(features, influence)
             errors = path.errors.mean(0)
@@ -220,11 +241,16 @@ class _SharedHead:
             gated = belief.mean * errors
             features = regress_features(rows, gated, belief.variance * errors**2, regression.noise)
             path = simulated(features, influence)
-            residual = space.residual(gated, features, self.scale)
-            sums = path.residuals.T @ path.activations
-            mismatch = ((sums - summed).norm() / sums.norm()).item()
+            peers = group_peers(influence) if steps > 1 else torch.zeros_like(labels)
+            found = self.reading(features, gated, peers, path, start.outside)
             # of look-alikes, one can grow at the expense of another: the residual falls, and the mismatch tells
-            if best is None or residual * mismatch < best.residual * best.drift:
-                peers = group_peers(influence) if steps > 1 else torch.zeros_like(labels)
-                best = Reading(features, gated, peers, residual, mismatch, start.outside)
+            if best is None or found.residual * found.drift < best.residual * best.drift:
+                best = found
         return best
+
+    def reading(self, features: Tensor, gated: Tensor, peers: Tensor, path: Trajectory, outside: float) -> Reading:
+        """Features (n, r) with what their gated errors (n, H) and simulated training leave of both updates."""
+        summed = self.last[:, : self.hidden] * self.scale
+        sums = path.residuals.T @ path.activations
+        residual = self.space.residual(gated, features, self.scale)
+        return Reading(features, gated, peers, residual, ((sums - summed).norm() / sums.norm()).item(), outside)

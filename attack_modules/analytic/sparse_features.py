@@ -28,10 +28,11 @@ SWEEPS = 40
 """Upper limit; each sweep but the last finds an image or more as a rule."""
 COARSE = tuple(0.3 * 0.03 ** (i / 19) for i in range(20))
 """Size of an entry, in units of the mean positive one, from which it weighs less; falling."""
-FINE = tuple(0.05 * 0.2 ** (i / 9) for i in range(10))
-"""The same from a vector that is nearly an image's."""
-ZERO = 0.05
-"""Size up to which an entry counts as 0, in the same units. Features that drift over three steps leave 0.02."""
+FINE = tuple(0.008 * 0.25 ** (i / 7) for i in range(8))
+"""The same from a vector that is nearly an image's. From 0.05 on, an image can end at another that is 0.2 away and has
+more zeros."""
+ZERO = 0.015
+"""Size up to which an entry counts as 0, in the same units. Features that drift over three steps leave up to 0.006."""
 NEAR_BEST = 0.93
 """Share of the zeros of a sweep's sparsest vector from which a vector is taken. Images differ by 10 %; sums of two have
 60 to 80 % of an image's zeros."""
@@ -43,14 +44,15 @@ APART = 0.05
 """Share of a unit vector outside the images found, from which it is another. Measured: 0.06 or more for 64 images."""
 
 
-def sparsest_features(space: RowSpace, num_images: int) -> Tensor:
+def sparsest_features(space: RowSpace, num_images: int, further: int = 0) -> Tensor:
     """Directions (n, r) of the features of `n <= N` images, as unit coordinates in the row space.
 
     Args:
         space: of the first layer's update.
         num_images: N.
+        further: directions beyond the first N that may hold a part of the images, as by the images' common drift.
     """
-    inside = torch.linalg.svd(space.rows, full_matrices=False).Vh[:num_images]  # (N, r)
+    inside = torch.linalg.svd(space.rows, full_matrices=False).Vh[: num_images + further]
     return sparsest_rows(space.vectors(inside), num_images) @ inside
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from attack_modules.analytic.row_space import CHUNK, LEADING, WIDE
 from attack_modules.feature_inversion.controls import ERRORS
 from attack_modules.threat_model.observed import RoundsSummary
+from fl_lightning.allocation import LARGE
 from fl_lightning.client import trained_parameters
 from fl_lightning.models.activations import activation_bytes
 
@@ -38,7 +39,9 @@ def peak_bytes(rounds: RoundsSummary, images: int, chunk: int) -> int:
     sketches = 3 * LEADING * max(wide, default=0) * DOUBLE
     reading = count * (trained + head) + joined + 3 * CHUNK * DOUBLE + sketches + images * width * (DOUBLE + SINGLE)
     pixels, passes = math.prod(rounds.image_shape), max(min(chunk, images), len(ERRORS))
-    inversion = images * SINGLE * (COPIES * pixels + TARGETS * width)
-    inversion += 2 * passes * activation_bytes(model, rounds.image_shape)  # and their gradients
-    ending = count * (2 * whole + trained) + inversion  # the verdict looks at the update once more
+    kept = images * SINGLE * (COPIES * pixels + TARGETS * width)
+    passing = 2 * passes * activation_bytes(model, rounds.image_shape)  # and their gradients
+    again = count * (whole + trained)  # the verdict looks at the update once more
+    large = any(tensor.nbytes >= LARGE for tensor in model.parameters())  # before which freed memory is returned
+    ending = count * whole + kept + (max(passing, again) if large else passing + again)
     return max(updating, reading, ending)

@@ -36,7 +36,7 @@ class Private:
         """
         self.task.parent.mkdir(exist_ok=True)
         with atomic_path(self.task) as temporary:
-            temporary.write_bytes(pickle.dumps((task, training, accelerator)))
+            temporary.write_bytes(pickle.dumps((replace(task, in_file=False), training, accelerator)))
         return arrays(task.model.state_dict())
 
     def train(self, received: Arrays) -> tuple[Arrays, int]:
