@@ -36,9 +36,6 @@ COMMON_DRIFT = 1
 """Directions of drift beyond the images' that may stand above some of theirs: features of images that are alike drift
 alike."""
 
-NARROW = 1e-3
-"""Standard deviation of pre-activations in these, in units of an image's mean activation."""
-
 
 @dataclass(frozen=True)
 class _Start:
@@ -71,11 +68,12 @@ def read_shared(
     """Labels (N,) and features under a head of two linear layers where images share classes.
 
     The last layer then shows only the sum of each class's activations. So the first layer alone disentangles the
-    images: by their gates (`separate`), and, where these change during several local steps or do not tell all images
-    apart, by the zeros of their features (`sparsest_features`). Of two readings that with more zeros counts. The gates
-    follow from the features by simulated training, and the sums tell the peers. Of the iterations, that counts which
-    explains the updates of both layers best (least product of their relative misfits); images that it leaves without
-    features are not returned.
+    images: of one step by their gates (`separate`), and where these do not tell all images apart by the zeros of their
+    features (`sparsest_features`). Of several steps, in which gates change, by zeros: peers and the sizes of features
+    then follow from the errors that each image shows (`trained_together`), which is all that is read. Only where zeros
+    tell few images apart, gates are tried as well; from these, simulated training and features follow in turn, and the
+    sums tell the peers. Of the iterations, that counts which explains the updates of both layers best (least product of
+    their relative misfits), and of two readings that with more zeros. Images left without features are not returned.
 
     Args:
         space: of the first layer's update.
@@ -97,11 +95,12 @@ def read_shared(
             "training not as assumed: give `knowledge.num_images`, or attack by gradient matching (configs/paper.yaml)."
         )
     head = _SharedHead(space, last, weight, num_images, training, scale)
-    starts = [head.by_gates()] if training.steps == 1 else [head.by_zeros()]
-    if training.steps == 1 and len(starts[0].labels) < num_images:
-        starts.append(head.by_zeros())
-    if training.steps > 1 and len(starts[0].labels) < (1 - MOST_MISSING) * num_images:
-        starts.append(head.by_gates())
+    searches, enough = [head.by_gates, head.by_zeros], float(num_images)
+    if training.steps > 1:
+        searches, enough = searches[::-1], (1 - MOST_MISSING) * num_images
+    starts = [searches[0]()]
+    if len(starts[0].labels) < enough:
+        starts.append(searches[1]())
     starts = [start for start in starts if len(start.labels)]
     if not starts:
         raise AttackError(
