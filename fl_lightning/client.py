@@ -189,7 +189,8 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         training: the settings of the optimiser.
         accelerator: where Lightning trains (`cpu`, `gpu`, `auto`).
     """
-    if any(weight.nbytes >= LARGE for weight in task.model.parameters()):
+    large = any(weight.nbytes >= LARGE for weight in task.model.parameters())
+    if large:
         release_freed_memory()  # new tensors do not fit between what is left of the last client's
     model = copy.deepcopy(task.model)
     if task.in_file:
@@ -209,6 +210,9 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
     after = parameters(model.cpu())
     client.model = client.images = None  # a Trainer refers to itself, and would keep both until the next collection
     trainer.strategy.optimizers = []
+    model.zero_grad()
+    if large:
+        release_freed_memory()  # gradients and activations, beside which the global model would be read again
     update = trained_parameters(task.model)
     update = {name: torch.sub(before, after[name], out=after[name]) for name, before in update.items()}  # of 100 MB
     for defense, occasion in defenses:

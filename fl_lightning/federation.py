@@ -267,7 +267,8 @@ class Federation:
         state = 2 if self.client.optimizer == "Adam" else int(self.client.momentum > 0)
         batch = min(self.client.batch_size or max(sizes), max(sizes))
         passes = max(1.5 * batch, min(256, max(sizes)))  # with the gradients of activations; `scores_of` has none
-        return 2 * whole + (2 + state + kept) * trained + int(passes * activation_bytes(model, data.image_shape))
+        activations = activation_bytes(model, data.image_shape, of_images=False)
+        return 2 * whole + (2 + state + kept) * trained + int(passes * activations)
 
     def run(self, data: FederatedData, directory: Path) -> None:
         """Run all rounds, or those that are missing, and leave a `Record` in `directory`.

@@ -341,8 +341,11 @@ def class_evidence(gradient: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Evidence (C,), and whether any peer holds the class (C,).
     """
-    direction = gradient.T @ torch.linalg.eigh(gradient @ gradient.T).eigenvectors[:, -1]
-    direction = direction / direction.norm()
+    if len(gradient) < gradient.shape[1]:
+        direction = gradient.T @ torch.linalg.eigh(gradient @ gradient.T).eigenvectors[:, -1]
+        direction = direction / direction.norm()
+    else:
+        direction = torch.linalg.eigh(gradient.T @ gradient).eigenvectors[:, -1]
     along = -gradient @ direction * (1 if direction.sum() > 0 else -1)
     evidence = along - along.median()
     scatter = 1.4826 * evidence.abs().median()

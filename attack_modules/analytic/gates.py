@@ -1,14 +1,19 @@
 """Gates, the share of the local steps in which a hidden unit was active for an image, and features given the gates."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 CERTAIN = 1e-7
 """Variance of a gate up to which it cannot change by 1e-3."""
+NEGLIGIBLE = 1e-4
+"""Variance of `gate * error` over that of the constraint up to which a gate stays what its prior says."""
+ENTRIES = 2**22
+"""Of matrices of units that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -37,57 +42,125 @@ class GateRegression:
         #: variance of an entry of `rows` that a rank-N product cannot explain
         self.noise = (singular[num_images:].square().sum().item() + rest) / spare
 
-    def posterior(self, prior: Gates, errors: Tensor, noise: Tensor) -> tuple[Gates, float]:
-        """Posterior of the gates given the constraint, and the log evidence of the prior.
+    def best(self, prior: Callable[[float], Gates], errors: Tensor, noise: Tensor, width: float = 0.01) -> Gates:
+        """Posterior under the prior of greatest evidence, by hill climbing over its width in factors of 2."""
+        best = prior(width)
+        used, evidence = self.evidence(best, errors, noise)
+        start = width
+        for factor in (2.0, 0.5):
+            while 1e-5 < (trial := width * factor) < 1:
+                gates = prior(trial)
+                trial_used, trial_evidence = self.evidence(gates, errors, noise)
+                if trial_evidence <= evidence:
+                    break
+                best, used, evidence, width = gates, trial_used, trial_evidence, trial
+            if width != start:
+                break  # the other direction is where it came from
+        return self.posterior(best, errors, used)
+
+    def evidence(self, prior: Gates, errors: Tensor, noise: Tensor) -> tuple[Tensor, float]:
+        """The variances to which the constraint holds, and the log evidence of the prior with them.
 
         Args:
             prior: independent Gaussian gates.
             errors: (N, H) back-propagated errors with every gate open.
             noise: (N,) variance to which the constraint holds for each image; raised where the prior allows no better.
         """
-        if not self.num_constraints or prior.variance.max() <= CERTAIN:
-            return prior, -math.inf
+        if self._is_certain(prior):
+            return noise, -math.inf
         noise = noise.clamp_min(1e-12 * errors.square().mean().item())  # what float64 resolves
-        parts = [
-            self._posterior(Gates(prior.mean[part], prior.variance[part]), errors[part], noise[part])
-            for part in torch.arange(len(errors)).split(max(2**24 // self.inside.numel(), 1))  # bounds memory
-        ]
-        means, variances = ([getattr(gates, name) for gates, _ in parts] for name in ("mean", "variance"))
-        return Gates(torch.cat(means), torch.cat(variances)), sum(evidence for _, evidence in parts)
+        used, evidence = noise.clone(), torch.empty_like(noise)
+        for part, solver in self._solvers(prior, errors, noise):
+            raised = torch.arange(len(part))
+            for _ in range(3):
+                images = part[raised]
+                used[images] = noise[images]
+                misfit, spread = solver.misfit(used[images], raised)
+                evidence[images] = -0.5 * (misfit + self.num_constraints * used[images].log()) - spread
+                noise[images] *= (misfit / self.num_constraints).clamp_min(1)
+                raised = raised[misfit > self.num_constraints]  # the prior allows no better
+                if not len(raised):
+                    break
+        return used, evidence.sum().item()
 
-    def _posterior(self, prior: Gates, errors: Tensor, noise: Tensor) -> tuple[Gates, float]:
-        """`posterior` by least squares with each unit weighted, which takes N x N matrices only (Woodbury)."""
-        gated, free = prior.mean * errors, prior.variance * errors**2
-        violation = gated - gated @ self.inside @ self.inside.T
-        noise = noise.clone()
-        weight = torch.empty_like(free)  # of what a unit shows of the columns' coefficients
-        left = torch.empty_like(free)
-        factor, evidence = free.new_empty(len(errors), *self.inside.shape[1:] * 2), torch.empty_like(noise)
-        raised = torch.arange(len(errors))
-        for _ in range(3):
-            used = noise.clone()  # that of images which are not raised stays the same
-            new = used[raised, None] / (used[raised, None] + free[raised])
-            factors = torch.linalg.cholesky(self._gram(new))
-            pull = ((new * violation[raised]) @ self.inside)[..., None]
-            rest = violation[raised] - torch.cholesky_solve(pull, factors)[..., 0] @ self.inside.T
-            misfit = (new * rest.square()).sum(1) / used[raised]
-            evidence[raised] = (
-                -0.5 * (misfit + self.num_constraints * used[raised].log())
-                + 0.5 * new.log().sum(1)
-                - factors.diagonal(dim1=1, dim2=2).log().sum(1)
-            )
-            weight[raised], left[raised], factor[raised] = new, rest, factors
-            more = misfit > self.num_constraints  # the prior allows no better
-            noise[raised] *= (misfit / self.num_constraints).clamp_min(1)
-            if not len(raised := raised[more]):
-                break
-        mean = prior.mean - prior.variance * errors * weight / used[:, None] * left
+    def posterior(self, prior: Gates, errors: Tensor, noise: Tensor) -> Gates:
+        """Posterior of the gates given the constraint, which holds to the variances (N,) of `evidence`."""
+        if self._is_certain(prior):
+            return prior
+        moved, left = torch.zeros_like(errors), torch.ones_like(errors)
+        for part, solver in self._solvers(prior, errors, noise):
+            moved[part], left[part] = solver.solution(noise[part])
+        return Gates(prior.mean + prior.variance.sqrt() * errors.sign() * moved, prior.variance * left)
+
+    def _is_certain(self, prior: Gates) -> bool:
+        return not self.num_constraints or prior.variance.max().item() <= CERTAIN
+
+    def _solvers(self, prior: Gates, errors: Tensor, noise: Tensor) -> Iterator[tuple[Tensor, "_Images | _Units"]]:
+        """Some images at a time, which bounds memory, and what solves for their gates with fewest operations."""
+        gated, root = prior.mean * errors, prior.variance.sqrt() * errors.abs()
+        excess = root / noise[:, None].sqrt()
+        counts = (excess.square() > NEGLIGIBLE).sum(1).clamp_min(1)
+        units, images = self.inside.shape
+        if units**2 > ENTRIES or counts.max() ** 3 > 3 * units * images**2:
+            for part in torch.arange(len(errors)).split(max(4 * ENTRIES // self.inside.numel(), 1)):
+                yield part, _Images(self.inside, root[part], self._outside(gated[part]))
+            return
+        for part in counts.argsort().split(max(ENTRIES // int(counts.max()) ** 2, 1)):
+            uncertain = excess[part].topk(int(counts[part].max())).indices
+            yield part, _Units(self._projector, root[part], self._outside(gated[part]), uncertain)
+
+    def _outside(self, vectors: Tensor) -> Tensor:
+        """The part of (n, H) vectors that lies outside of the column space."""
+        return vectors - vectors @ self.inside @ self.inside.T
+
+    @cached_property
+    def _projector(self) -> Tensor:
+        """(H, H) matrix of the same."""
+        return torch.eye(len(self.inside)).to(self.inside) - self.inside @ self.inside.T
+
+
+@dataclass
+class _Images:
+    """Solves for the gates of n images by least squares with each unit weighted, with N x N matrices (Woodbury).
+
+    Attributes:
+        inside: (H, N) orthonormal basis of the column space.
+        root: (n, H) standard deviations of `gates * errors`.
+        violation: (n, H) what of its mean lies outside of the column space.
+    """
+
+    inside: Tensor
+    root: Tensor
+    violation: Tensor
+
+    def misfit(self, noise: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `some` images: (m,) squared misfit to constraint and prior, and half the log determinant of both.
+
+        Args:
+            noise: (m,) variance to which the constraint holds.
+            some: (m,) indices of images.
+        """
+        weight, rest, factor = self._weighted(noise, some)
+        misfit = (weight * rest.square()).sum(1) / noise
+        return misfit, factor.diagonal(dim1=1, dim2=2).log().sum(1) - 0.5 * weight.log().sum(1)
+
+    def solution(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, H) change of `gates * errors` by standard deviations, and share of the variance that is left."""
+        weight, rest, factor = self._weighted(noise, torch.arange(len(noise)))
+        gain = self.root * weight / noise[:, None]
         leverage = self._leverage(torch.cholesky_inverse(factor))
-        variance = prior.variance * weight * (1 + free * weight / used[:, None] * leverage)
-        return Gates(mean, variance), evidence.sum().item()
+        return -gain * rest, weight * (1 + self.root * gain * leverage)
+
+    def _weighted(self, noise: Tensor, some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (m, H) of what units show of the columns' coefficients, what these leave, and a Cholesky factor."""
+        violation = self.violation[some]
+        weight = noise[:, None] / (noise[:, None] + self.root[some].square())
+        factor = torch.linalg.cholesky(self._gram(weight))
+        pull = ((weight * violation) @ self.inside)[..., None]
+        return weight, violation - torch.cholesky_solve(pull, factor)[..., 0] @ self.inside.T, factor
 
     def _gram(self, weight: Tensor) -> Tensor:
-        """(n, H) weights of units -> (n, N, N) gram matrices of the basis, without a copy of the basis for each."""
+        """(m, H) weights of units -> (m, N, N) gram matrices of the basis, without a copy of the basis for each."""
         count = self.inside.shape[1]
         gram = weight.new_empty(len(weight), count, count)
         for i in range(count):
@@ -103,19 +176,40 @@ class GateRegression:
             found += twice @ (self.inside[:, i:] * self.inside[:, i, None]).T
         return found
 
-    def best(self, prior: Callable[[float], Gates], errors: Tensor, noise: Tensor, width: float = 0.01) -> Gates:
-        """Posterior under the prior of greatest evidence, by hill climbing over its width in factors of 2."""
-        best, evidence = self.posterior(prior(width), errors, noise)
-        start = width
-        for factor in (2.0, 0.5):
-            while 1e-5 < (trial := width * factor) < 1:
-                gates, trial_evidence = self.posterior(prior(trial), errors, noise)
-                if trial_evidence <= evidence:
-                    break
-                best, evidence, width = gates, trial_evidence, trial
-            if width != start:
-                break  # the other direction is where it came from
-        return best
+
+class _Units:
+    """Does the same as `_Images`, with K x K matrices of the units whose gates are uncertain beside the noise.
+
+    Args:
+        projector: (H, H) onto what lies outside of the column space.
+        root, violation: as of `_Images`.
+        units: (n, K) indices of these units.
+    """
+
+    def __init__(self, projector: Tensor, root: Tensor, violation: Tensor, units: Tensor) -> None:
+        self.whole = violation.square().sum(1)
+        self.shape, self.units, own = root.shape, units, root.gather(1, units)
+        self.outside = projector[units[:, :, None], units[:, None, :]] * own[:, :, None] * own[:, None, :]
+        self.pull = own * violation.gather(1, units)
+
+    def misfit(self, noise: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+        factor, moved = self._solved(noise, some)
+        misfit = (self.whole[some] - (self.pull[some] * moved).sum(1)) / noise
+        return misfit, factor.diagonal(dim1=1, dim2=2).log().sum(1)
+
+    def solution(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        factor, moved = self._solved(noise, torch.arange(len(noise)))
+        left = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
+        change, share = self.pull.new_zeros(self.shape), self.pull.new_ones(self.shape)
+        return change.scatter_(1, self.units, -moved), share.scatter_(1, self.units, left)
+
+    def _solved(self, noise: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+        """(m, K, K) Cholesky factors of the precision, in standard deviations of the prior, and (m, K) solutions."""
+        precision = self.outside[some] / noise[:, None, None]
+        precision.diagonal(dim1=1, dim2=2).add_(1)
+        factor = torch.linalg.cholesky(precision)
+        pull = self.pull[some] / noise[:, None]
+        return factor, torch.cholesky_solve(pull[..., None], factor)[..., 0]
 
 
 def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: float, iterations: int = 3) -> Tensor:

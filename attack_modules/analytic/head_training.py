@@ -16,6 +16,9 @@ from attack_modules.analytic.gates import Gates, mean_activation, probably_activ
 from attack_modules.analytic.row_space import times, transposed_times
 from fl_lightning.loss import logit_errors
 
+SETTLED = 1e-4
+"""Relative change in an iteration from which on the influence of images on each other is fitted."""
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -139,7 +142,8 @@ def co_members(
 ) -> Tensor:
     """(N, N) symmetric, non-negative influence of images on each other, fitted to the drift of their activations.
 
-    Least squares `drift ~ lr * (influence * gram) @ past` on the entries `seen`, by accelerated projected gradient.
+    Least squares `drift ~ lr * (influence * gram) @ past` on the entries `seen`, by accelerated projected gradient, in
+    float32, to whose rounding the drift is known in any case.
 
     Args:
         drift: (N, H) pre-activation before the round minus mean activation during it.
@@ -148,9 +152,11 @@ def co_members(
         past: (N, H) as in `Trajectory`.
         lr: of the peers.
         influence: (N, N) start.
-        iterations: of the projected gradient.
+        iterations: upper limit, of the projected gradient.
         mixing: (N, N) metric of the misfit where the drift is observed only as sums over images; None: the identity.
     """
+    drift, seen, gram, past, influence = (given.float() for given in (drift, seen, gram, past, influence))
+    mixing = None if mixing is None else mixing.float()
 
     def gradient(matrix: Tensor, target: Tensor | float) -> Tensor:
         misfit = seen * ((matrix * gram) @ past * lr - target)
@@ -165,9 +171,12 @@ def co_members(
     for _ in range(iterations):
         new = (ahead - step * gradient(ahead, drift)).clamp_min(0)
         next_momentum = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = new + (momentum - 1) / next_momentum * (new - influence)
+        moved = new - influence
+        ahead = new + (momentum - 1) / next_momentum * moved
         influence, momentum = new, next_momentum
-    return influence
+        if moved.norm() < SETTLED * new.norm():
+            break
+    return influence.double()
 
 
 def group_peers(influence: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ POWER_ITERATIONS = 2
 """Of the randomised range finder (Halko, Martinsson, Tropp 2011); images lie far above the rounding."""
 CHUNK = 2**22
 """Entries that are held in float64 at once."""
+BLOCK = 128
+"""Rows of a gram matrix that are computed at once."""
 
 Layer = tuple[Tensor, ...]
 """The weight (out, in) of a linear layer, and its bias (out,) if it has one."""
@@ -71,7 +73,7 @@ class RowSpace:
         precision, spacing = torch.finfo(weight.dtype).eps, float_spacing(weight)
         if min(update.shape) <= WIDE:
             rows, mixing = row_coordinates(update, precision)
-            within = sum(w @ u.T for w, u in zip(columns(weight), columns(update), strict=True)) @ mixing.T
+            within = product(weight, update) @ mixing.T
             rest = torch.zeros_like(rows[:, 0])
         else:
             mixing, basis = leading_directions(update)
@@ -131,14 +133,38 @@ def row_coordinates(update: Tensor, precision: float | None = None) -> tuple[Ten
         precision: relative size of singular values that count as 0, by default float64's; their rows of `mixing` are
             0.
     """
-    triangle = torch.zeros(0, len(update), dtype=torch.float64, device=update.device)
-    for part in columns(update):
-        triangle = torch.linalg.qr(torch.cat([triangle, part.T]), mode="r").R
-    rows = triangle.T
-    left, singular, right = torch.linalg.svd(rows, full_matrices=False)
-    least = (torch.finfo(rows.dtype).eps if precision is None else precision) * singular.norm()
-    scale = torch.where(singular > least, 1 / singular, 0.0)
-    return rows @ right.T, (left * scale).T  # rows of inactive units stay exactly 0
+    eps = torch.finfo(torch.float64).eps
+    if precision is None or precision < eps**0.5 or len(update) > update.shape[1]:
+        triangle = torch.zeros(0, len(update), dtype=torch.float64, device=update.device)
+        for part in columns(update, least=len(update)):
+            triangle = torch.linalg.qr(torch.cat([triangle, part.T]), mode="r").R
+        left, singular, right = torch.linalg.svd(triangle.T, full_matrices=False)
+        rows = triangle.T @ right.T  # those of inactive units stay exactly 0
+    else:  # their squares are resolved as well, in half the time
+        squares, left = torch.linalg.eigh(gram(update))
+        singular, left = squares.flip(0).clamp_min(0).sqrt(), left.flip(1)
+        rows = left * singular
+    least = (eps if precision is None else precision) * singular.norm()
+    return rows, (left * torch.where(singular > least, 1 / singular, 0.0)).T
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """`matrix @ matrix.T` in float64, of which one half is computed, block by block, and the matrix is read once."""
+    count = len(matrix)
+    found = torch.zeros(count, count, dtype=torch.float64, device=matrix.device)
+    for part in columns(matrix):
+        for start in range(0, count, BLOCK):
+            end = start + BLOCK
+            found[start:end, :end].addmm_(part[start:end], part[:end].T)
+    return found.tril() + found.tril(-1).T
+
+
+def product(one: Tensor, other: Tensor) -> Tensor:
+    """`one @ other.T` in float64, where both are of float32 summed up in parts that are rounded to it."""
+    wide = max(CHUNK // max(len(one), len(other)), 1)
+    kind = torch.promote_types(one.dtype, other.dtype)
+    parts = zip(one.split(wide, 1), other.split(wide, 1), strict=True)
+    return sum((a.to(kind) @ b.to(kind).T).double() for a, b in parts)
 
 
 def leading_directions(update: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,9 +197,9 @@ def chunks(matrix: Tensor) -> Iterator[Tensor]:
     return (part.double() for part in matrix.split(max(CHUNK // matrix.shape[1], 1)))
 
 
-def columns(matrix: Tensor) -> Iterator[Tensor]:
-    """The columns of a matrix, some at a time, in float64; at least as many as there are rows."""
-    return (part.double() for part in matrix.split(max(CHUNK // len(matrix), len(matrix)), dim=1))
+def columns(matrix: Tensor, least: int = 1) -> Iterator[Tensor]:
+    """The columns of a matrix, some at a time, in float64; at least so many."""
+    return (part.double() for part in matrix.split(max(CHUNK // len(matrix), least), dim=1))
 
 
 def times(matrix: Tensor, other: Tensor) -> Tensor:
@@ -183,9 +209,4 @@ def times(matrix: Tensor, other: Tensor) -> Tensor:
 
 def transposed_times(matrix: Tensor, other: Tensor) -> Tensor:
     """`matrix.T @ other` in float64, without a copy of the matrix."""
-    found = other.new_zeros(matrix.shape[1], other.shape[1])
-    start = 0
-    for part in chunks(matrix):
-        found.addmm_(part.T, other[start : start + len(part)])
-        start += len(part)
-    return found
+    return torch.cat([other.T @ part for part in columns(matrix)], 1).T

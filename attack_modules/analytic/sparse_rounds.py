@@ -75,15 +75,17 @@ class ZeroSearch:
 
     Args:
         rounds: of a head with a bias, over features that are not negative.
+        tries: (D - 1,) searches that began with each feature so far, which is kept up to date; None for none.
     """
 
-    def __init__(self, rounds: StackedRounds) -> None:
+    def __init__(self, rounds: StackedRounds, tries: Tensor | None = None) -> None:
         self.rounds = rounds
         self.scaled = (rounds.singular[:, None] * rounds.basis)[:, :-1]  # B: entries of independent noise
         self.ones = rounds.singular * rounds.basis[:, -1]
         used = rounds.basis[:, :-1].norm(dim=0)
-        self.basis = rounds.basis[:, :-1][:, used > 1e-3 * used.max()]
-        self.tries = torch.zeros(self.basis.shape[1])
+        self.used = (used > 1e-3 * used.max()).nonzero()[:, 0]
+        self.basis = rounds.basis[:, self.used]
+        self.tries = torch.zeros(len(used)) if tries is None else tries
         self.found: list[Candidate] = []
 
     def certify(self, direction: Tensor, seen: Tensor | None = None) -> Candidate | None:
@@ -138,9 +140,9 @@ class ZeroSearch:
         chosen: list[int] = []
         for number in range(STARTS):
             if number % len(others) == 0:
-                left = rest / self.basis.norm(dim=0) * TRIED**self.tries
+                left = rest / self.basis.norm(dim=0) * TRIED ** self.tries[self.used]
             chosen.append(int(left.norm(dim=0).argmax()))
-            self.tries[chosen[-1]] += 1
+            self.tries[self.used[chosen[-1]]] += 1
             axis = F.normalize(left[:, chosen[-1]], dim=0)
             left = left - axis[:, None] * (axis @ left)
         return F.normalize(rest[:, chosen].T @ others, dim=1)

@@ -71,7 +71,7 @@ def expected_psnr(
 def gain_of_contrast(images: Tensor, model: ImageClassifier, invert: Callable[[Tensor], Tensor], flat: float) -> float:
     """PSNR in dB above their mean colour at which control images of as much contrast as some images come back.
 
-    Photographs have more contrast than dead leaves, and errors of another kind than noise do not grow with it.
+    Photographs have more contrast than dead leaves, and the same error leaves more of an image of more contrast.
 
     Args:
         images: (N, C, H, W) found, of which the median counts.

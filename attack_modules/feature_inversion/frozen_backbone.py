@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from attack_modules.analytic.drifting_peers import DriftingPeers, HeadSteps, drifting_peers
 from attack_modules.analytic.error_series import EQUATIONS, error_series
+from attack_modules.analytic.fewer_images import fewer_images
 from attack_modules.analytic.hidden_labels import hidden_labels
 from attack_modules.analytic.joint_rounds import DIRECT, JointSolution, LocalSteps, solve_rounds
 from attack_modules.analytic.results import Diagnosis, Leakage, TrainingKnowledge
@@ -76,8 +77,9 @@ class FrozenBackbone(RoundsReader):
     each image show it, too (`analytic.error_series`), if rounds times classes are more than twice the images; this is
     tried first for more than a fifth as many images as features. Where neither shows half of the images, the rounds
     are solved for all of them (`analytic.joint_rounds`): of full batches of the same clients, in one local step, or in
-    several of a single peer. Heads of several layers are read by zeros alone. The rounds must suffice to show the
-    number of images.
+    several of a single peer. Heads of several layers are read by zeros alone; of one full-batch step, errors prove each
+    image, which is then taken out, so that zeros need only outnumber those that are left (`analytic.fewer_images`). The
+    rounds must suffice to show the number of images.
 
     Args:
         starts: most random starts of the joint solver, of which the residual chooses.
@@ -123,12 +125,11 @@ class FrozenBackbone(RoundsReader):
         layers = [augmented(w) for w in weights]
         before, deep = torch.stack([first for first, *_ in layers]), len(layers[0]) > 1
         rounds = StackedRounds.of(before, torch.stack(gradients), True)
-        found = sparse_rounds(rounds) if deep else self._one_by_one(rounds, training)
         if deep:
+            found = under_several_layers(rounds, torch.stack(gradients), layers, training)
             refuse_few_zeros(found, numbers)
-            labels = hidden_labels(found.features, torch.stack(gradients), layers)
-            self.solution, presence, self.drifting = replace(found, labels=labels), found.presence, None
-        elif 2 * len(found.labels) >= rounds.num_images:
+            self.solution, presence, self.drifting = found, found.presence, None
+        elif 2 * len((found := self._one_by_one(rounds, training)).labels) >= rounds.num_images:
             self.solution, presence = found, found.presence
             self.drifting = peers_of(found, before, torch.stack(gradients), known)
         else:
@@ -156,9 +157,8 @@ class FrozenBackbone(RoundsReader):
     def _one_by_one(self, rounds: StackedRounds, training: Sequence[TrainingKnowledge]) -> FoundImages:
         """By zeros or by errors, whichever shows more images; the second is not tried where the first shows all."""
         known, (number, classes, size) = training[0], rounds.weights.shape
-        alike = all((t.num_images, t.steps, t.epochs) == (known.num_images, 1, known.epochs) for t in training)
         enough = number * (classes - 1) > EQUATIONS * size
-        if not (alike and known.epochs in (None, 1) and known.loss.class_weights is None and enough and size > DIRECT):
+        if not (single_steps(training) and enough and size > DIRECT):
             return sparse_rounds(rounds)
 
         readings = [lambda: error_series(rounds, known.loss.label_smoothing, self.seed), lambda: sparse_rounds(rounds)]
@@ -221,6 +221,36 @@ class FrozenBackbone(RoundsReader):
         if self.drifting.explained:
             return f"Their local steps show {peers}, which leave {left}"
         return f"{shown}: {peers}, which fit full-batch steps best, leave {left}"
+
+
+def single_steps(training: Sequence[TrainingKnowledge]) -> bool:
+    """Whether an image leaves the errors of its own logits: one full-batch step of the same images in each round."""
+    known = training[0]
+    alike = all((t.num_images, t.steps, t.epochs) == (known.num_images, 1, known.epochs) for t in training)
+    return alike and known.epochs in (None, 1) and known.loss.class_weights is None
+
+
+def under_several_layers(
+    rounds: StackedRounds,
+    gradients: Tensor,
+    layers: Sequence[Sequence[Tensor]],
+    training: Sequence[TrainingKnowledge],
+) -> FoundImages:
+    """By zeros, of fewer and fewer images where errors prove them.
+
+    Args:
+        rounds: of the first layer.
+        gradients: (R, H, D + 1) of it.
+        layers: of each round, (out, in + 1) weights of each layer before it.
+        training: in each round.
+    """
+    proved = fewer_images(rounds, layers, training[0].loss.label_smoothing) if single_steps(training) else None
+    if proved is not None and len(proved.labels) == rounds.num_images:
+        return proved
+    shown = sparse_rounds(rounds)
+    if proved is not None and len(proved.labels) >= len(shown.labels):
+        return proved
+    return replace(shown, labels=hidden_labels(shown.features, gradients, layers))
 
 
 def refuse_few_zeros(found: FoundImages, numbers: Sequence[int]) -> None:

@@ -389,9 +389,8 @@ class FeatureInversion(Attack):
     def _descend(self, chunk: Tensor) -> Tensor:
         """Set `images.grad` of the images `chunk` (n,); return (n, 2) their E, and the loss that ranks iterates."""
         if not self.inverts:
-            weights = None if self.counted is None else self.counted[chunk]
             with torch.no_grad():
-                error = self.feature_error(self.images[chunk], self.features[chunk], weights)
+                error = self._error_of(self.images[chunk], chunk)
             return torch.stack([error, error], 1)
         with torch.enable_grad():
             images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -556,6 +555,10 @@ class FeatureInversion(Attack):
         """(N, D) weights of the features, see `feature_error`: not those that dropout hid; None for 1."""
         return self.seen if self.weights is None else self.weights
 
+    def _error_of(self, images: Tensor, of: Tensor) -> Tensor:
+        """(n,) `feature_error` of images, as those whose indices (n,) are `of`."""
+        return self.feature_error(images, self.features[of], None if self.counted is None else self.counted[of])
+
     def feature_error(self, images: Tensor, features: Tensor, weights: Tensor | None = None) -> Tensor:
         """(N,) relative squared distance of the images' features to `features` (N, D), at any scale if that is off.
 
@@ -582,8 +585,7 @@ class FeatureInversion(Attack):
             images = torch.tensordot(mixing, images, 1)
 
         def error(chunk: Tensor) -> Tensor:
-            weights = None if self.counted is None else self.counted[chunk]
-            return self.feature_error(images[chunk], self.features[chunk], weights)
+            return self._error_of(images[chunk], chunk)
 
         self.ranks.gather(errors, error, self._chunk, divisible=not self._together)
         if self.unmixing is not None:
@@ -604,18 +606,14 @@ class FeatureInversion(Attack):
     def reconstruction(self) -> Reconstruction:
         images, mixed = self.best.float(), self.unmixing is not None
         alone = not mixed and not self._together and not batch_statistics(self.model)
-        if mixed:
+        if mixed:  # then, as of images that pass together, an error depends on another image as well
             images = torch.tensordot(self.unmixing, images, 1)
-
-        def error(candidates: Tensor, indices: Tensor) -> Tensor:
-            weights = None if self.counted is None else self.counted[indices]
-            return self.feature_error(candidates, self.features[indices], weights)
 
         return Reconstruction(
             images.clamp(0, 1),
             self.labels,
             num_classes=self.observed_rounds[0].observation.num_classes,
-            consistency_error=None if mixed or self._together else error,  # there, it depends on another image as well
+            consistency_error=None if mixed or self._together else self._error_of,
             peers=self.leakage.peers,
             features=self.leakage.features if alone else None,
             seen=self.leakage.seen if alone else None,

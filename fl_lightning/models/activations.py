@@ -8,12 +8,13 @@ from fl_lightning.models.classifier import ImageClassifier, ImageShape
 from fl_lightning.models.head import PROBES
 
 
-def activation_bytes(model: ImageClassifier, image_shape: ImageShape) -> int:
+def activation_bytes(model: ImageClassifier, image_shape: ImageShape, of_images: bool = True) -> int:
     """Bytes that a forward pass keeps of each image for its backward pass; 0 for a model that needs real images.
 
     Args:
         model: on the meta device, where the pass neither computes nor allocates anything.
         image_shape: (C, H, W) of an image.
+        of_images: whether the backward pass is to the images, else to those parameters alone that are not frozen.
     """
     kept: dict[int, int] = {}
     own = {id(parameter) for parameter in model.parameters()}
@@ -24,7 +25,7 @@ def activation_bytes(model: ImageClassifier, image_shape: ImageShape) -> int:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    images = torch.zeros(PROBES, *image_shape, device="meta", requires_grad=True)
+    images = torch.zeros(PROBES, *image_shape, device="meta", requires_grad=of_images)
     try:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             graph = model(images)  # it holds the storages, so that no two have the same address

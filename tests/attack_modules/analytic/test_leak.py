@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attack_modules.analytic.gates import GateRegression, Gates, gates_of_activations
+from attack_modules.analytic.gates import GateRegression, Gates, _Images, _Units, gates_of_activations
 from attack_modules.analytic.head_training import co_members, group_peers, offset_to_match, simulate
 from attack_modules.analytic.leak import leak, leak_rounds
 from attack_modules.analytic.one_layer import head_inputs
@@ -172,7 +172,8 @@ def test_row_space_is_that_of_the_update() -> None:
     torch.testing.assert_close(space.weight @ space.rows.T, weight.double() @ update.T)
     assert not space.rows[7].any()
     directions = space.vectors(torch.eye(len(space.mixing), dtype=torch.float64))[:26]  # 5 and 21
-    torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions), dtype=torch.float64))
+    unit = torch.eye(len(directions), dtype=torch.float64)
+    torch.testing.assert_close(directions @ directions.T, unit, rtol=0, atol=1e-5)  # the last are 4e-6 of the update
 
 
 @pytest.mark.parametrize("true_width", [1e-3, 0.3])
@@ -190,10 +191,33 @@ def test_the_likeliest_width_of_gates_is_sought_in_one_direction(true_width: flo
     regression = GateRegression((true_gates * errors).T @ torch.rand(3, 9).double(), 3)
     found = regression.best(prior, errors, noise)
     assert len(set(tried)) == len(tried)  # each is computed once
-    evidence = {width: regression.posterior(prior(width), errors, noise)[1] for width in tuple(tried)}
+    evidence = {width: regression.evidence(prior(width), errors, noise)[1] for width in tuple(tried)}
     likeliest = max(evidence, key=evidence.__getitem__)
     assert likeliest / true_width == pytest.approx(1, rel=1)
-    torch.testing.assert_close(found.mean, regression.posterior(prior(likeliest), errors, noise)[0].mean)
+    held, _ = regression.evidence(prior(likeliest), errors, noise)
+    torch.testing.assert_close(found.mean, regression.posterior(prior(likeliest), errors, held).mean)
+
+
+def test_gates_are_solved_by_units_as_by_images() -> None:
+    torch.manual_seed(0)
+    regression = GateRegression(torch.rand(40, 30).double() @ torch.rand(30, 50).double(), 30)
+    errors, noise = torch.randn(4, 40).double(), torch.tensor([1e-6, 1e-4, 1e-2, 1e-4]).double()
+    variance = torch.zeros(4, 40).double()
+    variance[:3, 5:13] = 0.1
+    prior = Gates(torch.rand(4, 40).double(), variance)
+    parts = list(regression._solvers(prior, errors, noise))
+    assert {type(solver) for _, solver in parts} == {_Units}
+    root, gated = variance.sqrt() * errors.abs(), prior.mean * errors
+    for part, solver in parts:
+        other = _Images(regression.inside, root[part], regression._outside(gated[part]))
+        some = torch.arange(len(part))[1:]
+        for found, expected in zip(
+            solver.misfit(noise[part][1:], some), other.misfit(noise[part][1:], some), strict=True
+        ):
+            torch.testing.assert_close(found, expected)
+        for found, expected in zip(solver.solution(noise[part]), other.solution(noise[part]), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert torch.equal(regression.posterior(prior, errors, noise).mean[3], prior.mean[3])
 
 
 def test_an_image_without_any_activation_has_no_open_gate() -> None:

@@ -18,17 +18,19 @@ from fl_lightning.models import ClassifierFactory, LeNet5, TorchvisionClassifier
 from fl_lightning.models.activations import activation_bytes
 from fl_lightning.observation import describe_model, on_meta
 
-PROGRAM = 850
+PROGRAM = 640
 """MiB of the program before the work."""
+LIBRARIES = 210
+"""MiB that it had more where these were measured: libraries' code, which is given back now."""
 
 
 @pytest.mark.parametrize(
     ("model", "size", "clients", "each", "measured"),
     [
-        (LeNet5, 128, 5, 16, 1719),
-        (partial(TorchvisionClassifier, name="alexnet"), 64, 3, 2, 2050),
-        (partial(TorchvisionClassifier, name="vgg11"), 32, 3, 8, 3377),
-        (partial(TorchvisionClassifier, name="resnet18"), 64, 3, 2, 1456),
+        (LeNet5, 128, 5, 16, 1380),
+        (partial(TorchvisionClassifier, name="alexnet"), 64, 3, 2, 2050 - LIBRARIES),
+        (partial(TorchvisionClassifier, name="vgg11"), 32, 3, 8, 3377 - LIBRARIES),
+        (partial(TorchvisionClassifier, name="resnet18"), 64, 3, 2, 1456 - LIBRARIES),
     ],
 )
 def test_the_forecast_is_near_what_was_measured(
