@@ -143,7 +143,7 @@ def sparser(
 def zeros_of(space: RowSpace, coordinates: Tensor) -> Tensor:
     """(N,) share of the features, given by coordinates (N, r) in the row space, that are nearly 0."""
     vectors = space.vectors(coordinates)
-    return (_in_units(vectors).abs() < ZERO).double().mean(1)
+    return (_in_units(vectors).abs() < FINER_ZERO).double().mean(1)
 
 
 def _in_units(entries: Tensor) -> Tensor:
