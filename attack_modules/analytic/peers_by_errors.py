@@ -147,14 +147,14 @@ def _sized(images: ShownErrors, peers: Tensor, sizes: Tensor, estimate: Tensor) 
 
 def _moved(images: ShownErrors, peers: Tensor, sizes: Tensor) -> Tensor:
     """(N,) peers, of which none has more to gain by a single change of those (N,) to begin with."""
-    left = _LeftBy(images, sizes)
+    simulated = _Simulated(images, sizes)
     groups = [frozenset((peers == peer).nonzero()[:, 0].tolist()) for peer in peers.unique()]
 
     def take_best(changes: Iterable[tuple[tuple[Group, ...], tuple[Group, ...]]]) -> None:
         """Of groups and those that would stand in their place."""
         changes = [(old, tuple(filter(None, new))) for old, new in changes]
-        left.simulate(group for change in changes for group in (*change[0], *change[1]))
-        gains = [sum(map(left.total, old)) - sum(map(left.total, new)) for old, new in changes]
+        simulated.add(group for change in changes for group in (*change[0], *change[1]))
+        gains = [sum(map(simulated.total, old)) - sum(map(simulated.total, new)) for old, new in changes]
         if gains and max(gains) > LEAST_GAIN:
             old, new = changes[gains.index(max(gains))]
             groups[:] = [group for group in groups if group not in old] + list(new)
@@ -164,8 +164,8 @@ def _moved(images: ShownErrors, peers: Tensor, sizes: Tensor) -> Tensor:
 
     for _ in range(SWEEPS):
         before = list(groups)
-        left.simulate(groups)
-        worst = sorted(range(len(peers)), key=lambda image: -left.of[of(image)][image])
+        simulated.add(groups)
+        worst = sorted(range(len(peers)), key=lambda image: -simulated.left[of(image)][image])
         for image in worst:
             own, alone = of(image), frozenset([image])
             moves = [((own, other), (own - alone, other | alone)) for other in groups if other != own]
@@ -187,24 +187,24 @@ Group = frozenset[int]
 """Images that train together."""
 
 
-class _LeftBy:
-    """What groups of images leave unexplained, each as one peer, with these sizes (N,) of the features.
+class _Simulated:
+    """Groups of images, each as one peer, with these sizes (N,) of the features.
 
     Attributes:
-        of: of groups that were simulated, by image.
+        left: what each leaves unexplained, by image.
     """
 
     def __init__(self, images: ShownErrors, sizes: Tensor) -> None:
         self.images, self.sizes = images, sizes
-        self.of: dict[Group, dict[int, float]] = {}
+        self.left: dict[Group, dict[int, float]] = {}
 
     def total(self, group: Group) -> float:
         """Of all images of a group."""
-        return sum(self.of[group].values())
+        return sum(self.left[group].values())
 
-    def simulate(self, groups: Iterable[Group]) -> None:
-        """Those of the groups that were not yet."""
-        new = [group for group in dict.fromkeys(groups) if group not in self.of]
+    def add(self, groups: Iterable[Group]) -> None:
+        """Simulate those of the groups that were not yet."""
+        new = [group for group in dict.fromkeys(groups) if group not in self.left]
         while new:
             several, count = [], 0
             while new and (not several or count + len(new[-1]) <= AT_ONCE):
@@ -213,4 +213,4 @@ class _LeftBy:
             which = torch.tensor([image for group in several for image in group])
             peers = torch.arange(len(several)).repeat_interleave(torch.tensor([len(group) for group in several]))
             left = iter(self.images.unexplained(peers, self.sizes, which)[0].tolist())
-            self.of.update({group: {image: next(left) for image in group} for group in several})
+            self.left.update({group: {image: next(left) for image in group} for group in several})
