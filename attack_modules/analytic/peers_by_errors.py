@@ -145,6 +145,10 @@ def _sized(images: ShownErrors, peers: Tensor, sizes: Tensor, estimate: Tensor) 
     return TrainedTogether(peers, sizes, images.unexplained(peers, sizes, everyone)[0].sqrt())
 
 
+Group = frozenset[int]
+"""Images that train together."""
+
+
 def _moved(images: ShownErrors, peers: Tensor, sizes: Tensor) -> Tensor:
     """(N,) peers, of which none has more to gain by a single change of those (N,) to begin with."""
     simulated = _Simulated(images, sizes)
@@ -181,10 +185,6 @@ def _moved(images: ShownErrors, peers: Tensor, sizes: Tensor) -> Tensor:
     for number, group in enumerate(groups):
         found[list(group)] = number
     return found
-
-
-Group = frozenset[int]
-"""Images that train together."""
 
 
 class _Simulated:
