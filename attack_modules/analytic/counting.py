@@ -183,6 +183,11 @@ def count_images(
     clear_fall = COMPRESSED_FALL if compressed else CLEAR_FALL
     least = max(held, at_least, 1)
     one, two = (torch.cat([singular[:-k] / singular[k:], torch.ones(k)]) for k in (1, 2))  # entry i: fall at i + 1
+
+    def begins_later(n: int) -> bool:
+        """Whether nearly all of the fall at n is in the second of the two steps."""
+        return n < most and one[n - 1] < min(one[n].item(), max(2.0, one[n].sqrt().item()))
+
     start = least
     if not distinct and least < most and one[least - 1] < STEEP_FALL:
         start += 1
@@ -193,7 +198,8 @@ def count_images(
     if epochs > 1 and rounding:
         edge = max(rounding, key=lambda n: one[n - 1].item())
         fewer = edge // epochs
-        if edge == fewer * epochs and start <= fewer < edge and two[edge - 1] > clear_fall:
+        multiple = edge == fewer * epochs and start <= fewer < edge and not (fewer > held and begins_later(fewer))
+        if multiple and two[edge - 1] > clear_fall:
             before = two[start - 1 : max(edge - 2 * epochs, fewer)]  # the edge itself may extend over some values
             fall = two[fewer - 1]
             if (fall > clear_fall and (fewer == held or fall >= before.quantile(0.95))) or (
@@ -206,8 +212,8 @@ def count_images(
     if rank > before_end > start:  # as rounding ends, too: 8 bits are not seen to be compressed
         earlier = start + int(two[start - 1 : before_end].argmax())
         rank = earlier if two[earlier - 1] > COMPRESSED_FALL else rank
-    if rank != held and rank < most and one[rank - 1] < min(one[rank].item(), max(2.0, one[rank].sqrt().item())):
-        rank += 1  # nearly all of the fall is in the second of the two steps
+    if rank != held and begins_later(rank):
+        rank += 1
     if two[rank - 1] <= clear_fall:
         return least, False, False
     return rank, True, views and rank == edge

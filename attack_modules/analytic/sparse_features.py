@@ -131,7 +131,7 @@ def sparser(
         weight = torch.where(entries < 0, 1.0, size**2 / (size**2 + entries.square()))
         gram = torch.stack([(basis * own) @ basis.T for own in weight])
         diagonal = gram.diagonal(dim1=1, dim2=2)
-        diagonal += 1e-10 * diagonal.sum(1, keepdim=True)
+        diagonal += max(1e-10, torch.finfo(gram.dtype).eps) * diagonal.sum(1, keepdim=True)
         along = kept
         if along is None:
             along = vectors if within is None else vectors @ within.T @ within

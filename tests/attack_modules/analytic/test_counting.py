@@ -119,6 +119,14 @@ def test_count_knows_drifting_features() -> None:
     assert count_images(singular, held=4, epochs=3)[0] == 8
 
 
+def test_a_third_of_the_drifting_rank_is_no_count_where_the_fall_begins_later() -> None:
+    """Four radiographs of a single peer over three steps, whose drift ends in the rounding at 9 by chance."""
+    images = torch.tensor([1.0, 0.051, 0.038, 0.024])
+    drift = torch.tensor([4.6e-4, 6.7e-5, 5e-5, 3.4e-5, 2e-5])
+    singular = torch.cat([images, drift, 1e-7 * 0.99 ** torch.arange(100)])
+    assert count_images(singular, held=2, epochs=3, distinct=False) == (4, True, False)
+
+
 def test_rounding_that_ends_before_the_rank_is_no_image() -> None:
     singular = torch.cat([torch.linspace(3, 1, 16), torch.linspace(0.13, 0.1, 361), torch.full((21,), 0.003)])
     assert count_images(singular, held=9, epochs=1, distinct=False) == (16, True, False)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attack_modules.analytic.row_space import RowSpace
-from attack_modules.analytic.sparse_features import sparsest_features, zeros_of
+from attack_modules.analytic.sparse_features import sparser, sparsest_features, zeros_of
 
 
 def alike(count: int, least: float) -> Tensor:
@@ -36,3 +36,9 @@ def test_features_without_zeros_are_not_found() -> None:
     space = space_of(features)
     assert len(sparsest_features(space, len(features))) == 0
     assert zeros_of(space, space.coordinates(features)).max() < 0.1
+
+
+def test_rows_that_are_alike_to_float32_are_no_singular_matrix() -> None:
+    """As of rounds in which different clients trained, whose equations weigh next to nothing."""
+    basis = torch.ones(2, 3)
+    assert sparser(basis, torch.eye(2), (0.1, 0.01)).isfinite().all()

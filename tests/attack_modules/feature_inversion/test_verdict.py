@@ -106,6 +106,13 @@ def test_what_the_expectation_does_not_see_limits_the_level(changed: dict, level
     assert found.advice
 
 
+@pytest.mark.parametrize(("drift", "level"), [(0.17, Level.UNRELIABLE), (0.05, Level.CERTAIN)])
+def test_images_of_shared_classes_must_explain_several_steps_of_both_layers(drift: float, level: Level) -> None:
+    found = leakage(replace(SURE, residual=0.26, drift=drift), labels=(0, 0, 1))
+    evidence = Evidence(found, found.features, torch.full((3,), 0.01), drifts=True)
+    assert set(judge(evidence, [30.0] * 3, 35.0, MODEL).levels) == {level}
+
+
 def test_scale_batch_statistics_and_shared_classes_limit_the_level() -> None:
     assert set(verdict(leakage(), scale=5.0).levels) == {Level.LIKELY}
     single = nn.Module()
