@@ -469,6 +469,7 @@ def refusal(status: int, command: str, capsys: pytest.CaptureFixture[str]) -> st
         ("--modle X", "There is no setting `--modle`. Did you mean `--model`"),
         ("--trainer.max_step 3", "There is no setting `--trainer.max_step`. Did you mean `--tra"),
         ("--model.lrr 1", "`FeatureInversion` has no setting `model.lrr`. Did you mean `lr`?"),
+        ("fit --model.lr 1 --config demo.yaml", "`--model.lr` stands before the `--config` that names its class."),
         ("--model FeatureInversoin", "`model` is 'FeatureInversoin', but must be a subclass of"),
         ("--federation.model LeNet6", "`federation.model` is 'LeNet6', but must be a subclass of"),
         ("--federation.model ResNet", "`federation.model` is 'ResNet', but must be a subclass of"),

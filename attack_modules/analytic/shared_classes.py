@@ -73,7 +73,8 @@ def read_shared(
     then follow from the errors that each image shows (`trained_together`), which is all that is read. Only where zeros
     tell few images apart, gates are tried as well; from these, simulated training and features follow in turn, and the
     sums tell the peers. Of the iterations, that counts which explains the updates of both layers best (least product of
-    their relative misfits), and of two readings that with more zeros. Images left without features are not returned.
+    their relative misfits), and so of two readings; of one step, that with more zeros.
+    Images left without features are not returned.
 
     Args:
         space: of the first layer's update.
@@ -116,7 +117,9 @@ def read_shared(
         except torch.linalg.LinAlgError:  # simulated training can diverge from a wrong start
             if start is starts[-1] and not readings:
                 raise
-    if len(readings) > 1:
+    if training.steps > 1:  # few images by their zeros against those by gates
+        readings.sort(key=lambda found: -found[1].residual * found[1].drift)
+    else:
         readings.sort(key=lambda found: zeros_of(space, found[1].coordinates).sum().item())
     labels, best = readings[-1]
     order = labels.argsort(stable=True)

@@ -28,11 +28,15 @@ SWEEPS = 40
 """Upper limit; each sweep but the last finds an image or more as a rule."""
 COARSE = tuple(0.3 * 0.03 ** (i / 19) for i in range(20))
 """Size of an entry, in units of the mean positive one, from which it weighs less; falling."""
-FINE = tuple(0.008 * 0.25 ** (i / 7) for i in range(8))
-"""The same from a vector that is nearly an image's. From 0.05 on, an image can end at another that is 0.2 away and has
-more zeros."""
-ZERO = 0.015
-"""Size up to which an entry counts as 0, in the same units. Features that drift over three steps leave up to 0.006."""
+FINE = tuple(0.05 * 0.2 ** (i / 9) for i in range(10))
+"""The same from a vector that is nearly an image's."""
+ZERO = 0.05
+"""Size up to which an entry counts as 0, in the same units."""
+FINER = tuple(0.008 * 0.25 ** (i / 7) for i in range(8))
+"""In place of `FINE` for a head's features: from 0.05 on, an image can end at another that is 0.2 away and has more
+zeros."""
+FINER_ZERO = 0.015
+"""In place of `ZERO` for a head's features, of which drift over three steps leaves 0.006 or less."""
 NEAR_BEST = 0.93
 """Share of the zeros of a sweep's sparsest vector from which a vector is taken. Images differ by 10 %; sums of two have
 60 to 80 % of an image's zeros."""
@@ -53,15 +57,17 @@ def sparsest_features(space: RowSpace, num_images: int, further: int = 0) -> Ten
         further: directions beyond the first N that may hold a part of the images, as by the images' common drift.
     """
     inside = torch.linalg.svd(space.rows, full_matrices=False).Vh[: num_images + further]
-    return sparsest_rows(space.vectors(inside), num_images) @ inside
+    return sparsest_rows(space.vectors(inside), num_images, FINER, FINER_ZERO) @ inside
 
 
-def sparsest_rows(basis: Tensor, num_images: int) -> Tensor:
+def sparsest_rows(basis: Tensor, num_images: int, fine: Sequence[float] = FINE, zero: float = ZERO) -> Tensor:
     """Unit coordinates (n, M) of the `n <= N` images' vectors in a basis (M, D) of a space that holds them.
 
     Args:
         basis: of vectors that are not negative and of which many entries are 0, and maybe of others, `M >= N`.
         num_images: N.
+        fine: sizes of entries from which they weigh less, of vectors that are nearly an image's; falling.
+        zero: size up to which an entry counts as 0.
     """
     basis = basis[:, :: max(basis.shape[1] // COLUMNS, 1)]
     size = basis.norm(dim=0)
@@ -71,7 +77,7 @@ def sparsest_rows(basis: Tensor, num_images: int) -> Tensor:
     with Progress(disable=rank_zero_only.rank > 0) as progress:
         task = progress.add_task("Sparse features", total=num_images)
         for _ in range(SWEEPS):
-            new = _sweep(basis, found, num_images, generator)
+            new = _sweep(basis, found, num_images, generator, fine, zero)
             found = torch.cat([found, new])
             progress.update(task, completed=len(found))
             if len(found) == num_images or not len(found):
@@ -79,7 +85,9 @@ def sparsest_rows(basis: Tensor, num_images: int) -> Tensor:
     return found
 
 
-def _sweep(basis: Tensor, found: Tensor, num_images: int, generator: torch.Generator) -> Tensor:
+def _sweep(
+    basis: Tensor, found: Tensor, num_images: int, generator: torch.Generator, fine: Sequence[float], zero: float
+) -> Tensor:
     """(k, M) unit vectors of further images, in coordinates of a `basis` (M, D), beyond those of `found` (n, M)."""
     whole = torch.eye(len(basis)).to(basis)
     others = torch.linalg.svd(found, full_matrices=True).Vh[len(found) :] if len(found) else whole
@@ -90,12 +98,12 @@ def _sweep(basis: Tensor, found: Tensor, num_images: int, generator: torch.Gener
         alike = torch.randint(len(found), (STARTS // 2,), generator=generator)
         start = torch.cat([kept[: STARTS - len(alike)], found[alike]])
     vectors = sparser(basis, start, COARSE, kept)
-    vectors = sparser(basis, vectors, FINE, within=others)
-    free = sparser(basis, vectors, FINE)  # more exact, but may end at one that was found
+    vectors = sparser(basis, vectors, fine, within=others)
+    free = sparser(basis, vectors, fine)  # more exact, but may end at one that was found
     vectors = torch.where((free @ others.T).norm(dim=1, keepdim=True) > APART, free, vectors)
     entries = vectors @ basis
     negative = entries.clamp_max(0).norm(dim=1) / entries.norm(dim=1)
-    zeros = (_in_units(entries).abs() < ZERO).double().mean(1)
+    zeros = (_in_units(entries).abs() < zero).double().mean(1)
     fit = ((vectors @ others.T).norm(dim=1) > APART) & (negative < NEGATIVE) & (zeros > LEAST_ZEROS)
     taken = found
     for i in zeros.argsort(descending=True).tolist():
@@ -135,7 +143,7 @@ def sparser(
 def zeros_of(space: RowSpace, coordinates: Tensor) -> Tensor:
     """(N,) share of the features, given by coordinates (N, r) in the row space, that are nearly 0."""
     vectors = space.vectors(coordinates)
-    return (_in_units(vectors).abs() < ZERO).double().mean(1)
+    return (_in_units(vectors).abs() < FINER_ZERO).double().mean(1)
 
 
 def _in_units(entries: Tensor) -> Tensor:

@@ -119,6 +119,8 @@ class _Refusal:
         if not self.owner:
             return f"There is no setting `{key}`{place}.{_nearest(name, self.settings) or f' {self.help}'}"
         accepted = list(settings_of(parser_of(self.owner)))
+        if not accepted and self.given.is_early(key):
+            return f"`--{key}` stands before the `--config` that names its class. Write `--config FILE` first."
         nearest = _nearest(name, [*accepted, "init_args"]) or f" It has {any_of(accepted[:12], 'and') or 'none'}."
         return f"`{_last(self.owner)}` has no setting `{key}`{place}.{nearest}"
 

@@ -46,6 +46,11 @@ class Given:
             return ""
         return "".join(f" in '{name}'" for name in [name for name, keys in self.files.items() if key in keys][-1:])
 
+    def is_early(self, key: str) -> bool:
+        """Whether a setting stands on the command line before a configuration."""
+        options = [argument.split("=")[0] for argument in self.arguments]
+        return f"--{key}" in options and any(o in ("--config", "-c") for o in options[options.index(f"--{key}") :])
+
 
 def settings_in(name: str) -> dict[str, Any]:
     """The settings of a configuration, nested as in YAML.
