@@ -1,12 +1,14 @@
 """Peers and sizes of features from the errors that images show, on random heads."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from attack_modules.analytic.drifting_peers import coupling_of
 from attack_modules.analytic.head_training import simulate
-from attack_modules.analytic.peers_by_errors import ShownErrors, trained_together
+from attack_modules.analytic.peers_by_errors import SIZE_RANGE, ShownErrors, TrainedTogether, trained_together
 
 PEERS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
 HIDDEN, RATE = 300, 0.01
@@ -43,3 +45,16 @@ def test_noise_shows_as_uncertainty() -> None:
     assert torch.equal(found.peers, PEERS)
     assert 0.02 < found.uncertainty.min() < found.uncertainty.max() < 0.2
     assert (found.sizes / size - 1).abs().max() < found.uncertainty.max()
+
+
+def test_sizes_stay_near_their_first_estimate() -> None:
+    images, size = shown_errors()
+    shown = images.shown.clone()
+    shown[4] *= 5
+    found = trained_together(replace(images, shown=shown), size)
+    assert found.sizes[4] / size[4] <= SIZE_RANGE
+
+
+def test_no_image_is_more_certain_than_half_of_what_the_median_one_leaves() -> None:
+    left = torch.tensor([0.1, 0.2, 0.4])
+    torch.testing.assert_close(TrainedTogether(left.long(), left, left).uncertainty, torch.tensor([0.1, 0.1, 0.2]))
