@@ -24,7 +24,7 @@ from attack_modules.threat_model.assumptions import Assumptions
 from attack_modules.threat_model.observed import GivenRounds, ObservedRound, RoundsSummary
 from attack_modules.threat_model.plausibility import doubts, refuse_impossible
 from attack_modules.threat_model.requirements import FittingClassWeights, Requirement, RequirementError, check
-from fl_lightning.allocation import LARGE, release_freed_memory
+from fl_lightning.allocation import has_large, release_freed_memory
 from fl_lightning.client import Tensors, quiet, silent_trainer
 from fl_lightning.errors import AuditError, SettingError
 from fl_lightning.memory import exceeds_memory
@@ -393,7 +393,7 @@ class Attack(LightningModule, ABC):
 
     def update_of(self, observed: ObservedRound) -> Tensors:
         """The update that is attacked: the peers' alone, or the aggregate including the attacker's own."""
-        if any(tensor.nbytes >= LARGE for tensor in observed.observation.before.values()):
+        if has_large(observed.observation.before.values()):
             release_freed_memory()  # three models are read for it
         return observed.peers_update() if self.subtract_own else observed.aggregated_update()
 

@@ -21,6 +21,11 @@ LARGE = 2**26
 """Bytes of a tensor from which on memory is worth more than the time that saving it takes."""
 
 
+def has_large(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of the tensors is so large that saving memory is worth the time."""
+    return any(tensor.nbytes >= LARGE for tensor in tensors)
+
+
 def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks in this process instead of returning them to the kernel.
 

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from fl_lightning.allocation import LARGE, release_freed_memory, release_pages
+from fl_lightning.allocation import has_large, release_freed_memory, release_pages
 from fl_lightning.data import ImageSet
 from fl_lightning.defenses import ClientDefense, defenses_of, describe_defenses, memory_of, occasions
 from fl_lightning.defenses.defense import Occasion
@@ -189,7 +189,7 @@ def local_update(task: ClientTask, training: LocalTraining, accelerator: str = "
         training: the settings of the optimiser.
         accelerator: where Lightning trains (`cpu`, `gpu`, `auto`).
     """
-    large = any(weight.nbytes >= LARGE for weight in task.model.parameters())
+    large = has_large(task.model.parameters())
     if large:
         release_freed_memory()  # new tensors do not fit between what is left of the last client's
     model = copy.deepcopy(task.model)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
 
 from fl_lightning.aggregation import aggregate, server_step
-from fl_lightning.allocation import LARGE
+from fl_lightning.allocation import has_large
 from fl_lightning.client import ClientTask, ClientUpdate, LocalTraining, Tensors, parameters, trained_parameters
 from fl_lightning.data import FederatedData
 from fl_lightning.defenses import (
@@ -333,7 +333,7 @@ class Federation:
             for round_ in range(start, self.rounds):
                 receivers, training = takes_part.receivers(round_), takes_part.training(round_)
                 self.engine.announce(model, round_, [client for client in receivers if client not in training])
-                if in_file := any(weight.nbytes >= LARGE for weight in model.parameters()):
+                if in_file := has_large(model.parameters()):
                     mapped = in_a_file(model.state_dict(), record.directory / "global_model.safetensors")
                     model.load_state_dict(mapped, assign=True)
                     del mapped

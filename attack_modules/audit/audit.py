@@ -146,7 +146,7 @@ def audit(
         except AuditError as second:
             print(f"The report could not be written: {second}", flush=True)
         raise
-    if budget is not None and (later := sum(not (cell.folder(out) / "cell.json").exists() for cell in cells)):
+    if budget is not None and (later := len(_open(cells, out))):
         print(f"The budget of {budget} leaves {counted(later, 'run')} for later: the same command goes on.", flush=True)
     return report()
 
@@ -217,9 +217,14 @@ def _checked(cells: Sequence[Cell], check: Check) -> dict[tuple[str, str], Mappi
     return parsed
 
 
+def _open(cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """Those that have not ended."""
+    return [cell for cell in cells if not (cell.folder(out) / "cell.json").exists()]
+
+
 def _plan(study: Study, cells: Sequence[Cell], forecast: Forecast, out: Path, workers: int) -> str:
     """What will be run, and how long it may take."""
-    open_ = [cell for cell in cells if not (cell.folder(out) / "cell.json").exists()]
+    open_ = _open(cells, out)
     times = [forecast.seconds(cell) for cell in open_]
     known = [seconds for seconds in times if seconds is not None]
     megabytes, measured = forecast.memory()

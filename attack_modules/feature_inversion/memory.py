@@ -7,7 +7,7 @@ from torch import nn
 from attack_modules.analytic.row_space import CHUNK, LEADING, WIDE
 from attack_modules.feature_inversion.controls import ERRORS
 from attack_modules.threat_model.observed import RoundsSummary
-from fl_lightning.allocation import LARGE
+from fl_lightning.allocation import has_large
 from fl_lightning.client import trained_parameters
 from fl_lightning.models.activations import activation_bytes
 
@@ -42,6 +42,6 @@ def peak_bytes(rounds: RoundsSummary, images: int, chunk: int) -> int:
     kept = images * SINGLE * (COPIES * pixels + TARGETS * width)
     passing = 2 * passes * activation_bytes(model, rounds.image_shape)  # and their gradients
     again = count * (whole + trained)  # the verdict looks at the update once more
-    large = any(tensor.nbytes >= LARGE for tensor in model.parameters())  # before which freed memory is returned
+    large = has_large(model.parameters())  # before which freed memory is returned
     ending = count * whole + kept + (max(passing, again) if large else passing + again)
     return max(updating, reading, ending)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_lightning import client, federation, storage
+from fl_lightning import allocation, storage
 from fl_lightning.allocation import MAPPED_LIBRARY, SMAPS, release_freed_memory, release_libraries, release_pages
 from fl_lightning.data import FederatedData
 from fl_lightning.federation import Federation
@@ -65,8 +65,7 @@ def test_a_large_model_is_trained_as_a_small_one(
     data = noise_images(num_clients=2, images_per_client=2, image_size=16)
     for name in ("small", "large"):
         Federation(rounds=2, seed=1).run(data, tmp_path / name)
-        monkeypatch.setattr(client, "LARGE", 1)
-        monkeypatch.setattr(federation, "LARGE", 1)
+        monkeypatch.setattr(allocation, "LARGE", 1)
     small, large = (Record(tmp_path / name).observation(1).with_suffix(".safetensors") for name in ("small", "large"))
     assert small.read_bytes() == large.read_bytes()
     assert not list(tmp_path.rglob("*model*"))
