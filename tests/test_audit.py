@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+from torch import nn
 
 import cli
 from attack_modules.audit.study import Cell
@@ -30,6 +31,10 @@ defences:
   - {name: none}
   - {name: mini-batches, settings: {federation.client.batch_size: 1}}
 """
+
+
+def make(classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, classes))
 
 
 @pytest.fixture
@@ -98,6 +103,23 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(study: Path, more: list[str
     assert words in str(error.value)
     assert len(str(error.value)) <= 400
     assert not Path("found").exists()
+
+
+def test_what_a_run_would_refuse_before_its_work_is_told_before_any_is_run(
+    study: Path, capsys: pytest.CaptureFixture
+) -> None:
+    many = ["audit", "--config", str(study), "--out", "found", "--seeds", "[0, 1]"]
+    with pytest.raises(AuditError, match=r"^All runs would be refused. new model / none / seed 0: .* 100 classes"):
+        main([*many, "--federation.model", "WrappedClassifier", "--federation.model.module", f"{__name__}.make"])
+    assert not Path("found").exists()
+    main([*many, "--defences", "[{name: none}, {name: too many, settings: {federation.client.batch_size: 0}}]"])
+    said = capsys.readouterr().out
+    plan = said[: said.index("Time: ")]
+    assert [plan.count(f"Refused, and not run: new model / {name} / seed ") for name in ("none", "too many")] == [0, 2]
+    assert "2 of 4 runs have a result." in said
+    records = [json.loads(path.read_text()) for path in sorted(Path("found").glob("cells/*too-many*/cell.json"))]
+    assert [record["status"] for record in records] == ["failed", "failed"]
+    assert "batch_size" in records[0]["sentence"]
 
 
 @pytest.mark.slow
