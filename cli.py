@@ -7,6 +7,10 @@ import sys
 if __name__ == "__main__":  # until all is imported, Ctrl-C ends the program without a word
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+# PyTorch reads it while it is imported. Threads that spin while they wait make a small step on two cores of a busy
+# machine take nine times as long (`tests/benchmarks/README.md`).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from argparse import ArgumentError
 from functools import partial
 from pathlib import Path
