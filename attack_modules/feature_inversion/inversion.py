@@ -19,8 +19,8 @@ from attack_modules.feature_inversion.batch_statistics import BatchStatistics
 from attack_modules.feature_inversion.controls import (
     ERRORS,
     control_images,
-    expected_psnr,
     gain_of_contrast,
+    known_images,
     mean_colour_psnr,
     mean_psnr,
 )
@@ -672,14 +672,15 @@ class FeatureInversion(Attack):
 
         flat, gain = mean_colour_psnr(controls[:each]), -math.inf
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
-            errors = [*evidence.errors.tolist(), 0.0]
-            *psnr, best = expected_psnr(errors, self.features.clone(), self.model, invert, controls)
+            returned = known_images(self.features.clone(), self.model, invert, controls)
+            *psnr, best = returned.psnr_at([*evidence.errors.tolist(), 0.0])
+            usual = torch.tensor(returned.misfit_at(evidence.leaked_errors.tolist()))
             if known is None and best - flat < LEAST_GAIN[Level.NOT_READ]:
                 gain = gain_of_contrast(self.best.float().cpu(), self.model, invert, flat)
         if self.unmixing is not None:  # as if the images that are added up were wrong independently
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
-        verdict = judge(evidence, psnr, best, self.model, flat, gain)
+        verdict = judge(evidence, psnr, best, self.model, flat, gain, usual)
         if self.shown:
             verdict = self.shown.limited(verdict, misfit, controls[0].numel())
         update, read = self.update_of(observed), self.leakage.defended is not None
