@@ -149,6 +149,22 @@ def test_decoded_images_are_kept_where_known_ones_are_not_improved(
     assert attack(FeatureInversion(decoder=decoder), exact, steps=30).inverts
 
 
+def test_the_verdict_takes_what_is_forecast(observe: Observe, attack: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many passes of images, and no second look at the update, which no number of steps would count."""
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
+    module = attack(FeatureInversion(), seen, steps=6)
+    passed, losses = [], module._losses
+
+    def counted(images: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        passed.append(len(images))
+        return losses(images, *rest)
+
+    monkeypatch.setattr(module, "_losses", counted)
+    monkeypatch.setattr(Attack, "update_of", None)
+    module.verdict(module.misfit(module.best, module.labels))
+    assert sum(passed) / len(module.images) == pytest.approx(module.steps_of_verdict, rel=0.2)
+
+
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="chunk_size >= 1"):
         FeatureInversion(chunk_size=0)
