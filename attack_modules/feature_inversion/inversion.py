@@ -1,6 +1,7 @@
 """Feature inversion: features from the closed form, then each image on its own from its features."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -71,6 +72,8 @@ MOST_NOISE = 3.0
 """Relative noise beyond which features tell nothing."""
 TRIED = 4
 """Known photographs on which it is tried whether inversion improves what a learned decoder makes of them."""
+TIMED = 2
+"""Steps of the control images by which the time of the verdict is told."""
 CPU_CHUNK = 16
 """Images that pass through the model at once on a CPU, which more would not keep busier."""
 RESIMULATIONS = 2
@@ -648,14 +651,17 @@ class FeatureInversion(Attack):
         features = self._embedded(known)
         return self._distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
 
-    @property
-    def steps_of_verdict(self) -> float:
-        """Control images take as many steps as the attack's own; they are fewer, or more.
+    def seconds_of_verdict(self) -> float:
+        """By the first steps of the control images: they are fewer than the attack's own, or more.
 
         Those of another contrast count half, since only the others' end tells whether they are needed.
         """
-        more = STRETCHED / 2 if self._known_photographs is None else 0
-        return self.trainer.max_steps * (len(self.controls) + more) / len(self.images)
+        features, began = self._embedded(self.controls), time.perf_counter()
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+            self.invert(features.clone(), TIMED)
+        more = 0 if self._known_photographs is not None else STRETCHED / 2
+        share = self.trainer.max_steps / TIMED if self.inverts else 1
+        return (time.perf_counter() - began) * share * (1 + more / len(self.controls))
 
     @property
     def _known_photographs(self) -> Tensor | None:

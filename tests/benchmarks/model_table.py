@@ -72,7 +72,8 @@ class Setting:
         lr: of the peers' SGD in the observed round.
         observed: which round that is.
         rounds: of training on CIFAR-10; 0 for a model that is not trained here.
-        images: of each of four clients in that.
+        clients: who train.
+        images: of each of them.
         training: its rate.
         optimizer: its optimiser.
     """
@@ -83,6 +84,7 @@ class Setting:
     lr: float = 0.003
     observed: int = 0
     rounds: int = 0
+    clients: int = 4
     images: int = 500
     training: float = 0.02
     optimizer: Literal["SGD", "Adam"] = "SGD"
@@ -111,8 +113,12 @@ SETTINGS = {
     ),
     "resnet34": Setting(torchvisions("resnet34"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
     "resnet50": Setting(torchvisions("resnet50"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
-    "alexnet": Setting(torchvisions("alexnet"), with_maps, 40, rounds=7, training=0.0002, optimizer="Adam"),
-    "vgg11": Setting(torchvisions("vgg11"), with_maps, 100, rounds=3, images=100, training=0.0001, optimizer="Adam"),
+    "alexnet": Setting(
+        torchvisions("alexnet"), with_maps, 40, rounds=10, clients=2, images=1000, training=0.0003, optimizer="Adam"
+    ),
+    "vgg11": Setting(
+        torchvisions("vgg11"), with_maps, 100, rounds=4, clients=2, images=800, training=0.0001, optimizer="Adam"
+    ),
     "efficientnet_lite0": Setting(EfficientNetLite0, FeatureInversion, 60, 0.0002),
     "mobilenet_v3_small": Setting(torchvisions("mobilenet_v3_small"), with_maps, 60, 0.01),
     "convnext_tiny": Setting(torchvisions("convnext_tiny"), with_maps, 60),
@@ -290,7 +296,12 @@ def train(given: Namespace) -> None:
             continue
         began = time.process_time()
         data = CIFAR10(
-            root=given.root, num_clients=4, images_per_client=setting.images, image_size=64, partition=IID(), seed=0
+            root=given.root,
+            num_clients=setting.clients,
+            images_per_client=setting.images,
+            image_size=64,
+            partition=IID(),
+            seed=0,
         )
         data.setup()
         chosen = torch.randperm(len(data.test_set), generator=torch.Generator().manual_seed(0))[:SHOWN]
