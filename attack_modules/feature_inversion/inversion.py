@@ -656,9 +656,11 @@ class FeatureInversion(Attack):
 
         Those of another contrast count half, since only the others' end tells whether they are needed.
         """
-        features, began = self._embedded(self.controls), time.perf_counter()
+        features = self._embedded(self.controls).clone()
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
-            self.invert(features.clone(), TIMED)
+            self.invert(features, 1)  # which warms up
+            began = time.perf_counter()
+            self.invert(features, TIMED)
         more = 0 if self._known_photographs is not None else STRETCHED / 2
         share = self.trainer.max_steps / TIMED if self.inverts else 1
         return (time.perf_counter() - began) * share * (1 + more / len(self.controls))
