@@ -114,7 +114,7 @@ SETTINGS = {
     "resnet34": Setting(torchvisions("resnet34"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
     "resnet50": Setting(torchvisions("resnet50"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
     "alexnet": Setting(
-        torchvisions("alexnet"), with_maps, 40, rounds=10, clients=2, images=1000, training=0.0003, optimizer="Adam"
+        torchvisions("alexnet"), with_maps, 40, rounds=6, clients=2, images=1000, training=0.0002, optimizer="Adam"
     ),
     "vgg11": Setting(
         torchvisions("vgg11"), with_maps, 100, rounds=4, clients=2, images=800, training=0.0001, optimizer="Adam"
@@ -289,10 +289,10 @@ def show(given: Namespace) -> None:
 
 
 def train(given: Namespace) -> None:
-    """Write the weights that are lacking."""
+    """Write the weights that are lacking, or train those that exist further."""
     for name in given.models:
         setting, path = SETTINGS[name], given.weights / f"{name}.pt"
-        if path.exists() or not setting.rounds:
+        if not setting.rounds or path.exists() != given.further:
             continue
         began = time.process_time()
         data = CIFAR10(
@@ -311,7 +311,13 @@ def train(given: Namespace) -> None:
         client = LocalTraining(
             lr=setting.training, local_epochs=1, batch_size=32, momentum=momentum, optimizer=setting.optimizer
         )
-        federation = Federation(model=setting.model, client=client, rounds=setting.rounds, seed=0)
+        federation = Federation(
+            model=setting.model,
+            client=client,
+            rounds=setting.rounds,
+            seed=int(given.further),  # batches in another order
+            initial_weights=path if given.further else None,
+        )
         with tempfile.TemporaryDirectory() as folder:
             federation.run(data, Path(folder))
             state = load_checkpoint(Record(Path(folder)).checkpoint)["model"]
@@ -332,6 +338,7 @@ if __name__ == "__main__":
     training, attacking = kinds.add_parser("train"), kinds.add_parser("attack")
     training.add_argument("root", type=Path, help="CIFAR-10")
     training.add_argument("weights", type=Path, help="a folder that exists")
+    training.add_argument("--further", action="store_true", help="as many rounds more, from the weights that exist")
     training.set_defaults(run=train)
     attacking.add_argument("root", type=Path, help="the images")
     attacking.add_argument("table", type=Path, help="a .csv file, to which the rows are appended that it lacks")
