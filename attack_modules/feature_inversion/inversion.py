@@ -1,6 +1,7 @@
 """Feature inversion: features from the closed form, then each image on its own from its features."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from attack_modules.analytic.defended_head import Expected
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
 from attack_modules.analytic.row_space import space_bytes
-from attack_modules.analytic.suspicion import qualified
+from attack_modules.analytic.suspicion import qualified, suspected_defenses
 from attack_modules.attack import Attack, Level, Reconstruction, Verdict
 from attack_modules.feature_inversion.batch_statistics import BatchStatistics
 from attack_modules.feature_inversion.controls import (
     ERRORS,
+    STRETCHED,
     control_images,
     gain_of_contrast,
     known_images,
@@ -70,6 +72,8 @@ MOST_NOISE = 3.0
 """Relative noise beyond which features tell nothing."""
 TRIED = 4
 """Known photographs on which it is tried whether inversion improves what a learned decoder makes of them."""
+TIMED = 2
+"""Steps of the control images by which the time of the verdict is told."""
 CPU_CHUNK = 16
 """Images that pass through the model at once on a CPU, which more would not keep busier."""
 RESIMULATIONS = 2
@@ -217,6 +221,8 @@ class FeatureInversion(Attack):
             [observed.observation.round for observed in seen],
         )
         self._warn_of_mixed_images(model)
+        read = self.leakage.defended is not None
+        self.suspected = suspected_defenses(updates[0], seen[0].observation.before, assumptions, read)
         half_way = model_half_way([observed.observation for observed in seen], updates, self.steps)
         half_way = soften(self._known_better(half_way, updates[0]))
         self.embedder = (for_speed(half_way, device),)  # a tuple, so that it is no submodule
@@ -259,6 +265,11 @@ class FeatureInversion(Attack):
             self.guidance.start(self.images.detach())
         self.inverts = True
         self.inverts = self._inversion_pays()
+        known = self._known_photographs
+        if known is not None:  # the same ones at each error
+            self.controls = known.repeat(len(ERRORS), 1, 1, 1)
+        else:
+            self.controls = control_images(len(ERRORS), shape)
 
     def _known_better(self, model: ImageClassifier, update: Tensors) -> ImageClassifier:
         """The model under BatchNorm's statistics, and up to a map that replaces the features, as far as asked for."""
@@ -640,12 +651,19 @@ class FeatureInversion(Attack):
         features = self._embedded(known)
         return self._distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
 
-    @property
-    def steps_of_verdict(self) -> float:
-        """Control images take as many steps as the attack's own; they are fewer, or more."""
-        known = self._known_photographs
-        each = 1 if known is None else len(known)
-        return self.trainer.max_steps * each * len(ERRORS) / len(self.images)
+    def seconds_of_verdict(self) -> float:
+        """By the first steps of the control images: they are fewer than the attack's own, or more.
+
+        Those of another contrast count half, since only the others' end tells whether they are needed.
+        """
+        features = self._embedded(self.controls).clone()
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+            self.invert(features, 1)  # which warms up
+            began = time.perf_counter()
+            self.invert(features, TIMED)
+        more = 0 if self._known_photographs is not None else STRETCHED / 2
+        share = self.trainer.max_steps / TIMED if self.inverts else 1
+        return (time.perf_counter() - began) * share * (1 + more / len(self.controls))
 
     @property
     def _known_photographs(self) -> Tensor | None:
@@ -657,12 +675,8 @@ class FeatureInversion(Attack):
         leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())
         misfit = (misfit.cpu() - self._usual_misfit()).clamp_min(0)
         evidence = Evidence(leakage, self.features.cpu(), misfit, self._drifts, self.scale)
-        observed, steps = self.observed_rounds[0], max(self.steps_taken, 1)
-        known = self._known_photographs
-        if known is not None:  # the same ones at each error
-            controls, each = known.repeat(len(ERRORS), 1, 1, 1), len(known)
-        else:
-            controls, each = control_images(len(ERRORS), observed.observation.image_shape), 1
+        steps = max(self.steps_taken, 1)
+        controls, each = self.controls, len(self.controls) // len(ERRORS)
         noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device).repeat_interleave(each)
         seen = None if self.seen is None else self.seen[torch.arange(len(controls)) % len(self.seen)]
 
@@ -675,7 +689,7 @@ class FeatureInversion(Attack):
             returned = known_images(self.features.clone(), self.model, invert, controls)
             *psnr, best = returned.psnr_at([*evidence.errors.tolist(), 0.0])
             usual = torch.tensor(returned.misfit_at(evidence.leaked_errors.tolist()))
-            if known is None and best - flat < LEAST_GAIN[Level.NOT_READ]:
+            if self._known_photographs is None and best - flat < LEAST_GAIN[Level.NOT_READ]:
                 gain = gain_of_contrast(self.best.float().cpu(), self.model, invert, flat)
         if self.unmixing is not None:  # as if the images that are added up were wrong independently
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
@@ -683,9 +697,7 @@ class FeatureInversion(Attack):
         verdict = judge(evidence, psnr, best, self.model, flat, gain, usual)
         if self.shown:
             verdict = self.shown.limited(verdict, misfit, controls[0].numel())
-        update, read = self.update_of(observed), self.leakage.defended is not None
-        unmixed = self.unmixing is not None
-        return qualified(verdict, update, observed.observation.before, observed.assumptions, read, unmixed)
+        return qualified(verdict, self.suspected, self.observed_rounds[0].assumptions, self.unmixing is not None)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)

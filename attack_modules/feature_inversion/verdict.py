@@ -219,9 +219,10 @@ def _limits(evidence: Evidence, model: nn.Module) -> tuple[Level, list[str], lis
             f"If the peers augment their images, give `knowledge.num_images: {found.held}`.",
         )
     elif not found.counted:
+        held = "1 class is" if found.held == 1 else f"{found.held} classes are"
         limit(
             Level.LIKELY,
-            f"the number of images cannot be read: the singular values do not fall, and {found.held} classes are held",
+            f"the number of images cannot be read: the singular values do not fall, and {held} held",
             "Give the number of images as `knowledge.num_images`.",
         )
     if not found.checked:

@@ -149,6 +149,25 @@ def test_decoded_images_are_kept_where_known_ones_are_not_improved(
     assert attack(FeatureInversion(decoder=decoder), exact, steps=30).inverts
 
 
+def test_the_verdict_takes_what_is_forecast(observe: Observe, attack: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second look at the update, and the time of the first steps, which are as many images' as all others."""
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
+    module = attack(FeatureInversion(), seen, steps=10)
+    passed, losses = [], module._losses
+
+    def counted(images: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        passed.append(len(images))
+        return losses(images, *rest)
+
+    monkeypatch.setattr(module, "_losses", counted)
+    monkeypatch.setattr(Attack, "update_of", None)
+    monkeypatch.setattr("attack_modules.feature_inversion.inversion.time.perf_counter", lambda: sum(passed))
+    said = module.seconds_of_verdict()
+    passed.clear()
+    module.verdict(module.misfit(module.best, module.labels))
+    assert sum(passed) == pytest.approx(said, rel=0.2)
+
+
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="chunk_size >= 1"):
         FeatureInversion(chunk_size=0)

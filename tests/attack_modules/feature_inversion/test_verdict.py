@@ -90,7 +90,8 @@ def test_level_follows_the_expected_psnr(psnr: float, level: Level) -> None:
 @pytest.mark.parametrize(
     ("changed", "level", "words"),
     [
-        ({"counted": False}, Level.LIKELY, "cannot be read"),
+        ({"counted": False}, Level.LIKELY, "cannot be read: the singular values do not fall, and 3 classes are held"),
+        ({"counted": False, "held": 1}, Level.LIKELY, "and 1 class is held"),
         ({"shown": 5}, Level.UNRELIABLE, "3 images told, but the update shows 5"),
         ({"views": True}, Level.UNRELIABLE, "augmented"),
         ({"residual": 0.7}, Level.UNRELIABLE, "70% of the head's update are unexplained"),
