@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -62,6 +63,9 @@ FINAL_RATE = 0.02
 """Share of the learning rate that is left at the last step."""
 FALL = 2.7
 """Power of the share of steps done, to which the logarithm of the rate falls in proportion."""
+IN_FLOAT32 = 0.25
+"""Share of the steps, the last ones, that are computed in float32 in a run of mixed precision too: its rounding is what
+then limits the images."""
 PRIOR_OF_NOISE = 1.0
 """Weight of P beside E at the last step, over the relative noise of the features. Measured: 0.7 and 1.5 are as good."""
 EARLY = 4.0
@@ -372,7 +376,9 @@ class FeatureInversion(Attack):
         if self.guidance and self.guidance.denoises_at(self.global_step):
             self.guidance.denoise(self.images, self.ranks, self._chunk)
         scored = torch.empty(len(self.images), 2, device=self.device)
-        self.ranks.gather(scored, self._descend, self._chunk, divisible=not self._together)
+        last = self.global_step >= (1 - IN_FLOAT32) * self.trainer.max_steps
+        with torch.autocast(self.device.type, enabled=False) if last else nullcontext():
+            self.ranks.gather(scored, self._descend, self._chunk, divisible=not self._together)
         errors, losses = scored.unbind(1)
         self.join_gradients(self.images)
         self._remember(errors, losses)
@@ -422,7 +428,8 @@ class FeatureInversion(Attack):
         if noise is not None:
             final = (PRIOR_OF_NOISE * noise).clamp_min(self.prior_limit[1])
             limit = (final * EARLY ** (1 - step / max(steps - 1, 1))).clamp_min(limit)
-        prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
+        with torch.autocast(images.device.type, enabled=False):  # differences of neighbouring pixels are small
+            prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
         scale = error.detach() + ERROR_FLOOR
         tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to divide by
         weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=limit)

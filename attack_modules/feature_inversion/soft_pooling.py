@@ -56,7 +56,7 @@ class _SoftPooling(torch.autograd.Function):
         maps, outputs = ctx.saved_tensors
         reach = (ctx.softness * _spread(outputs) + torch.finfo(torch.float32).tiny).to(maps.dtype)
         padded, inside = _padded(maps, ctx.layer, -torch.inf)
-        found = torch.zeros_like(padded)
+        found = torch.empty_like(padded) if _divides(ctx.layer, padded) else torch.zeros_like(padded)
         at_once = 1 if maps.device.type == "cpu" else len(maps)  # one image's maps stay in a processor's cache
         tensors = (padded, outputs, gradient, reach, found)
         for part in zip(*(tensor.split(at_once) for tensor in tensors), strict=True):
@@ -68,15 +68,16 @@ def _distribute(
     maps: Tensor, outputs: Tensor, gradient: Tensor, reach: Tensor, found: Tensor, layer: nn.MaxPool2d
 ) -> None:
     """Add to `found` (N, C, H, W) the shares of the gradient (N, C, h, w) that the padded `maps` have."""
-    above = [torch.sub(part, outputs).clamp_min_(-reach) for part in _windows(maps, outputs, layer)]
+    lowest = -reach
+    above = [torch.sub(part, outputs).clamp_min_(lowest) for part in _windows(maps, outputs, layer)]
     total = len(above) * reach + above[0]  # of the shares, which are `above + reach`
     for part in above[1:]:
         total.add_(part)
     slope = torch.div(gradient, total, out=total)
     least = reach * slope
-    disjoint = _pair(layer.kernel_size) == _pair(layer.stride)
+    disjoint = _divides(layer, maps)
     for share, part in zip(above, _windows(found, outputs, layer), strict=True):
-        if disjoint:
+        if disjoint:  # one pass over the memory instead of three
             torch.addcmul(least, share, slope, out=part)
         else:
             part.add_(share.mul_(slope).add_(least))
@@ -108,6 +109,12 @@ def softened(model: ImageClassifier, softness: float) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.softness = 0.0
+
+
+def _divides(layer: nn.MaxPool2d, padded: Tensor) -> bool:
+    """Whether each input of padded maps (N, C, H, W) is in exactly one window."""
+    kernel = _pair(layer.kernel_size)
+    return kernel == _pair(layer.stride) and all(n % k == 0 for n, k in zip(padded.shape[2:], kernel, strict=True))
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -56,6 +56,26 @@ def test_images_do_not_feel_each_other_and_chunks_do_not_matter(observe: Observe
     torch.testing.assert_close(whole.images, chunked.images, rtol=1e-3, atol=1e-3)
 
 
+def test_the_last_quarter_of_a_run_in_mixed_precision_and_its_priors_are_in_float32(
+    observe: Observe, attack: Run
+) -> None:
+    seen, mixed, of_prior = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE), [], []
+
+    class Noting(TotalVariation):
+        def __call__(self, images: Tensor) -> Tensor:
+            of_prior.append(torch.is_autocast_enabled("cpu"))
+            return super().__call__(images)
+
+    class Watched(FeatureInversion):
+        def feature_error(self, *arguments: Tensor) -> Tensor:
+            mixed.append(torch.is_autocast_enabled("cpu"))
+            return super().feature_error(*arguments)
+
+    attack(Watched(priors=[Noting(1.0)]), seen, steps=8, precision="bf16-mixed")
+    assert mixed[:8] == [True] * 6 + [False] * 2
+    assert not any(of_prior)
+
+
 def test_priors_count_by_their_relative_change_up_to_a_limit(observe: Observe, attack: Run) -> None:
     seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
 
