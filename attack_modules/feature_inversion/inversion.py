@@ -31,12 +31,13 @@ from attack_modules.feature_inversion.drift import SimulatedRound, full_batches,
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
 from attack_modules.feature_inversion.learned_decoder import LearnedDecoder, PhotographDecoder
 from attack_modules.feature_inversion.memory import peak_bytes
+from attack_modules.feature_inversion.objective import Objective
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
-from attack_modules.feature_inversion.soft_pooling import soften, softened
+from attack_modules.feature_inversion.soft_pooling import soften
 from attack_modules.feature_inversion.verdict import DRIFTING, LEAST_GAIN, Evidence, judge
-from attack_modules.priors import ChromaTotalVariation, Prior, annealed
+from attack_modules.priors import ChromaTotalVariation, Prior
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
@@ -48,17 +49,6 @@ from fl_lightning.errors import SettingError, counted, non_negative, positive
 from fl_lightning.models import ImageClassifier
 from fl_lightning.models.freezing import batch_statistics
 
-ERROR_FLOOR = 1e-10
-"""Added to the feature error E before its logarithm: float32 resolves no less."""
-LEAST_SIZE = 1e-10
-"""Least squared norm of features: an image without any has a large error, but a finite one."""
-PRIOR_FLOOR = 1 / 255
-"""Added to the prior P before its logarithm: a total variation of one grey level. Without it, flat images would win."""
-EXPLAINS = 0.1
-"""Share of a grey image's E below which an iterate's P counts in its rank, where the start is grey. Those above show
-too little of the features, and would win by being flat."""
-UNEXPLAINED = 1e3
-"""Added to the rank of those: more than any logarithm of E and P."""
 FINAL_RATE = 0.02
 """Share of the learning rate that is left at the last step."""
 FALL = 2.7
@@ -66,10 +56,6 @@ FALL = 2.7
 IN_FLOAT32 = 0.25
 """Share of the steps, the last ones, that are computed in float32 in a run of mixed precision too: its rounding is what
 then limits the images."""
-PRIOR_OF_NOISE = 1.0
-"""Weight of P beside E at the last step, over the relative noise of the features. Measured: 0.7 and 1.5 are as good."""
-EARLY = 4.0
-"""Factor of that weight at the first step."""
 MOST_NOISE = 3.0
 """Relative noise beyond which features tell nothing."""
 TRIED = 4
@@ -312,6 +298,12 @@ class FeatureInversion(Attack):
         return mean_psnr(found, known) > mean_psnr(start(features), known)
 
     @property
+    def objective(self) -> Objective:
+        """What the images minimise."""
+        weights = self.priors, self.balance, self.prior_limit
+        return Objective(self.model, *weights, self.softness, self.scale, self.grey)
+
+    @property
     def _chunk(self) -> int:
         """Images that pass through the model at once; `Ranks.gather` takes fewer where memory does not suffice."""
         if self._together:
@@ -402,43 +394,12 @@ class FeatureInversion(Attack):
             images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
             noise, weights = (None if of is None else of[chunk] for of in (self.noise, self.counted))
             features, steps = self.features[chunk], self.trainer.max_steps
-            loss, scored = self._losses(images, features, self.global_step, steps, noise, weights)
+            loss, scored = self.objective.losses(images, features, self.global_step, steps, noise, weights)
             if self.guidance:
                 loss = loss + self.guidance.penalty(images, chunk)
             self.back_propagate(loss.sum(), images)  # a sum: the images are independent
         self.images.grad[chunk] = images.grad
         return scored
-
-    def _losses(
-        self, images: Tensor, features: Tensor, step: int, steps: int, noise: Tensor | None, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(n,) losses to descend on for images (n, C, H, W), and (n, 2) as of `_descend`.
-
-        Args:
-            images: of which the features are sought.
-            features: (n, D) that they should have.
-            step: of the optimisation, in which the weight of P falls.
-            steps: of all.
-            noise: (n,) relative size of the noise in `features`, in proportion to which P weighs; None without.
-            weights: (n, D) see `feature_error`.
-        """
-        with softened(self.model, annealed(self.softness, step, steps)):
-            error = self.feature_error(images, features, weights)
-        limit = annealed(self.prior_limit, step, steps)
-        if noise is not None:
-            final = (PRIOR_OF_NOISE * noise).clamp_min(self.prior_limit[1])
-            limit = (final * EARLY ** (1 - step / max(steps - 1, 1))).clamp_min(limit)
-        with torch.autocast(images.device.type, enabled=False):  # differences of neighbouring pixels are small
-            prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
-        scale = error.detach() + ERROR_FLOOR
-        tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to divide by
-        weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=limit)
-        loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
-        rank = scale.log() + self.balance * (prior + PRIOR_FLOOR).log() if noise is None else error + final * prior
-        if noise is None and self.grey is not None:
-            grey = self._distance(self.grey.expand_as(features), features, weights)
-            rank = torch.where(error < EXPLAINS * grey, rank, UNEXPLAINED + scale.log())
-        return loss, torch.stack([error, rank], 1).detach()
 
     def invert(self, features: Tensor, steps: int, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """(K, C, H, W) images from features (K, D), as in so many training steps without simulations and guidance.
@@ -446,7 +407,7 @@ class FeatureInversion(Attack):
         Args:
             features: of K images.
             steps: of the optimisation.
-            noise: (K,) relative size of the noise in the features, see `_losses`.
+            noise: (K,) relative size of the noise in the features, see `Objective`.
             seen: (K, D) which of the features count; None for all.
         """
         images = self._start(features, seen).requires_grad_()
@@ -456,7 +417,7 @@ class FeatureInversion(Attack):
         optimizer, scheduler = self._adam(images, steps)
         for step in range(steps):
             optimizer.zero_grad()
-            loss, scored = self._losses(
+            loss, scored = self.objective.losses(
                 images.contiguous(memory_format=torch.channels_last), features, step, steps, noise, seen
             )
             loss.sum().backward(inputs=[images])
@@ -567,21 +528,8 @@ class FeatureInversion(Attack):
         return self.feature_error(images, self.features[of], None if self.counted is None else self.counted[of])
 
     def feature_error(self, images: Tensor, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """(N,) relative squared distance of the images' features to `features` (N, D), at any scale if that is off.
-
-        Squares of features count as much as their `weights` (N, D) in [0, 1]; None for 1.
-        """
-        return self._distance(self.model.embed(images), features, weights)
-
-    def _distance(self, shown: Tensor, features: Tensor, weights: Tensor | None) -> Tensor:
-        """(N,) the same of the features (N, D) that images have."""
-        if weights is not None:
-            root = weights.sqrt()
-            shown, features = shown * root, features * root
-        if self.scale != 1:
-            fitting = (shown * features).sum(1) / shown.square().sum(1).clamp_min(LEAST_SIZE)
-            shown = shown * fitting.detach()[:, None]
-        return (shown - features).square().sum(1) / features.square().sum(1).clamp_min(LEAST_SIZE)
+        """(N,) E of images, see `Objective.error`."""
+        return self.objective.error(images, features, weights)
 
     @torch.no_grad()
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -645,7 +593,7 @@ class FeatureInversion(Attack):
             return 0.0
         known = self._starter[0].known
         features = self._embedded(known)
-        return self._distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
+        return self.objective.distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
 
     @property
     def steps_of_verdict(self) -> float:

@@ -68,19 +68,17 @@ def _distribute(
     maps: Tensor, outputs: Tensor, gradient: Tensor, reach: Tensor, found: Tensor, layer: nn.MaxPool2d
 ) -> None:
     """Add to `found` (N, C, H, W) the shares of the gradient (N, C, h, w) that the padded `maps` have."""
-    lowest = -reach
-    above = [torch.sub(part, outputs).clamp_min_(lowest) for part in _windows(maps, outputs, layer)]
-    total = len(above) * reach + above[0]  # of the shares, which are `above + reach`
-    for part in above[1:]:
-        total.add_(part)
+    shares = [torch.sub(part, outputs).add_(reach).clamp_min_(0) for part in _windows(maps, outputs, layer)]
+    total = shares[0].clone()
+    for share in shares[1:]:
+        total.add_(share)
     slope = torch.div(gradient, total, out=total)
-    least = reach * slope
     disjoint = _divides(layer, maps)
-    for share, part in zip(above, _windows(found, outputs, layer), strict=True):
-        if disjoint:  # one pass over the memory instead of three
-            torch.addcmul(least, share, slope, out=part)
+    for share, part in zip(shares, _windows(found, outputs, layer), strict=True):
+        if disjoint:  # one pass over the memory instead of two
+            torch.mul(share, slope, out=part)
         else:
-            part.add_(share.mul_(slope).add_(least))
+            part.addcmul_(share, slope)
 
 
 def _spread(outputs: Tensor) -> Tensor:
