@@ -29,6 +29,7 @@ from attack_modules.feature_inversion.convolutions import Convolutions
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
+from attack_modules.feature_inversion.introduction import of_closed_form, of_defence, of_start
 from attack_modules.feature_inversion.learned_decoder import LearnedDecoder, PhotographDecoder
 from attack_modules.feature_inversion.memory import peak_bytes
 from attack_modules.feature_inversion.objective import Objective
@@ -45,7 +46,7 @@ from attack_modules.simulation.low_rank import LowRank
 from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.requirements import LinearHead, ReadableDropout, Requirement, TrainedHead
 from fl_lightning.client import Tensors
-from fl_lightning.errors import SettingError, counted, non_negative, positive
+from fl_lightning.errors import SettingError, non_negative, positive
 from fl_lightning.models import ImageClassifier
 from fl_lightning.models.freezing import batch_statistics
 
@@ -65,7 +66,7 @@ CPU_CHUNK = 16
 RESIMULATIONS = 2
 """Default number of simulations of the peers' training without a refinement."""
 
-REFINE = "\nThe local training changes the model much (see the drift): configs/refined.yaml would give better images."
+REFINE = "The local training changes the model much (see the drift): configs/refined.yaml would give better images."
 
 FORMER_KEYS = {
     "sought": "refinement.target_features",
@@ -647,56 +648,16 @@ class FeatureInversion(Attack):
         checkpoint["state_dict"] = {FORMER_KEYS.get(name, name): tensor for name, tensor in state.items()}
 
     def introduction(self) -> str:
-        found, assumptions = self.leakage.diagnosis, self.observed_rounds[0].assumptions
-        several = len(self.observed_rounds) > 1
-        subject = f"updates of {len(self.observed_rounds)} rounds hold" if several else "update holds"
-        match self._starter[0]:
-            case None:
-                start = "grey images, since the features are not a map"
-            case FeatureDecoder():
-                start = "linearly decoded images"
-            case learned:
-                start = f"images decoded by regression of photographs on {learned.numbers:,} distinct features"
-                start += "" if self.inverts else ", which are kept, since held-out ones are not improved by inversion"
         distinct = len(self.labels.unique()) > len(self.labels) / 2  # images that share their class are not refined
-        refinable = not self.refinement and assumptions.in_full_batches and distinct
+        refinable = not self.refinement and self.observed_rounds[0].assumptions.in_full_batches and distinct
         components = self.rounds, self.refinement, self.guidance, self.shown
-        parts = [part.introduction() for part in components if part]
-        return (
-            f"Closed form: the head's {subject} {counted(found.num_images, 'image')}, {found.disentangled} disentangled"
-            f", of {counted(len(self.leakage.peers.unique()), 'peer')}; labels {assumptions.sources['labels']}. "
-            f"Singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "
-            f"{found.conditioning:.3g}, drift {found.drift:.2%}, outside {found.outside:.2%}."
-            f"{self._dropout_introduction()}\n"
+        start = of_start(self._starter[0], self.inverts)
+        lines = [
+            of_closed_form(self.leakage, self.observed_rounds),
             f"Feature inversion: {self.images[0].numel():,} pixels an image from {self.features.shape[1]:,} features, "
-            f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}."
-            + self._defense_introduction()
-            + "".join(f"\n{part}" for part in parts if part)
-            + (REFINE if found.drift > DRIFTING and refinable else "")
-        )
-
-    def _dropout_introduction(self) -> str:
-        """How many features there are to be seen, in a sentence; empty if all are."""
-        return "" if self.seen is None else f" Dropout left {self.seen.double().mean():.0%} of the features to be seen."
-
-    def _defense_introduction(self) -> str:
-        """How a known defence is read, in one line; empty without."""
-        if self.leakage.defended is None:
-            return ""
-        reading = self.leakage.defended.reading
-        if self.shown:
-            return f"\nKnown defence or optimiser: the head's first layer is read by {type(reading).__name__}, once."
-        again = f", and once more at {reading.resolves} steps with the images found so far" if reading.resolves else ""
-        line = (
-            f"\nKnown defence or optimiser: the head's first layer is read by {type(reading).__name__}{again}. It "
-            f"leaves the features off by {self.leakage.uncertainty.median():.1%}"
-        )
-        if self.leakage.noisy:
-            line += ", in proportion to which the prior weighs"
-        if (mixing := self.leakage.mixing) is not None:
-            alone, amplified = int((mixing.diagonal() == 1).sum()), self.unmixing.norm(dim=1).median()
-            line += (
-                f". Of {len(mixing)} images {len(mixing) - alone} were mixed with another; unmixing amplifies errors "
-                f"{amplified:.2g} times"
-            )
-        return f"{line}."
+            f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}.",
+            of_defence(self.leakage, once=self.shown is not None),
+            *(part.introduction() for part in components if part),
+            REFINE if self.leakage.diagnosis.drift > DRIFTING and refinable else "",
+        ]
+        return "\n".join(filter(None, lines))
