@@ -54,21 +54,24 @@ class _SoftPooling(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         maps, outputs = ctx.saved_tensors
-        reach = (ctx.softness * _spread(outputs) + torch.finfo(torch.float32).tiny).to(maps.dtype)
+        fall = ((ctx.softness * _spread(outputs)).to(maps.dtype) + torch.finfo(maps.dtype).tiny).reciprocal()
         padded, inside = _padded(maps, ctx.layer, -torch.inf)
         found = torch.empty_like(padded) if _divides(ctx.layer, padded) else torch.zeros_like(padded)
         at_once = 1 if maps.device.type == "cpu" else len(maps)  # one image's maps stay in a processor's cache
-        tensors = (padded, outputs, gradient, reach, found)
+        tensors = (padded, outputs, gradient, fall, found)
         for part in zip(*(tensor.split(at_once) for tensor in tensors), strict=True):
             _distribute(*part, ctx.layer)
         return found[inside], None, None
 
 
 def _distribute(
-    maps: Tensor, outputs: Tensor, gradient: Tensor, reach: Tensor, found: Tensor, layer: nn.MaxPool2d
+    maps: Tensor, outputs: Tensor, gradient: Tensor, fall: Tensor, found: Tensor, layer: nn.MaxPool2d
 ) -> None:
-    """Add to `found` (N, C, H, W) the shares of the gradient (N, C, h, w) that the padded `maps` have."""
-    shares = [torch.sub(part, outputs).add_(reach).clamp_min_(0) for part in _windows(maps, outputs, layer)]
+    """Add to `found` (N, C, H, W) the shares of the gradient (N, C, h, w) that the padded `maps` have.
+
+    A share is 1 at the maximum, and less by `fall` (N, 1, 1, 1) for each unit below.
+    """
+    shares = [torch.sub(part, outputs).mul_(fall).add_(1).clamp_min_(0) for part in _windows(maps, outputs, layer)]
     total = shares[0].clone()
     for share in shares[1:]:
         total.add_(share)
@@ -82,8 +85,8 @@ def _distribute(
 
 
 def _spread(outputs: Tensor) -> Tensor:
-    """(N, 1, 1, 1) float32 standard deviations of maps (N, C, h, w); `Tensor.std` takes ten times as long."""
-    among = {"dim": (1, 2, 3), "keepdim": True, "dtype": torch.float32}
+    """(N, 1, 1, 1) standard deviations of maps (N, C, h, w), at least in float32; `std` takes ten times as long."""
+    among = {"dim": (1, 2, 3), "keepdim": True, "dtype": torch.promote_types(outputs.dtype, torch.float32)}
     squares = torch.linalg.vector_norm(outputs, **among).square() / outputs[0].numel()
     return (squares - outputs.mean(**among).square()).clamp_min_(0).sqrt_()
 
