@@ -92,7 +92,8 @@ class FeatureInversion(Attack):
     E falls by four orders of magnitude, further for some images and models than for others, and a weight of P that
     suits the start over-regularises late iterations. So each image minimises `log E + balance * log P`: both terms
     count by their relative changes throughout. Where E stays high because no image has these features, P would
-    dominate: its weight beside E, `balance * E / P`, is limited by `prior_limit`, which falls.
+    dominate: its weight beside E, `balance * E / P`, is limited by `prior_limit`, which falls. In a run of mixed
+    precision P is computed in float32, and so is the whole of the last quarter of the steps.
 
     Features leak as their mean over the peers' local steps, which is nearly their value under the model half way. The
     remaining difference is simulated a few times from the current images, peer by peer (`simulate_peers`).
