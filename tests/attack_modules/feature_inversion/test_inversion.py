@@ -56,6 +56,26 @@ def test_images_do_not_feel_each_other_and_chunks_do_not_matter(observe: Observe
     torch.testing.assert_close(whole.images, chunked.images, rtol=1e-3, atol=1e-3)
 
 
+def test_the_last_quarter_of_a_run_in_mixed_precision_and_its_priors_are_in_float32(
+    observe: Observe, attack: Run
+) -> None:
+    seen, mixed, of_prior = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE), [], []
+
+    class Noting(TotalVariation):
+        def __call__(self, images: Tensor) -> Tensor:
+            of_prior.append(torch.is_autocast_enabled("cpu"))
+            return super().__call__(images)
+
+    class Watched(FeatureInversion):
+        def _descend(self, chunk: Tensor) -> Tensor:
+            mixed.append(torch.is_autocast_enabled("cpu"))
+            return super()._descend(chunk)
+
+    attack(Watched(priors=[Noting(1.0)]), seen, steps=8, precision="bf16-mixed")
+    assert mixed == [True] * 6 + [False] * 2
+    assert not any(of_prior)
+
+
 def test_priors_count_by_their_relative_change_up_to_a_limit(observe: Observe, attack: Run) -> None:
     seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
 
@@ -120,10 +140,10 @@ def test_an_iterate_that_shows_the_features_ranks_before_a_flat_one(
     features = 1.05 * module.model.embed(images[:1]).expand(2, -1)
 
     def ranks() -> Tensor:
-        return module._losses(images, features, 0, 1, None, None)[1][:, 1]
+        return module.objective.losses(images, features, 0, 1, None, None)[1][:, 1]
 
     assert ranks()[0] < ranks()[1]
-    monkeypatch.setattr("attack_modules.feature_inversion.inversion.EXPLAINS", 2.0)  # as if grey explained them
+    monkeypatch.setattr("attack_modules.feature_inversion.objective.EXPLAINS", 2.0)  # as if grey explained them
     assert ranks()[0] > ranks()[1]
 
 
