@@ -65,11 +65,9 @@ def binary_gates(
         floor = (rounding * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()).clamp_min(resolved)
         open_ = (chance * (1 - chance) * errors.square()) @ column_space.share / max(excess, 1)
         ladder = floor[:, None] * (open_ / floor).clamp_min(1)[:, None] ** torch.linspace(1, 0, LEVELS + 1).to(rows)
+        images = zip(errors, logit, zip(start, known, strict=True), ladder, strict=True)
         settled = torch.stack(
-            [
-                GateSearch(column_space, errors[image], logit[image]).settle([start[image], known[image]], ladder[image])
-                for image in range(num_images)
-            ]
+            [GateSearch(column_space, own, odds).settle(starts, falling) for own, odds, starts, falling in images]
         )
         features = torch.linalg.lstsq((settled * errors).T, rows, driver="gelsd").solution
         if gates is not None and torch.equal(gates, settled):
