@@ -14,6 +14,7 @@ from attack_modules.feature_inversion.controls import mean_psnr
 from attack_modules.feature_inversion.dead_leaves import dead_leaves
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.learned_decoder import LearnedDecoder
+from attack_modules.feature_inversion.objective import Objective
 from attack_modules.priors import TotalVariation
 from attack_modules.threat_model.knowledge import Knowledge
 from fl_lightning.client import LocalTraining
@@ -173,13 +174,13 @@ def test_the_verdict_takes_what_is_forecast(observe: Observe, attack: Run, monke
     """No second look at the update, and the time of the first steps, which are as many images' as all others."""
     seen = observe(Federation(client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
     module = attack(FeatureInversion(), seen, steps=10)
-    passed, losses = [], module._losses
+    passed, losses = [], Objective.losses
 
-    def counted(images: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    def counted(self: Objective, images: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
         passed.append(len(images))
-        return losses(images, *rest)
+        return losses(self, images, *rest)
 
-    monkeypatch.setattr(module, "_losses", counted)
+    monkeypatch.setattr(Objective, "losses", counted)
     monkeypatch.setattr(Attack, "update_of", None)
     monkeypatch.setattr("attack_modules.feature_inversion.inversion.time.perf_counter", lambda: sum(passed))
     said = module.seconds_of_verdict()
