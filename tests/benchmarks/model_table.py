@@ -12,7 +12,7 @@ first but of transformers, whose last layer begins at 0: there the second.
 Nothing is told but the rates, the steps and that batches are full, and, for CIFAR-10, whose ten classes do not tell it
 under a head of one layer, the number of images. It appends the rows that the table lacks, so that it
 can be stopped and called again. `show` prints the table of notebooks/results.md, a line for all seeds. `train` makes
-WEIGHTS/<model>.pt by federated training on CIFAR-10's training images.
+WEIGHTS/<model>.pt by federated training on CIFAR-10's training images, and trains those there further (`--further`).
 """
 
 import csv
