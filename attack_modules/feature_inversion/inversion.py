@@ -495,7 +495,8 @@ class FeatureInversion(Attack):
         def target(chunk: Tensor) -> Tensor:
             return drift[chunk] + self.model.embed(self.best[chunk].contiguous(memory_format=torch.channels_last))
 
-        self.ranks.gather(self.features, target, self._chunk)
+        with torch.autocast(self.device.type, enabled=False):  # as the simulation, of which a difference is taken
+            self.ranks.gather(self.features, target, self._chunk)
         self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
         if not self.inverts:
             self.images.copy_(self._start(self.features, self.seen))
