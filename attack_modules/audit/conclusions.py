@@ -425,10 +425,10 @@ class Conclusions:
         if not missing:
             return []
         failed = [reading for reading in missing if reading.status != "not run"]
+        after = ", with `--retry` for what failed, after mending its cause" if failed else ""
         return [
             Action(
-                "Finish the study: run the same command again, with `--retry` for what failed, after mending its "
-                "cause.",
+                f"Finish the study: run the same command again{after}.",
                 f"{counted(len(failed), 'run')} failed or cannot be read, {len(missing) - len(failed)} not run.",
             )
         ]

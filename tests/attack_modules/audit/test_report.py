@@ -172,6 +172,14 @@ def test_what_may_name_a_file_is_left_out_of_a_command(tmp_path: Path, monkeypat
     ]  # fmt: skip
 
 
+def test_what_is_left_of_a_study_needs_no_retry(study: Study, fake: Callable, tmp_path: Path) -> None:
+    run(study, fake, tmp_path)
+    (study.cells()[-1].folder(tmp_path) / "cell.json").unlink()
+    run(study, fake, tmp_path, report_only=True)
+    actions = [action["what"] for action in json.loads((tmp_path / "report.json").read_text())["actions"]]
+    assert [what for what in actions if "Finish" in what] == ["Finish the study: run the same command again."]
+
+
 def test_what_has_no_result_is_said_and_nothing_is_concluded_from_it(
     study: Study, fake: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +203,7 @@ def test_what_has_no_result_is_said_and_nothing_is_concluded_from_it(
     content = json.loads((out / "report.json").read_text())
     assert "001.png" in json.dumps(content["failures"])
     assert "`model.lr` is <b>, but" in json.dumps(content["failures"])
+    assert "with `--retry` for what failed" in json.dumps(content["actions"])
     begun = "6 of 12 runs have no result" in said
     assert begun or "7 of 12 runs have no result" in said
     assert begun != ("The budget of 0.001s leaves 1 run for later" in capsys.readouterr().out)
