@@ -27,6 +27,7 @@ from fl_lightning.engines import Engine, InProcess
 from fl_lightning.errors import SettingError, counted, positive
 from fl_lightning.models import ClassifierFactory, ImageClassifier, LeNet5, Trainable
 from fl_lightning.models.activations import activation_bytes
+from fl_lightning.models.classifier import refuse_tied_parameters
 from fl_lightning.models.freezing import batch_statistics, freeze, frozen_names
 from fl_lightning.observation import Observation, describe_model, on_meta
 from fl_lightning.participation import Participation, listed
@@ -182,8 +183,8 @@ class Federation:
 
         Raises:
             SettingError: a round cannot be observed, there is one class only, `trainable` names no parameter, class
-                weights are not as many as classes, all clients collude, the model's normalisation is of other
-                channels, or its BatchNorm breaks a guarantee of privacy.
+                weights are not as many as classes, all clients collude, the model has tied parameters or a
+                normalisation of other channels, or its BatchNorm breaks a guarantee of privacy.
             MissingFile: there are no `initial_weights`.
         """
         data.setup()
@@ -224,7 +225,8 @@ class Federation:
         }
 
     def _refuse_unfit_model(self, model: ImageClassifier, channels: int) -> None:
-        """Refuse a model for images of other channels, or whose statistics are sent beside a guarantee of privacy."""
+        """Refuse a model of tied parameters, for other channels, or with statistics beside a guarantee of privacy."""
+        refuse_tied_parameters(model, type(model).__name__)
         for name, values in (("mean", model.mean), ("std", model.std)):
             if values.numel() not in (1, channels):  # PyTorch would repeat the one channel of a greyscale image
                 raise SettingError(

@@ -112,6 +112,25 @@ class ImageClassifier(nn.Module, HyperparametersMixin):
         return (images - self.mean) / self.std
 
 
+def refuse_tied_parameters(model: nn.Module, shown: str) -> None:
+    """Refuse a model that has one parameter under several names.
+
+    Args:
+        model: whose parameters are looked at.
+        shown: what the sentence calls it.
+
+    Raises:
+        SettingError: it has; it names two.
+    """
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (other := names.setdefault(parameter, name)) != name:
+            raise SettingError(
+                f"{shown} has one parameter as {other} and {name}, but parameters are aggregated by name, which would "
+                "make two of it. Give each module a parameter of its own."
+            )
+
+
 ClassifierFactory = Callable[[int, ImageShape], ImageClassifier]
 """Callable `(num_classes, image_shape) -> model`; in YAML, a `class_path` with the remaining `init_args`."""
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from fl_lightning.errors import SettingError, in_short
-from fl_lightning.models.classifier import Arguments, ImageClassifier, ImageShape
+from fl_lightning.models.classifier import Arguments, ImageClassifier, ImageShape, refuse_tied_parameters
 from fl_lightning.models.head import PROBES, HeadSpec, Trunk
 from fl_lightning.state_files import fitted, read_state
 
@@ -76,13 +76,7 @@ class WrappedClassifier(ImageClassifier):
                 "module's `arguments` that make so many, or other data (`data.num_classes`)."
             )
         self.features = Trunk(_made(module, arguments), self.spec.layers[0])
-        names: dict[nn.Parameter, str] = {}
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            if (other := names.setdefault(parameter, name)) != name:
-                raise SettingError(
-                    f"{_shown(module)} has one parameter as {other} and {name}, but parameters are aggregated by name, "
-                    "which would make two of it. Give each module a parameter of its own."
-                )
+        refuse_tied_parameters(self, _shown(module))
         self.register_state_dict_post_hook(_with_own_names)
         self.register_load_state_dict_pre_hook(_with_names_within)
         if weights is not None and not self.mean.is_meta:

@@ -17,7 +17,7 @@ from fl_lightning.data import FederatedData, ImageFolder, Photographs
 from fl_lightning.engines import InProcess
 from fl_lightning.errors import SettingError
 from fl_lightning.federation import Federation, Kept
-from fl_lightning.models import ImageClassifier, LeNet5
+from fl_lightning.models import ImageClassifier, ImageShape, LeNet5
 from fl_lightning.observation import Observation
 from fl_lightning.record import Record, RecordError, fingerprint
 from fl_lightning.seats import CuriousServer
@@ -242,6 +242,18 @@ def test_accuracy_reaches_tensorboard(tmp_path: Path) -> None:
     losses = [event.value for event in events.Scalars("train_loss")]
     assert [event.step for event in events.Scalars("train_accuracy")] == [1, 2, 3, 4]
     assert losses == sorted(losses, reverse=True)
+
+
+class Tied(LeNet5):
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__(num_classes, image_shape)
+        self.features.again = self.head[0]
+
+
+def test_tied_parameters_are_refused(noise_images: type[FederatedData]) -> None:
+    data = noise_images(num_clients=2, images_per_client=1, image_size=16)
+    with pytest.raises(SettingError, match="Tied has one parameter as features.again.weight and head.0.weight"):
+        Federation(Tied).settings(data)
 
 
 def test_a_normalisation_of_other_channels_is_refused(noise_images: type[FederatedData]) -> None:
