@@ -252,7 +252,7 @@ class Tied(LeNet5):
 
 def test_tied_parameters_are_refused(noise_images: type[FederatedData]) -> None:
     data = noise_images(num_clients=2, images_per_client=1, image_size=16)
-    with pytest.raises(SettingError, match="Tied has one parameter as features.again.weight and head.0.weight"):
+    with pytest.raises(SettingError, match=r"Tied has one parameter as features\.again\.weight and head\.0\.weight"):
         Federation(Tied).settings(data)
 
 
