@@ -1,5 +1,6 @@
 """Image priors: regularisation terms that are added to an attack's loss."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -92,7 +93,7 @@ class _TotalVariation(torch.autograd.Function):
         found = torch.zeros_like(images)
         for dim in (2, 3):
             signs = images.diff(dim=dim).sign_()
-            signs.mul_((slope / signs[0, 0].numel())[..., None, None])
+            signs.mul_((slope / math.prod(signs.shape[2:]))[..., None, None])
             found.narrow(dim, 1, signs.shape[dim]).add_(signs)
             found.narrow(dim, 0, signs.shape[dim]).sub_(signs)
         return found

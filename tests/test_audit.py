@@ -120,6 +120,11 @@ def test_what_a_run_would_refuse_before_its_work_is_told_before_any_is_run(
     records = [json.loads(path.read_text()) for path in sorted(Path("found").glob("cells/*too-many*/cell.json"))]
     assert [record["status"] for record in records] == ["failed", "failed"]
     assert "batch_size" in records[0]["sentence"]
+    next(Path("found").glob("cells/*too-many*/cell.json")).unlink()  # as if it was stopped before the last run
+    main([*many, "--defences", "[{name: none}, {name: too many, settings: {federation.client.batch_size: 0}}]"])
+    said = capsys.readouterr().out
+    assert "3 of which have ended" in said
+    assert "2 of 4 runs have a result." in said
 
 
 @pytest.mark.slow

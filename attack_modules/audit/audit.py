@@ -106,6 +106,8 @@ def audit(
     cells = study.cells()
     parsed = _checked(cells, check)
     refused, memory = ({}, None) if report_only else _tried(_open(cells, out), out, trial)
+    if len(refused) == len(cells):
+        raise SettingError(f"All runs would be refused. {cells[0].title}: {refused[cells[0].name]}")
     forecast = Forecast(out, cells, {cell.name: Work.of(parsed[_kind(cell)]) for cell in cells}, memory)
     print(_plan(study, cells, refused, forecast, out, workers), flush=True)
     if find_spec("jinja2") is None:
@@ -239,9 +241,6 @@ def _tried(cells: Sequence[Cell], out: Path, trial: Trial) -> tuple[dict[str, st
     Returns:
         The refused cells' names with the reason, and the bytes that one of the others takes at most beside the program
         (None if that is not known of any).
-
-    Raises:
-        SettingError: all are refused, so there is nothing to run.
     """
     refused: dict[str, str] = {}
     accepted, known = set(), []
@@ -253,8 +252,6 @@ def _tried(cells: Sequence[Cell], out: Path, trial: Trial) -> tuple[dict[str, st
             accepted.add(_kind(cell))
         except AuditError as error:
             refused[cell.name] = str(error)
-    if cells and not accepted:
-        raise SettingError(f"All runs would be refused. {cells[0].title}: {refused[cells[0].name]}")
     return refused, max(filter(None, known), default=None)
 
 

@@ -50,7 +50,11 @@ class KnownImages:
 
 @torch.no_grad()
 def known_images(
-    features: Tensor, model: ImageClassifier, invert: Callable[[Tensor], Tensor], controls: Tensor
+    features: Tensor,
+    model: ImageClassifier,
+    invert: Callable[[Tensor], Tensor],
+    error: Callable[[Tensor, Tensor], Tensor],
+    controls: Tensor,
 ) -> KnownImages:
     """What errors in their features do to known images, which tells what they do to the found ones.
 
@@ -62,6 +66,7 @@ def known_images(
         features: (N, D) leaked.
         model: whose features they are.
         invert: (K, D) features -> (K, C, H, W) images, as the attack reconstructs them.
+        error: (K, C, H, W) images and (K, D) features -> (K,) relative squared distance, as the attack measures it.
         controls: (K, C, H, W), as many for each of `ERRORS`, in their order.
     """
     controls = controls.to(model.mean)
@@ -79,7 +84,7 @@ def known_images(
     with torch.enable_grad():
         found = invert(given)
     psnr = -10 * (found - controls).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
-    misfit = (model.embed(found) - given).norm(dim=1) / given.norm(dim=1)
+    misfit = error(found, given).sqrt()
     psnr, misfit = (of.unflatten(0, (len(ERRORS), each)).mean(1) for of in (psnr, misfit))
     # a larger error is never better; single images scatter
     return KnownImages(psnr.cummin(0).values.tolist(), misfit.cummax(0).values.tolist())

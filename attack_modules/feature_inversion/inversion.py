@@ -642,9 +642,12 @@ class FeatureInversion(Attack):
             of = (None if part is None else part[: len(features)] for part in (noise, seen))
             return self.invert(features, steps, *of)
 
+        def error(images: Tensor, features: Tensor) -> Tensor:
+            return self.feature_error(images, features, seen)
+
         flat, gain = mean_colour_psnr(controls[:each]), -math.inf
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
-            returned = known_images(self.features.clone(), self.model, invert, controls)
+            returned = known_images(self.features.clone(), self.model, invert, error, controls)
             *psnr, best = returned.psnr_at([*evidence.errors.tolist(), 0.0])
             usual = torch.tensor(returned.misfit_at(evidence.leaked_errors.tolist()))
             if self._known_photographs is None and best - flat < LEAST_GAIN[Level.NOT_READ]:

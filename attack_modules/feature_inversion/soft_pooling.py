@@ -1,5 +1,6 @@
 """Max pooling whose gradient also reaches inputs that are nearly the maximum, for the inversion of features."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -87,7 +88,7 @@ def _distribute(
 def _spread(outputs: Tensor) -> Tensor:
     """(N, 1, 1, 1) standard deviations of maps (N, C, h, w), at least in float32; `std` takes ten times as long."""
     among = {"dim": (1, 2, 3), "keepdim": True, "dtype": torch.promote_types(outputs.dtype, torch.float32)}
-    squares = torch.linalg.vector_norm(outputs, **among).square() / outputs[0].numel()
+    squares = torch.linalg.vector_norm(outputs, **among).square() / math.prod(outputs.shape[1:])
     return (squares - outputs.mean(**among).square()).clamp_min_(0).sqrt_()
 
 

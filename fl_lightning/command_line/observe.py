@@ -28,7 +28,7 @@ def observe_parser(record_round: Callable[..., Any]) -> ArgumentParser:
     """The command's parser: a model, and the arguments of `record_round` but for the model's."""
     parser = _Parser(prog="python cli.py observe", description=PURPOSE, exit_on_error=False)
     parser.add_subclass_arguments(
-        nn.Module, "model", required=True, instantiate=False, help="The global model's class and arguments."
+        nn.Module, "model", required=True, instantiate=False, help="The global model's class or function and arguments."
     )
     parser.add_function_arguments(record_round, skip={"model_class", "arguments"}, fail_untyped=True)
     return parser
@@ -60,7 +60,7 @@ def observe(record_round: Callable[..., Any], args: list[str]) -> Any:
     return record_round(model_class, named, **settings.as_dict())
 
 
-def _named(model_class: type[nn.Module], arguments: dict[str, Any]) -> dict[str, Any]:
+def _named(model_class: Callable[..., nn.Module], arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments without functions and classes that are left at their default, which a record cannot hold.
 
     Raises:

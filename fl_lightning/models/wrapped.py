@@ -19,6 +19,9 @@ from fl_lightning.state_files import fitted, read_state
 
 WITHIN = "features.module."
 """Prefix of the module's parameters in the wrapper, which its parameter names and state dict leave out."""
+GIVEN: set[str] = set()
+"""Paths of the functions that the program itself gave. The file of an Observation may name no other: some functions of
+PyTorch are annotated to return a module, and run code that is among their arguments."""
 
 
 class Prototype:
@@ -41,7 +44,7 @@ class WrappedClassifier(ImageClassifier):
         image_shape: (C, H, W) of an image.
         module: the class of the module; a function that makes it, such as `torchvision.models.resnet18`, whose
             annotation says that it returns a module; or a module, of which copies are used. A path such as `mynet.Net`
-            names a class or function that is loaded already.
+            names a class that is loaded already, or a function that was given before.
         arguments: of the module's class or function, by name.
         head: `auto` for the longest chain of linear layers and ReLUs at the end, or the name of a layer or container in
             the module that limits it.
@@ -143,7 +146,12 @@ def _named(module: Callable[..., nn.Module] | nn.Module | Prototype | str) -> Pr
         module = module()
     if isinstance(module, nn.Module):
         return Prototype(module)
-    return module if isinstance(module, (Prototype, str)) else f"{module.__module__}.{module.__qualname__}"
+    if isinstance(module, (Prototype, str)):
+        return module
+    path = f"{module.__module__}.{module.__qualname__}"
+    if inspect.isfunction(module):
+        GIVEN.add(path)
+    return path
 
 
 def _head_of(
@@ -188,12 +196,11 @@ def _made(module: str | Prototype, arguments: Mapping[str, Any] | None) -> nn.Mo
     if isinstance(module, Prototype):
         return copy.deepcopy(module.module).to(torch.empty(0).device)
     found = _loaded(module)
-    if not makes_modules(found):
+    if not makes_modules(found) or (inspect.isfunction(found) and module not in GIVEN):
         raise SettingError(
-            f"`module` names '{module}', but no loaded module of Python has a class of this name that derives from "
-            "torch.nn.Module, or a function annotated to return one. If you trust it, put its file on the Python path "
-            f"and name it yourself: `--federation.model WrappedClassifier --federation.model.module {module}`, or "
-            "import it in Python."
+            f"`module` names '{module}', but Python has loaded no such class that derives from torch.nn.Module, or a "
+            "function annotated to return one that you gave. If you trust it, put its file on the Python path, and "
+            f"`--federation.model WrappedClassifier --federation.model.module {module}`, or give it in Python."
         )
     try:
         return found(**(arguments or {}))
@@ -205,14 +212,11 @@ def _made(module: str | Prototype, arguments: Mapping[str, Any] | None) -> nn.Mo
 
 
 def makes_modules(found: Any) -> bool:
-    """Whether something is a class of modules, or a function whose annotation says that it returns one.
-
-    A file may name it, so a function that says nothing of what it returns is never called.
-    """
+    """Whether something is a class of modules, or a function whose annotation says that it returns one."""
     if inspect.isfunction(found):
         try:
             found = get_type_hints(found).get("return")
-        except NameError:  # an annotation of what is not imported
+        except Exception:  # an annotation is an expression, which may name what is not imported, and fail otherwise
             return False
     return isinstance(found, type) and issubclass(found, nn.Module)
 

@@ -57,6 +57,12 @@ def test_the_slope_of_total_variation_is_that_of_its_differences() -> None:
         torch.testing.assert_close(slope(total_variation, layout), slope(composed, layout))
 
 
+def test_the_slope_of_no_images_is_empty() -> None:
+    """As where an attack is divided among more processes than there are images."""
+    none = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    assert torch.autograd.grad(TotalVariation()(none).sum(), none)[0].shape == none.shape
+
+
 def test_annealing_is_geometric() -> None:
     assert [annealed((1.0, 0.01), step, 3) for step in range(3)] == pytest.approx([1.0, 0.1, 0.01])
     assert annealed((2.0, 2.0), 0, 1) == 2.0

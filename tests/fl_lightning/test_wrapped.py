@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.graph_module import reduce_graph_module
 from torch.nn import functional as F
 
+from fl_lightning.errors import SettingError
 from fl_lightning.models import LeNet5, WrappedClassifier
 from fl_lightning.models.head import HeadError, HeadSpec
+from fl_lightning.models.wrapped import makes_modules
 from fl_lightning.observation import build_model, build_on_meta, describe_model
 from fl_lightning.storage import save_checkpoint
 
@@ -79,6 +82,10 @@ def made(width: int = 12) -> Net:
 
 def made_of_what(width: int = 12):  # noqa: ANN201
     raise AssertionError("A function that does not say what it returns must not be called.")
+
+
+def annotated_badly() -> "1 | None":
+    raise AssertionError("A function whose annotation cannot be read must not be called.")
 
 
 class Pair(Net):
@@ -155,12 +162,21 @@ def test_a_class_takes_arguments_and_weights_from_a_file(tmp_path: Path) -> None
     assert all(torch.equal(tensor, state[f"module.{name}"]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("module", [made, f"{__name__}.made"])
-def test_a_function_makes_the_module(module: Callable[..., nn.Module] | str) -> None:
-    model = WrappedClassifier(5, SHAPE, module, {"width": 9})
+def test_a_function_makes_the_module() -> None:
+    model = WrappedClassifier(5, SHAPE, made, {"width": 9})
     assert model.head[0].out_features == 9
     assert build_model(describe_model(model), model.state_dict()).head[0].out_features == 9
     assert isinstance(WrappedClassifier(5, SHAPE, partial(made, width=7)).features.module, Net)
+
+
+def test_a_description_calls_no_function_but_those_that_were_given(tmp_path: Path) -> None:
+    """The file of an Observation is one; `reduce_graph_module` runs what its argument `import_block` says."""
+    path, mark = f"{reduce_graph_module.__module__}.{reduce_graph_module.__qualname__}", tmp_path / "mark"
+    code = {"body": {"_code": "def forward(self): pass"}, "import_block": f"open({str(mark)!r}, 'w').close()\n"}
+    assert makes_modules(reduce_graph_module)
+    with pytest.raises(SettingError, match="that you gave"):
+        WrappedClassifier(5, SHAPE, path, code)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(
@@ -168,6 +184,7 @@ def test_a_function_makes_the_module(module: Callable[..., nn.Module] | str) -> 
     [
         ({"module": "os.system"}, "derives from torch.nn.Module"),
         ({"module": made_of_what}, "or a function annotated to return one"),
+        ({"module": annotated_badly}, "or a function annotated to return one"),
         ({"module": made, "arguments": {"depth": 3}}, "made cannot be built"),
         ({"module": "not_loaded.Net"}, "derives from torch.nn.Module"),
         ({"module": Net, "arguments": {"depth": 3}}, "cannot be built"),

@@ -55,9 +55,10 @@ def test_two_wrong_gates_that_hide_each_other_are_flipped_together() -> None:
     assert GateSearch(space, errors, unlikely).flip(shut, variance)[0].tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize("inside", [5, 19])
-def test_no_single_gate_or_pair_lowers_the_cost_any_more(inside: int) -> None:
-    units, variance = 24, 0.3
+@pytest.mark.parametrize(("inside", "variance"), [(5, 0.3), (19, 0.3), (19, 0.01)])
+def test_no_single_gate_or_pair_lowers_the_cost_any_more(inside: int, variance: float) -> None:
+    """Also none of a unit whose flip alone raises the cost, of which small variances make some."""
+    units = 24
     generator = torch.Generator().manual_seed(inside)
     vectors = torch.linalg.qr(torch.randn(units, units, generator=generator, dtype=torch.float64)).Q
     outside = vectors[:, inside:] @ vectors[:, inside:].T
@@ -69,7 +70,7 @@ def test_no_single_gate_or_pair_lowers_the_cost_any_more(inside: int) -> None:
         return (gated @ outside @ gated / (2 * variance) - gates @ logit).item()
 
     flipped = 0
-    for _ in range(20):
+    for _ in range(40):
         errors, logit = torch.randn(2, units, generator=generator, dtype=torch.float64)
         start = (logit > 0).double()
         found, least = GateSearch(space, errors, logit).flip(start, torch.tensor([variance], dtype=torch.float64))
@@ -78,7 +79,7 @@ def test_no_single_gate_or_pair_lowers_the_cost_any_more(inside: int) -> None:
         for pair in itertools.combinations_with_replacement(range(units), 2):
             other = found.clone()
             other[list(set(pair))] = 1 - other[list(set(pair))]
-            assert cost(other) > least - 1e-6
+            assert cost(other) > least - 1e-6 * (1 + abs(least))
     assert flipped > 20
 
 

@@ -178,8 +178,11 @@ def test_expected_psnr_falls_with_the_error() -> None:
         error = (features - right).norm(dim=1) / right.norm(dim=1)
         return controls + error[:, None, None, None]  # PSNR is -20 log10(error)
 
+    def distance(images: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return (MODEL.embed(images) - features).square().sum(1) / features.square().sum(1)
+
     with torch.no_grad():
-        returned = known_images(MODEL.embed(torch.rand(4, 3, 32, 32)), MODEL, invert, controls)
+        returned = known_images(MODEL.embed(torch.rand(4, 3, 32, 32)), MODEL, invert, distance, controls)
     found = returned.psnr_at(asked)
     assert found[1:7] == pytest.approx([50.46, 40, 30.46, 20, 10.46, 0], abs=0.3)
     assert found[0] == found[1]
