@@ -334,6 +334,9 @@ def peak_memory_of(args: list[str]) -> int | None:
         if refused is None:  # a defect of this program, which the run itself shows in its log
             return None
         raise refused from error
+    finally:  # or the program would seem as large as with what was made
+        release_freed_memory()
+        release_libraries()
 
 
 def settings_of(args: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -125,6 +126,17 @@ def test_what_a_run_would_refuse_before_its_work_is_told_before_any_is_run(
     said = capsys.readouterr().out
     assert "3 of which have ended" in said
     assert "2 of 4 runs have a result." in said
+
+
+def test_a_trial_gives_back_the_memory_that_it_took(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would count as the program's own in the forecast: 868 instead of 500 MB, measured of one trial."""
+    cli.attack_modules.load_all()
+    given = []
+    for name in ("release_freed_memory", "release_libraries"):
+        monkeypatch.setattr(cli, name, partial(given.append, name))
+    taken = cli.peak_memory_of(["fit", "--config", str(ROOT / "configs/demo.yaml"), "--data.image_size", "16"])
+    assert taken > 0
+    assert given == ["release_freed_memory", "release_libraries"]
 
 
 @pytest.mark.slow

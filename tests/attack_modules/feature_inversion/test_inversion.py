@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from attack_modules.feature_inversion.objective import Objective
 from attack_modules.priors import TotalVariation
 from attack_modules.threat_model.knowledge import Knowledge
 from fl_lightning.client import LocalTraining
+from fl_lightning.defenses import PartialSharing
 from fl_lightning.federation import Federation
 from fl_lightning.models import ImageClassifier, ImageShape, TorchvisionClassifier
 from fl_lightning.observation import Observation
@@ -187,6 +189,14 @@ def test_the_verdict_takes_what_is_forecast(observe: Observe, attack: Run, monke
     passed.clear()
     module.verdict(module.misfit(module.best, module.labels))
     assert sum(passed) == pytest.approx(said, rel=0.2)
+
+
+def test_the_verdict_says_what_the_update_looks_like(observe: Observe, attack: Run) -> None:
+    training = LocalTraining(local_epochs=1, defenses=[PartialSharing(private=["features.0.*"])])
+    seen = observe(Federation(client=training), replace(BLIND, defenses="unknown"), **WIDE)
+    module = attack(FeatureInversion(), seen, steps=2)
+    verdict = module.verdict(module.misfit(module.best, module.labels))
+    assert "did not change, as if clients" in " ".join(verdict.reasons)
 
 
 def test_impossible_settings_are_refused() -> None:

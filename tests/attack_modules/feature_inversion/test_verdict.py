@@ -192,6 +192,14 @@ def test_expected_psnr_falls_with_the_error() -> None:
     assert returned.misfit_at([ERRORS[2]]) == pytest.approx([returned.misfit[2]])
 
 
+def test_the_misfit_of_known_images_is_the_attacks_own_and_never_falls() -> None:
+    controls, squares = control_images(len(ERRORS), (3, 32, 32)), torch.tensor([0.04, 0.01, 0.09, 0.0, 0.0, 0.16])
+    with torch.no_grad():
+        features = MODEL.embed(controls)
+        returned = known_images(features, MODEL, lambda given: controls, lambda images, given: squares, controls)
+    assert returned.misfit == pytest.approx([0.2, 0.2, 0.3, 0.3, 0.3, 0.4])
+
+
 def test_images_that_come_out_further_from_the_features_than_known_ones_are_not_trusted() -> None:
     misfit = torch.tensor([0.05, 0.05, 0.05])
     evidence = Evidence(leakage(), leakage().features, misfit, drifts=False)
