@@ -121,6 +121,15 @@ def test_what_a_run_would_refuse_before_its_work_is_told_before_any_is_run(
     records = [json.loads(path.read_text()) for path in sorted(Path("found").glob("cells/*too-many*/cell.json"))]
     assert [record["status"] for record in records] == ["failed", "failed"]
     assert "batch_size" in records[0]["sentence"]
+    main(
+        [
+            *many,
+            "--defences",
+            "[{name: none}, {name: too many, settings: {federation.client.batch_size: 0}}]",
+            "--retry",
+        ]
+    )
+    assert capsys.readouterr().out.count("Refused, and not run: ") == 2  # tried again
     next(Path("found").glob("cells/*too-many*/cell.json")).unlink()  # as if it was stopped before the last run
     main([*many, "--defences", "[{name: none}, {name: too many, settings: {federation.client.batch_size: 0}}]"])
     said = capsys.readouterr().out
