@@ -30,6 +30,7 @@ from attack_modules.feature_inversion.drift import SimulatedRound, full_batches,
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
 from attack_modules.feature_inversion.learned_decoder import LearnedDecoder, PhotographDecoder
 from attack_modules.feature_inversion.memory import peak_bytes
+from attack_modules.feature_inversion.pooling_positions import PoolingPositions
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
@@ -238,7 +239,7 @@ class FeatureInversion(Attack):
         weights = self.leakage.weights
         self.register_buffer("weights", None if weights is None else weights.clone())
         self.register_buffer("labels", self.leakage.labels)
-        self.images = nn.Parameter(self._start(self.features, self.seen))
+        self.images = nn.Parameter(self._first_images())
         mixing = self.leakage.mixing  # then `images` are mixtures, and what is found are `unmixed` ones
         self.register_buffer("unmixing", None if mixing is None else torch.linalg.inv(mixing), persistent=False)
         self.register_buffer("best", self.images.detach().clone())
@@ -282,8 +283,12 @@ class FeatureInversion(Attack):
             return self.shown.model
         return model
 
-    def _better_start(self, ridge: FeatureDecoder | None, noise: float) -> FeatureDecoder | PhotographDecoder | None:
+    def _better_start(
+        self, ridge: FeatureDecoder | None, noise: float
+    ) -> FeatureDecoder | PhotographDecoder | PoolingPositions | None:
         """Of the decoders, the one that makes more of photographs that were held out."""
+        if self.shown and self.shown.start:
+            return self.shown.start
         if self.decoder is None:
             return ridge
         learned = self.decoder.fitted(self.model, self.observed_rounds[0].observation.image_shape, noise)
@@ -339,6 +344,12 @@ class FeatureInversion(Attack):
                 "Several images share a class. A head of one layer shows only the sum of their features, so each of "
                 "them comes out as their mean; images that are alone in their class are not affected."
             )
+
+    def _first_images(self) -> Tensor:
+        """(N, C, H, W) where the descent starts."""
+        if self.shown and self.shown.start and self.shown.gradient:
+            return self.shown.start(self.features.to(self.model.mean), self.shown.gradient)
+        return self._start(self.features, self.seen)
 
     def _start(self, features: Tensor, seen: Tensor | None = None) -> Tensor:
         """(N, C, H, W) initial images for features (N, D), of which those that are not `seen` are unknown."""
@@ -700,6 +711,8 @@ class FeatureInversion(Attack):
                 start = "grey images, since the features are not a map"
             case FeatureDecoder():
                 start = "linearly decoded images"
+            case PoolingPositions():
+                start = "images for which the positions of maxima were drawn"
             case learned:
                 start = f"images decoded by regression of photographs on {learned.numbers:,} distinct features"
                 start += "" if self.inverts else ", which are kept, since held-out ones are not improved by inversion"
