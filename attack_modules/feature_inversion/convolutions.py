@@ -247,7 +247,7 @@ def _followed_back(
     leakage: Leakage,
     image_shape: ImageShape,
 ) -> Shown:
-    """The earliest maps that follow from those (N, D) in front of a convolution, through plain layers and max pooling."""
+    """The earliest maps that follow from those (N, D) in front of a convolution, through ReLU and max pooling."""
     path, name, maps = Path(model, image_shape), convolution.name, sized.unflatten(1, convolution.map_shape)
     errors = errors_before(convolution.layer, maps, update[f"{name}.weight"])
     start, gradient = None, None
