@@ -304,6 +304,8 @@ class FeatureInversion(Attack):
         nearer to the right one than that which a prior prefers.
         """
         start = self._starter[0]
+        if isinstance(start, PoolingPositions):
+            return False  # descent does not know the first convolution's gradient, and its positions are no better
         if not isinstance(start, PhotographDecoder) or self.guidance or self.noise is not None:
             return True
         known = start.known[:TRIED]
@@ -645,7 +647,7 @@ class FeatureInversion(Attack):
 
     def _usual_misfit(self) -> float:
         """The largest misfit of known photographs as they are decoded, where images are not inverted beyond; else 0."""
-        if self.inverts:
+        if self.inverts or not isinstance(self._starter[0], PhotographDecoder):
             return 0.0
         known = self._starter[0].known
         features = self._embedded(known)
