@@ -7,6 +7,10 @@ import sys
 if __name__ == "__main__":  # until all is imported, Ctrl-C ends the program without a word
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+# PyTorch reads it while it is imported. Threads that spin while they wait make a small step on two cores of a busy
+# machine take nine times as long (`tests/benchmarks/README.md`).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from argparse import ArgumentError
 from functools import partial
 from pathlib import Path
@@ -81,6 +85,9 @@ class AuditTrainer(Trainer):
 
 class AuditCLI(LightningCLI):
     """LightningCLI with a federation beside data and model, and the subcommand `federate`."""
+
+    peak_memory: int | None = None
+    """Bytes that a run of `fit` takes at most beside the program; None if it is not known."""
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(AuditTrainer, "trainer")
@@ -245,27 +252,33 @@ class AuditCLI(LightningCLI):
             device = self.trainer.strategy.root_device.type
             self.model.check(summary, self.trainer.world_size, device)
             if self.subcommand == "fit" and device == "cpu":
-                self._forecast(settings.federation, data, summary)
+                self.peak_memory = self._peak_memory(settings.federation, data, summary)
             self.evaluation.postprocessing.check(summary)
             if self.subcommand in EVALUATES and not settings.ckpt_path:
                 rank_zero_warn(f"`{self.subcommand}` without `--ckpt_path` looks at the attack's start, step 0.")
 
-    def _forecast(self, federation: Federation, data: FederatedData | None, rounds: RoundsSummary) -> None:
-        """Print how much memory the run takes, as far as that is known of the attack."""
+    def _peak_memory(self, federation: Federation, data: FederatedData | None, rounds: RoundsSummary) -> int | None:
+        """Bytes that the run takes at most beside the program, as far as that is known of the attack."""
         foreign = self.datamodule.foreign
         told = [assumed.num_images for assumed in rounds.assumptions if assumed.num_images]
         images = max(told, default=1) if foreign else sum(map(len, data.clients))
         attack = self.model.peak_memory(rounds, images)
-        if attack is not None and self.trainer.is_global_zero:
-            release_freed_memory()  # of the trial of the model, which is no part of the program
-            release_libraries()
-            ready = foreign or self.datamodule.record.checkpoint.exists()
-            print(forecast(max(attack, 0 if ready else federation.peak_memory(data))), flush=True)
+        if attack is None:
+            return None
+        ready = foreign or self.datamodule.record.checkpoint.exists()
+        return max(attack, 0 if ready else federation.peak_memory(data))
 
     def _make_directory(self) -> None:
         self.evaluation.make_directory(self.trainer)
 
-    before_fit = before_validate = before_test = before_predict = _make_directory
+    before_validate = before_test = before_predict = _make_directory
+
+    def before_fit(self) -> None:
+        if self.peak_memory is not None and self.trainer.is_global_zero:
+            release_freed_memory()  # of the trial of the model, which is no part of the program
+            release_libraries()
+            print(forecast(self.peak_memory), flush=True)
+        self._make_directory()
 
     def after_fit(self) -> None:
         if status := self.evaluation.interruption.status:
@@ -299,6 +312,30 @@ class SettingsOnly(AuditCLI):
         pass
 
 
+class Unrun(AuditCLI):
+    """Makes and checks all that a command line names, as a run does before its work, and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def peak_memory_of(args: list[str]) -> int | None:
+    """Bytes that the run of a command line takes at most beside the program; None if that is not known.
+
+    All that the run makes before its work is made, and thrown away.
+
+    Raises:
+        AuditError: the run would be refused before its work.
+    """
+    try:
+        return _cli(Unrun, args).peak_memory
+    except Exception as error:
+        refused = for_the_user(error)
+        if refused is None:  # a defect of this program, which the run itself shows in its log
+            return None
+        raise refused from error
+
+
 def settings_of(args: list[str]) -> dict[str, Any]:
     """The settings that a command line sets, nested as in YAML; errors as those of `main`."""
     read = _cli(SettingsOnly, args)
@@ -314,7 +351,8 @@ def main(args: list[str] | None = None) -> AuditCLI | None:
     attack_modules.load_all()
     set_loader("yaml", lambda text: with_todays_names(LOAD_YAML(text)), (yaml.YAMLError,))
     if given[:1] == ["audit"]:
-        print(run_audit(audit, given[1:], run=partial(Program, Path(__file__)), check=settings_of), flush=True)
+        programs = {"run": partial(Program, Path(__file__)), "check": settings_of, "trial": peak_memory_of}
+        print(run_audit(audit, given[1:], **programs), flush=True)
         return None
     return _cli(AuditCLI, args)
 

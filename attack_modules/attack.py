@@ -324,9 +324,8 @@ class Attack(LightningModule, ABC):
         """
         return None
 
-    @property
-    def steps_of_verdict(self) -> float:
-        """Steps of the optimisation that take as long as the verdict does, which comes after them."""
+    def seconds_of_verdict(self) -> float:
+        """How long the verdict takes, which comes after the steps, as a forecast."""
         return 0.0
 
     def check(self, rounds: RoundsSummary, processes: int = 1, device: str = "cpu") -> None:

@@ -1,9 +1,11 @@
 """Image priors: regularisation terms that are added to an attack's loss."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fl_lightning.errors import SettingError, non_negative
 
@@ -72,7 +74,28 @@ def annealed(factors: tuple[float, float], step: int, steps: int) -> float:
 
 def total_variation(images: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C): mean absolute vertical difference plus mean absolute horizontal difference."""
-    return images.diff(dim=2).abs().mean((2, 3)) + images.diff(dim=3).abs().mean((2, 3))
+    return _TotalVariation.apply(images)
+
+
+class _TotalVariation(torch.autograd.Function):
+    """Its gradient takes half the time of that which is composed of differences, their signs and means."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        ctx.save_for_backward(images)
+        return images.diff(dim=2).abs_().mean((2, 3)) + images.diff(dim=3).abs_().mean((2, 3))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (images,) = ctx.saved_tensors
+        found = torch.zeros_like(images)
+        for dim in (2, 3):
+            signs = images.diff(dim=dim).sign_()
+            signs.mul_((slope / signs[0, 0].numel())[..., None, None])
+            found.narrow(dim, 1, signs.shape[dim]).add_(signs)
+            found.narrow(dim, 0, signs.shape[dim]).sub_(signs)
+        return found
 
 
 def rgb_to_ycbcr(images: Tensor) -> Tensor:

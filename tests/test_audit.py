@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+from torch import nn
 
 import cli
 from attack_modules.audit.study import Cell
@@ -30,6 +31,10 @@ defences:
   - {name: none}
   - {name: mini-batches, settings: {federation.client.batch_size: 1}}
 """
+
+
+def make(classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, classes))
 
 
 @pytest.fixture
@@ -100,15 +105,40 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(study: Path, more: list[str
     assert not Path("found").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["demo", "paper", "defences", "own"])
-def test_the_standard_studies_can_be_read(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_what_a_run_would_refuse_before_its_work_is_told_before_any_is_run(
+    study: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    many = ["audit", "--config", str(study), "--out", "found", "--seeds", "[0, 1]"]
+    with pytest.raises(AuditError, match=r"^All runs would be refused. new model / none / seed 0: .* 100 classes"):
+        main([*many, "--federation.model", "WrappedClassifier", "--federation.model.module", f"{__name__}.make"])
+    assert not Path("found").exists()
+    main([*many, "--defences", "[{name: none}, {name: too many, settings: {federation.client.batch_size: 0}}]"])
+    said = capsys.readouterr().out
+    plan = said[: said.index("Time: ")]
+    assert [plan.count(f"Refused, and not run: new model / {name} / seed ") for name in ("none", "too many")] == [0, 2]
+    assert "2 of 4 runs have a result." in said
+    records = [json.loads(path.read_text()) for path in sorted(Path("found").glob("cells/*too-many*/cell.json"))]
+    assert [record["status"] for record in records] == ["failed", "failed"]
+    assert "batch_size" in records[0]["sentence"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [("demo", None), ("paper", "imagenet-sample"), ("defences", "cifar10-jpg.tar.gz"), ("own", "imagenet-sample")],
+)
+def test_all_runs_of_the_standard_studies_can_begin(
+    name: str, images: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    data = ROOT.parent / "shared" / "data"
+    if images is not None and not data.exists():
+        pytest.skip(f"{data} is absent; it is data of its own, not part of this repository")
     monkeypatch.chdir(ROOT)
-    images = [] if name == "demo" else ["--data.root", str(tmp_path)]
-    main(["audit", "--config", f"configs/audit_{name}.yaml", "--out", str(tmp_path / "out"), *images, "--dry_run"])
-    assert "Nothing was run" in capsys.readouterr().out
+    root = [] if images is None else ["--data.root", str(data / images)]
+    main(["audit", "--config", f"configs/audit_{name}.yaml", "--out", str(tmp_path / "out"), *root, "--dry_run"])
+    said = capsys.readouterr().out
+    assert "Nothing was run" in said
+    assert "Refused" not in said
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a `chromium` on the path")

@@ -196,6 +196,26 @@ def test_a_demo_prints_what_a_person_needs() -> None:
     assert not any(word in done.stdout + done.stderr for word in ("Tip", "other params", "UserWarning", "LeafSpec"))
 
 
+LOOKING = """
+import os, sys
+class Torch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.exit(os.environ["OMP_WAIT_POLICY"])
+sys.meta_path.insert(0, Torch())
+import cli
+"""
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise() -> None:
+    """It is settled before PyTorch is imported, which reads it then."""
+    asked = {**os.environ, "PYTHONPATH": str(ROOT)}
+    asked.pop("OMP_WAIT_POLICY", None)
+    for given, found in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        done = subprocess.run([sys.executable, "-c", LOOKING], env=asked | given, capture_output=True, text=True)
+        assert done.stderr.strip() == found
+
+
 def test_the_record_is_reused_and_the_saved_configuration_runs_again() -> None:
     main(INVERSION)
     (record,) = Path("runs/federations").iterdir()

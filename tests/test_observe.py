@@ -34,6 +34,9 @@ class Net(nn.Module):
     def forward(self, x):
         x = F.relu(F.max_pool2d(self.convolution(x), 2))
         return self.last(self.gate(self.first(x.view(x.size(0), -1))))
+
+def made(width: int = 48) -> Net:
+    return Net(width)
 """
 GUESSES = {
     "labels": "inferred", "label_counts": "inferred", "num_images": "inferred", "num_clients": "inferred",
@@ -101,10 +104,10 @@ def to_named_npz(state: State, stem: Path) -> Path:
 Write = Callable[[State, Path], Path]
 
 
-def observe(files: dict[str, Path], out: str = "record", **more: str) -> None:
+def observe(files: dict[str, Path], out: str = "record", model: str = "own_net.Net", **more: str) -> None:
     given = {f"--{name}": str(path) for name, path in files.items()}
     weight = {"--own_weight": str(1 / 3)} if "own" in files else {}
-    model = {"--model.class_path": "own_net.Net", "--image_shape": "3,16,16", "--out": out}
+    model = {"--model.class_path": model, "--image_shape": "3,16,16", "--out": out}
     settings = {**given, **weight, **model, **{f"--{name}": value for name, value in more.items()}}
     main(["observe", *(word for option in settings.items() for word in option)])
 
@@ -129,21 +132,27 @@ def test_all_kinds_of_files_give_the_same_images(states: dict[str, State], tmp_p
     assert all(torch.equal(a, b) for images in pictures[1:] for a, b in zip(images, pictures[0], strict=True))
 
 
+@pytest.mark.parametrize("name", ["Net", "made"])
 def test_what_is_printed_is_a_whole_command_but_for_the_words_in_capitals(
-    states: dict[str, State], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    states: dict[str, State],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = tmp_path / "a record"
-    observe({name: to_pt(state, tmp_path / name) for name, state in states.items()}, str(folder))
+    folder, model = tmp_path / "a record", f"own_net.{name}"
+    observe({name: to_pt(state, tmp_path / name) for name, state in states.items()}, str(folder), model)
+    assert Observation.load(folder / "observed/round_0000").model["init_args"]["module"] == model
     lines = capsys.readouterr().out.splitlines()
     (command,) = [line for line in lines if line.startswith("python cli.py fit ")]
-    for name in ("client_lr", "server_lr", "local_epochs", "batch_size"):
-        assert command.count(f"--knowledge.{name} {name.upper()}") == 1
-        assert sum(line.startswith(f"  {name.upper()}: ") for line in lines) == 1
-        command = command.replace(name.upper(), str(GUESSES[name]))
+    for told in ("client_lr", "server_lr", "local_epochs", "batch_size"):
+        assert command.count(f"--knowledge.{told} {told.upper()}") == 1
+        assert sum(line.startswith(f"  {told.upper()}: ") for line in lines) == 1
+        command = command.replace(told.upper(), str(GUESSES[told]))
     monkeypatch.chdir(Path(__file__).parent.parent)
     settings = settings_of(shlex.split(command)[2:])
     assert settings["observation"] == folder
-    assert settings["federation"]["model"]["init_args"]["module"].__name__ == "Net"
+    assert settings["federation"]["model"]["init_args"]["module"].__name__ == name
     assert settings["knowledge"]["client_lr"] == GUESSES["client_lr"]
 
 

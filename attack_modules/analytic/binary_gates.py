@@ -9,6 +9,7 @@ from what the first two sources leave open to the rounding noise.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def binary_gates(
     rows, weight, errors, activations = rows[live], weight[live], errors[:, live], activations[:, live]
     vectors, singular, _ = torch.linalg.svd(rows, full_matrices=False)
     num_images, excess = len(errors), max(len(rows) - len(errors), 0)
-    inside = vectors[:, :num_images]  # (live, N)
+    column_space = ColumnSpace(vectors, num_images)
     unexplained = singular[num_images:].square().sum() + space.rest.sum() * scale**2
     rounding = unexplained / max(excess * (width - num_images), 1)
     resolved = 1e-12 * errors.square().mean()  # by float64
@@ -53,22 +54,20 @@ def binary_gates(
     noise = noise.sqrt().clamp_min(torch.finfo(torch.float32).eps * activations.abs().max())
     preactivations = torch.zeros_like(activations)
     spread = (2 * activations.square().mean(1, keepdim=True)).sqrt()  # half of the units are inactive
-    gates = None
+    gates = features = None
     for _ in range(iterations):
         logit = gate_logit(activations, noise, preactivations, spread, dropout)
         chance = logit.sigmoid()
         start = (chance > 0.5).to(rows)
         known = start if gates is None else gates
-        features = torch.linalg.lstsq((known * errors).T, rows, driver="gelsd").solution
+        if features is None:
+            features = torch.linalg.lstsq((known * errors).T, rows, driver="gelsd").solution
         floor = (rounding * torch.linalg.pinv(features @ features.T, hermitian=True).diagonal()).clamp_min(resolved)
-        outside = (1 - inside.square().sum(1)).clamp_min(0)
-        open_ = (chance * (1 - chance) * errors.square()) @ outside / max(excess, 1)
+        open_ = (chance * (1 - chance) * errors.square()) @ column_space.share / max(excess, 1)
         ladder = floor[:, None] * (open_ / floor).clamp_min(1)[:, None] ** torch.linspace(1, 0, LEVELS + 1).to(rows)
+        images = zip(errors, logit, zip(start, known, strict=True), ladder, strict=True)
         settled = torch.stack(
-            [
-                settle(inside, errors[image], logit[image], [start[image], known[image]], ladder[image])
-                for image in range(num_images)
-            ]
+            [GateSearch(column_space, own, odds).settle(starts, falling) for own, odds, starts, falling in images]
         )
         features = torch.linalg.lstsq((settled * errors).T, rows, driver="gelsd").solution
         if gates is not None and torch.equal(gates, settled):
@@ -106,68 +105,97 @@ def gate_logit(
     return open_ + (activations / noise).square() / 2 + noise.log() - shut
 
 
-def settle(inside: Tensor, errors: Tensor, logit: Tensor, starts: list[Tensor], ladder: Tensor) -> Tensor:
-    """(H,) most probable gates of one image: the better of a search with falling variance and one from known gates.
-
-    Args:
-        inside: (H, N) orthonormal basis of the column space in which `gates * errors` lies.
-        errors: (H,) of the image.
-        logit: (H,) prior log odds of an active unit.
-        starts: gates (H,) for the first search, and for the second, which uses the last variance only.
-        ladder: falling variances of an entry of the violation.
-    """
-    search = GateSearch(inside, errors, logit)
-    descending, known = starts
-    for variance in ladder.tolist():
-        descending, cost = search.flip(descending, variance)
-    improved, other_cost = search.flip(known, variance)
-    return descending if cost <= other_cost else improved
-
-
 class GateSearch:
     """Search for the gates of one image.
 
     The cost is quadratic with a positive semidefinite Hessian, the gram matrix of what single units have outside of the
-    column space. So a flip lowers it only where its first derivative is negative; a pair, where that of one of the two
-    is. Mostly there are few such units, and only their rows of the matrix are computed.
+    column space. So a flip lowers it only where its first derivative is negative; a pair, where the sum of both is.
+    Mostly there are few such units, and only their part of the matrix is computed.
 
     Args:
-        inside, errors, logit: as of `settle`.
+        space: in which `gates * errors` lies.
+        errors: (H,) of the image.
+        logit: (H,) prior log odds of an active unit.
     """
 
-    def __init__(self, inside: Tensor, errors: Tensor, logit: Tensor) -> None:
-        self.inside, self.errors, self.logit = inside, errors, logit
+    def __init__(self, space: "ColumnSpace", errors: Tensor, logit: Tensor) -> None:
+        self.space, self.errors, self.logit = space, errors, logit
         self.units = logit.abs().topk(min(CANDIDATES, len(logit)), largest=False).indices
-        self.parts, self.odds, self.own = inside[self.units], logit[self.units], errors[self.units]
-        self.curvature = (1 - self.parts.square().sum(1)).clamp_min(0) * self.own.square()
-        self.gram = self.parts.new_empty(len(self.units), len(self.units))  # beside the diagonal
-        self.computed = torch.zeros(len(self.units), dtype=torch.bool)
+        self.odds, self.own = logit[self.units], errors[self.units]
+        self.parts = self.own[:, None] * space.basis[self.units]
+        self.curvature = space.share[self.units] * self.own.square()
 
-    def flip(self, gates: Tensor, variance: float) -> tuple[Tensor, float]:
-        """Greedily flip single gates and pairs until no flip lowers the cost; returns gates (H,) and their cost."""
-        gates, curvature = gates.clone(), self.curvature / variance
-        least = -1e-9 * (1 + curvature.max())  # or rounding would flip forever
-        while True:
-            gated = gates * self.errors
-            violation = gated - self.inside @ (gated @ self.inside)
-            sign = 1 - 2 * gates[self.units]
-            slope = sign * (self.own * violation[self.units] / variance - self.odds)
-            falling = torch.where(slope < 0)[0]
-            if not len(falling):
-                break
-            alone = slope + curvature / 2
-            change = alone[falling, None] + alone + sign[falling, None] * self._rows(falling) / variance * sign
-            change[torch.arange(len(falling)), falling] = alone[falling]
-            first, second = divmod(int(change.argmin()), len(self.units))
-            if change[first, second] >= least:
-                break
-            for flipped in {int(falling[first]), second}:
-                gates[self.units[flipped]] += sign[flipped]
+    def settle(self, starts: Sequence[Tensor], ladder: Tensor) -> Tensor:
+        """(H,) most probable gates: the better of a search with falling variance and one from known gates.
+
+        Args:
+            starts: gates (H,) for the first search, and for the second, which uses the last variance only.
+            ladder: falling variances of an entry of the violation.
+        """
+        descending, known = starts
+        (descending, cost), (improved, other_cost) = self.flip(descending, ladder), self.flip(known, ladder[-1:])
+        return descending if cost <= other_cost else improved
+
+    def flip(self, gates: Tensor, variances: Tensor) -> tuple[Tensor, float]:
+        """Greedily flip single gates and pairs until no flip lowers the cost, of one variance after the other.
+
+        Returns:
+            Gates (H,), and their cost with the last variance.
+        """
+        gates = gates.clone()
+        violation = self.space.outside(gates * self.errors)
+        for variance in variances.tolist():
+            while len(flips := self._best(gates[self.units], violation[self.units], variance)):
+                gates[flips] = 1 - gates[flips]
+                violation = self.space.outside(gates * self.errors)
         return gates, (violation.square().sum() / (2 * variance) - gates @ self.logit).item()
 
-    def _rows(self, of: Tensor) -> Tensor:
-        """(n, H) rows of the gram matrix."""
-        new = of[~self.computed[of]]
-        self.gram[new] = -self.own[new, None] * self.own * (self.parts[new] @ self.parts.T)
-        self.computed[new] = True
-        return self.gram[of]
+    def _best(self, gates: Tensor, violation: Tensor, variance: float) -> Tensor:
+        """(0 to 2,) units that lower the cost most if they are flipped together; `gates`, `violation` are of `units`.
+
+        The change by a pair is at least the sum of its two derivatives, since the Hessian is positive semidefinite. So
+        one of them is negative, and the other no more than the least is below 0.
+        """
+        sign = 1 - 2 * gates
+        slope = sign * (self.own * violation / variance - self.odds)
+        steepest = slope.min()
+        if steepest >= 0:
+            return self.units[:0]
+        near = torch.where(slope < -steepest)[0]
+        slope, parts = slope[near], sign[near, None] * self.parts[near]
+        alone, falling = slope + self.curvature[near] / (2 * variance), torch.where(slope < 0)[0]
+        change = self.space.gram(parts[falling], parts).div_(variance).add_(alone[falling, None]).add_(alone)
+        change[torch.arange(len(falling)), falling] = alone[falling]
+        first, second = divmod(int(change.argmin()), len(near))
+        if change[first, second] >= -1e-9 * (1 + self.curvature.max() / variance):  # or rounding would flip forever
+            return self.units[:0]
+        return self.units[near[[int(falling[first]), second]].unique()]
+
+
+class ColumnSpace:
+    """A space of vectors (H,), and what lies outside of it.
+
+    Args:
+        vectors: (H, K) orthonormal, of which the first N span the space; K >= N, or K = H.
+        num_images: N.
+
+    Attributes:
+        basis: (H, n) orthonormal, of the space, or of what is outside where that is thinner and known.
+        share: (H,) of a unit vector's square that lies outside.
+    """
+
+    def __init__(self, vectors: Tensor, num_images: int) -> None:
+        units, known = vectors.shape
+        self.is_outside = known == units and units < 2 * num_images
+        self.basis = (vectors[:, num_images:] if self.is_outside else vectors[:, :num_images]).contiguous()
+        within = self.basis.square().sum(1)
+        self.share = within if self.is_outside else (1 - within).clamp_min(0)
+
+    def outside(self, vector: Tensor) -> Tensor:
+        """(H,) the part of a vector that lies outside."""
+        part = self.basis @ (vector @ self.basis)
+        return part if self.is_outside else vector - part
+
+    def gram(self, one: Tensor, other: Tensor) -> Tensor:
+        """Inner products outside of different units, each scaled: (n, n') of rows of the basis (n, N) and (n', N)."""
+        return one @ other.T if self.is_outside else -(one @ other.T)

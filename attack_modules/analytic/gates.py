@@ -189,27 +189,30 @@ class _Units:
     def __init__(self, projector: Tensor, root: Tensor, violation: Tensor, units: Tensor) -> None:
         self.whole = violation.square().sum(1)
         self.shape, self.units, own = root.shape, units, root.gather(1, units)
-        self.outside = projector[units[:, :, None], units[:, None, :]] * own[:, :, None] * own[:, None, :]
+        self.outside = projector[units[:, :, None], units[:, None, :]].mul_(own[:, :, None]).mul_(own[:, None, :])
+        self.diagonal = self.outside.diagonal(dim1=1, dim2=2).clone()
         self.pull = own * violation.gather(1, units)
 
     def misfit(self, noise: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
-        factor, moved = self._solved(noise, some)
-        misfit = (self.whole[some] - (self.pull[some] * moved).sum(1)) / noise
-        return misfit, factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        factor, explained = self._factors(noise, some)
+        misfit = (self.whole[some] - explained.square().sum(1)) / noise
+        return misfit, (factor.diagonal(dim1=1, dim2=2).square() / noise[:, None]).log().sum(1) / 2
 
     def solution(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        factor, moved = self._solved(noise, torch.arange(len(noise)))
-        left = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
+        factor, explained = self._factors(noise, torch.arange(len(noise)))
+        moved = torch.linalg.solve_triangular(factor.mT, explained[..., None], upper=True)[..., 0]
+        left = noise[:, None] * torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
         change, share = self.pull.new_zeros(self.shape), self.pull.new_ones(self.shape)
         return change.scatter_(1, self.units, -moved), share.scatter_(1, self.units, left)
 
-    def _solved(self, noise: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
-        """(m, K, K) Cholesky factors of the precision, in standard deviations of the prior, and (m, K) solutions."""
-        precision = self.outside[some] / noise[:, None, None]
-        precision.diagonal(dim1=1, dim2=2).add_(1)
-        factor = torch.linalg.cholesky(precision)
-        pull = self.pull[some] / noise[:, None]
-        return factor, torch.cholesky_solve(pull[..., None], factor)[..., 0]
+    def _factors(self, noise: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+        """(m, K, K) Cholesky factors of the precision times the noise, in standard deviations of the prior, and (m, K)
+        what they leave of the pull: its square is what the units explain of the violation's.
+        """
+        outside = self.outside if len(some) == len(self.outside) else self.outside[some]
+        outside.diagonal(dim1=1, dim2=2).copy_(self.diagonal[some] + noise[:, None])
+        factor = torch.linalg.cholesky(outside)
+        return factor, torch.linalg.solve_triangular(factor, self.pull[some][..., None], upper=False)[..., 0]
 
 
 def regress_features(rows: Tensor, errors: Tensor, variance: Tensor, noise: float, iterations: int = 3) -> Tensor:

@@ -163,10 +163,13 @@ def co_members(
         slope = seen * (misfit if mixing is None else mixing @ misfit) @ past.T * gram * lr
         return (slope + slope.T) / 2
 
-    direction = gram
+    direction, largest = gram, 0.0
     for _ in range(50):
         direction = gradient(direction / direction.norm(), 0.0)
-    step = 1 / (1.05 * direction.norm())
+        before, largest = largest, direction.norm().item()
+        if largest < (1 + SETTLED) * before:
+            break
+    step = 1 / (1.05 * largest)
     ahead, momentum = influence, 1.0
     for _ in range(iterations):
         new = (ahead - step * gradient(ahead, drift)).clamp_min(0)

@@ -27,20 +27,19 @@ VIEWS = "the peers augment their images, so what is found are their views at bes
 MIXTURES = "the peers mix their images, so what is found are mixtures of two at best"
 
 
-def qualified(
-    verdict: Verdict,
-    update: Tensors,
-    before: Tensors,
-    assumptions: Assumptions,
-    read: bool = False,
-    unmixed: bool = False,
-) -> Verdict:
-    """A verdict with what else is to be suspected; arguments as of `suspected_defenses`.
+def qualified(verdict: Verdict, suspected: list[str], assumptions: Assumptions, unmixed: bool = False) -> Verdict:
+    """A verdict with what else is to be suspected.
 
     Of a single local step, what a known defence made of the images comes out as exactly as an image would. Of several
     known defences one is read: images whose noise was may be mixtures still, unless they were `unmixed`.
+
+    Args:
+        verdict: of what was read from an update.
+        suspected: clauses of `suspected_defenses`.
+        assumptions: what the attacker is told of the round, and guesses.
+        unmixed: whether mixtures were read as such.
     """
-    verdict = verdict.suspecting(suspected_defenses(update, before, assumptions, read))
+    verdict = verdict.suspecting(suspected)
     for kind, reason in ((Augmentation, VIEWS), (Mixup, MIXTURES)):
         if not (unmixed and kind is Mixup) and any(isinstance(defense, kind) for defense in assumptions.defenses):
             levels = [level.limited(Level.UNRELIABLE) for level in verdict.levels]

@@ -23,6 +23,9 @@ from fl_lightning.memory import exceeds_memory
 
 Check = Callable[[list[str]], Mapping[str, Any]]
 """Arguments of a command line -> the settings that it would run with, parsed and nested; raises AuditError."""
+Trial = Callable[[list[str]], int | None]
+"""Arguments of a command line -> bytes that its run takes beside the program, None if unknown; raises AuditError where
+the run would be refused before its work."""
 Changes = TypeVar("Changes", Scenario, Defence)
 IMAGES = ("csv", "root")
 """Settings of `data` that say where images lie, the first of which that is given holds."""
@@ -32,6 +35,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 def audit(
     run: Callable[[Path], Run],
     check: Check,
+    trial: Trial,
     command: str,
     given: dict[str, str],
     title: str,
@@ -55,6 +59,7 @@ def audit(
     Args:
         run: the study's folder -> what runs a cell.
         check: reads the settings of a cell, without running it.
+        trial: makes what a cell's run makes before its work.
         command: that this is, for the report.
         given: settings for all runs that the command line names, which replace those of `settings`.
         title: of the report.
@@ -100,8 +105,9 @@ def audit(
     out = out.resolve()
     cells = study.cells()
     parsed = _checked(cells, check)
-    forecast = Forecast(out, cells, {cell.name: Work.of(parsed[_kind(cell)]) for cell in cells})
-    print(_plan(study, cells, forecast, out, workers), flush=True)
+    refused, memory = ({}, None) if report_only else _tried(_open(cells, out), out, trial)
+    forecast = Forecast(out, cells, {cell.name: Work.of(parsed[_kind(cell)]) for cell in cells}, memory)
+    print(_plan(study, cells, refused, forecast, out, workers), flush=True)
     if find_spec("jinja2") is None:
         print(f"Warning: {NO_JINJA2}", flush=True)
     if dry_run:
@@ -137,7 +143,12 @@ def audit(
 
     try:
         if not report_only:
-            Workers(workers, run(out), out, forecast.seconds, seconds).work(cells, ended)
+            program = run(out)
+
+            def run_or_refuse(cell: Cell, *where: Any) -> tuple[int, str]:
+                return (1, refused[cell.name]) if cell.name in refused else program(cell, *where)
+
+            Workers(workers, run_or_refuse, out, forecast.seconds, seconds).work(cells, ended)
     except BaseException as error:  # what is there is reported, whatever ended the work
         if isinstance(error, KeyboardInterrupt):
             print("Interrupted. What ended is kept, and the same command goes on.", flush=True)
@@ -222,20 +233,48 @@ def _open(cells: Sequence[Cell], out: Path) -> list[Cell]:
     return [cell for cell in cells if not (cell.folder(out) / "cell.json").exists()]
 
 
-def _plan(study: Study, cells: Sequence[Cell], forecast: Forecast, out: Path, workers: int) -> str:
+def _tried(cells: Sequence[Cell], out: Path, trial: Trial) -> tuple[dict[str, str], int | None]:
+    """Try what cells make before their work: by the first seed of each kind, and by all seeds where that is refused.
+
+    Returns:
+        The refused cells' names with the reason, and the bytes that one of the others takes at most beside the program
+        (None if that is not known of any).
+
+    Raises:
+        SettingError: all are refused, so there is nothing to run.
+    """
+    refused: dict[str, str] = {}
+    accepted, known = set(), []
+    for cell in track(cells, "Trying settings", transient=True):
+        if _kind(cell) in accepted:
+            continue
+        try:
+            known.append(trial(["fit", *cell.placed(out)]))
+            accepted.add(_kind(cell))
+        except AuditError as error:
+            refused[cell.name] = str(error)
+    if cells and not accepted:
+        raise SettingError(f"All runs would be refused. {cells[0].title}: {refused[cells[0].name]}")
+    return refused, max(filter(None, known), default=None)
+
+
+def _plan(
+    study: Study, cells: Sequence[Cell], refused: Mapping[str, str], forecast: Forecast, out: Path, workers: int
+) -> str:
     """What will be run, and how long it may take."""
-    open_ = _open(cells, out)
+    open_ = [cell for cell in _open(cells, out) if cell.name not in refused]
     times = [forecast.seconds(cell) for cell in open_]
     known = [seconds for seconds in times if seconds is not None]
-    megabytes, measured = forecast.memory()
+    megabytes, source = forecast.memory()
     lines = [
         f"Study: {study.title}",
         f"{counted(len(study.expanded()), 'scenario')}, {counted(len(study.defences), 'defence')}, "
         f"{counted(len(study.seeds), 'seed')}: {counted(len(cells), 'run')}, "
-        f"{len(cells) - len(open_)} of which have ended. Folder: {out}",
+        f"{len(cells) - len(open_) - len(refused)} of which have ended. Folder: {out}",
+        *(f"Refused, and not run: {cell.title}: {refused[cell.name]}" for cell in cells if cell.name in refused),
     ]
     if known:
-        rough = "" if len(open_) < len(cells) else ", roughly, as none has ended yet"
+        rough = "" if len(open_) + len(refused) < len(cells) else ", roughly, as none has ended yet"
         missing = len(times) - len(known)
         unknown = f", and {counted(missing, 'run')} of which nothing is known" if missing else ""
         lines.append(
@@ -244,8 +283,7 @@ def _plan(study: Study, cells: Sequence[Cell], forecast: Forecast, out: Path, wo
         )
     elif times:
         lines.append("Time: unknown until the first run has ended.")
-    of = f"measured on {counted(measured, 'run')}" if measured else "an assumption until the first run has ended"
-    lines.append(f"Memory: about {workers * megabytes / 1024:.1f} GB ({of}).")
+    lines.append(f"Memory: about {workers * megabytes / 1024:.1f} GB ({source}).")
     if excess := exceeds_memory(workers * megabytes * 2**20):
         lines.append(f"Warning: that is {excess}. Lower `--workers`.")
     return "\n".join(lines)

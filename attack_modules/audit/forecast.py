@@ -8,6 +8,8 @@ from typing import Any
 
 from attack_modules.audit.study import Cell
 from attack_modules.audit.workers import CellRecord
+from fl_lightning.errors import counted
+from fl_lightning.memory import LATER, resident_memory
 from fl_lightning.seats import CuriousClient, Seat
 from fl_lightning.storage import StorageError, made_again, read_json
 
@@ -18,7 +20,8 @@ PER_PIXEL = {"FeatureInversion": 1.8e-6, "GradientInversion": 4e-6}
 PER_CLIENT = 0.3
 """Seconds of one client's training in a round, of a few images with LeNet5."""
 MEMORY = 2000
-"""MiB that a run of LeNet5 takes, until one was measured. Measured: 1000 to 2000 at 64 to 128 pixels."""
+"""MiB that a run takes, where neither a forecast nor a measured run tells. Measured: LeNet5 1000 to 2000 at 64 to 128
+pixels."""
 
 RECENT = 10
 """So many cells of a kind, the latest, correct the first guess for the others."""
@@ -62,12 +65,16 @@ class Forecast:
         out: the study's folder.
         cells: of the study.
         works: of each cell, by its name.
+        peak_memory: bytes that a cell takes at most beside the program; None if that is not known.
     """
 
-    def __init__(self, out: Path, cells: Sequence[Cell], works: Mapping[str, Work]) -> None:
+    def __init__(
+        self, out: Path, cells: Sequence[Cell], works: Mapping[str, Work], peak_memory: int | None = None
+    ) -> None:
         self.out = out
         self.cells = list(cells)
         self.works = works
+        self.peak_memory = peak_memory
         self._seconds: dict[str, list[float]] = {}  # of ended cells, by kind
         self._ratios: dict[str, list[float]] = {}  # of these seconds to the first guesses
         self._seen: set[str] = set()
@@ -95,16 +102,19 @@ class Forecast:
             return statistics.fmean(self._seconds[work.kind][-RECENT:])
         return work.seconds
 
-    def memory(self) -> tuple[int, int]:
-        """MiB that a cell takes at most, as measured, and on how many cells; without any, an assumption and 0."""
+    def memory(self) -> tuple[float, str]:
+        """MiB that a cell takes at most, and by what that is known."""
         found = []
         for cell in self.cells:
             try:
                 found.append(read_json(cell.folder(self.out) / "run" / "results.json").get("peak_memory_mb"))
             except StorageError:  # not yet run
                 continue
-        found = [memory for memory in found if memory]
-        return (max(found), len(found)) if found else (MEMORY, 0)
+        if found := [memory for memory in found if memory]:
+            return max(found), f"measured on {counted(len(found), 'run')}"
+        if self.peak_memory is not None:
+            return (resident_memory() + self.peak_memory + LATER) / 2**20, "by forecast"
+        return MEMORY, "an assumption until the first run has ended"
 
 
 def _peer_images(data: Mapping[str, Any], seat: Mapping[str, Any] | None) -> int | None:

@@ -150,7 +150,7 @@ class Evaluation(Callback):
             self._second_step = now
         elif done == 1 + TIMED:
             step, left = (now - self._second_step) / TIMED, max(trainer.max_steps - trainer.global_step, 0)
-            verdict = step * attack.steps_of_verdict
+            verdict = attack.seconds_of_verdict()
             if left * step + verdict > WORTH_TELLING:
                 print(
                     f"Time, by forecast: {left * step:.0f} s for the {left} steps that are left, {verdict:.0f} s for "

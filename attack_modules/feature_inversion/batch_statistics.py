@@ -30,7 +30,7 @@ class BatchStatistics:
 
     def requirements(self) -> list[Requirement]:
         """One round."""
-        return [SingleRound()]
+        return [SingleRound("model.statistics")]
 
     @torch.no_grad()
     def freeze(self, model: ImageClassifier, observed: ObservedRound, images: int) -> str | None:

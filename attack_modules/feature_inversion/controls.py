@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,23 +27,38 @@ STRETCHES = 20
 """Iterations of it."""
 
 
-@torch.no_grad()
-def expected_psnr(
-    errors: list[float],
-    features: Tensor,
-    model: ImageClassifier,
-    invert: Callable[[Tensor], Tensor],
-    controls: Tensor,
-) -> list[float]:
-    """PSNR in dB that images with such errors in their features have, as measured on known images.
+@dataclass(frozen=True)
+class KnownImages:
+    """How known images come back from features with the relative errors `ERRORS`, in their order.
 
-    What an error of the features does to an image depends on the model: on how much of an image its features keep, and
-    which errors look like other images. So known images are reconstructed like the leaked ones, after an error was
-    added to their features: half of it white, as of noise, half of it along the difference of two leaked images, as of
-    images that are mixed. Between the control images, the PSNR is interpolated over the logarithm of the error.
+    Attributes:
+        psnr: in dB.
+        misfit: relative distance of what was found to the features that it was found from.
+    """
+
+    psnr: list[float]
+    misfit: list[float]
+
+    def psnr_at(self, errors: list[float]) -> list[float]:
+        """PSNR in dB at other errors, interpolated over their logarithm."""
+        return _between(self.psnr, errors)
+
+    def misfit_at(self, errors: list[float]) -> list[float]:
+        """Misfit at other errors, interpolated likewise."""
+        return _between(self.misfit, errors)
+
+
+@torch.no_grad()
+def known_images(
+    features: Tensor, model: ImageClassifier, invert: Callable[[Tensor], Tensor], controls: Tensor
+) -> KnownImages:
+    """What errors in their features do to known images, which tells what they do to the found ones.
+
+    It depends on the model: on how much of an image its features keep, and which errors look like other images. So
+    known images are reconstructed like the leaked ones, after an error was added to their features: half of it white,
+    as of noise, half of it along the difference of two leaked images, as of images that are mixed.
 
     Args:
-        errors: relative errors of the features.
         features: (N, D) leaked.
         model: whose features they are.
         invert: (K, D) features -> (K, C, H, W) images, as the attack reconstructs them.
@@ -59,12 +75,18 @@ def expected_psnr(
         wrong = F.normalize(wrong + F.normalize(features[pairs[:, 0]] - features[pairs[:, 1]], dim=1), dim=1)
     each = len(controls) // len(ERRORS)
     size = right.norm(dim=1, keepdim=True) * torch.tensor(ERRORS).repeat_interleave(each).to(right)[:, None]
+    given = right + size * wrong
     with torch.enable_grad():
-        found = invert(right + size * wrong)
+        found = invert(given)
     psnr = -10 * (found - controls).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
-    psnr = psnr.unflatten(0, (len(ERRORS), each)).mean(1)
-    psnr = psnr.cummin(0).values.tolist()  # a larger error is never better; single images scatter
-    return np.interp(np.log(np.clip(errors, ERRORS[0], ERRORS[-1])), np.log(ERRORS), psnr).tolist()
+    misfit = (model.embed(found) - given).norm(dim=1) / given.norm(dim=1)
+    psnr, misfit = (of.unflatten(0, (len(ERRORS), each)).mean(1) for of in (psnr, misfit))
+    # a larger error is never better; single images scatter
+    return KnownImages(psnr.cummin(0).values.tolist(), misfit.cummax(0).values.tolist())
+
+
+def _between(measured: list[float], errors: list[float]) -> list[float]:
+    return np.interp(np.log(np.clip(errors, ERRORS[0], ERRORS[-1])), np.log(ERRORS), measured).tolist()
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ class Convolutions:
 
     def requirements(self) -> list[Requirement]:
         """One round."""
-        return [SingleRound()]
+        return [SingleRound("model.convolutions")]
 
     def read(
         self,

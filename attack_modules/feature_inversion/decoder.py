@@ -61,14 +61,18 @@ class FeatureDecoder(nn.Module):
         """Whether the model's features are a map whose positions correspond to disjoint square blocks of pixels."""
         return _divides(feature_map_shape(model, image_shape), image_shape)
 
-    @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """(N, D) features -> (N, C, H, W) images in [0, 1]."""
+        return self.affine(features).clamp(0, 1)
+
+    @torch.no_grad()
+    def affine(self, features: Tensor) -> Tensor:
+        """The same before pixels are limited to [0, 1]: an affine function of the features."""
         images = []
         for chunk in features.split(CHUNK):
             blocks = (self._around(chunk) @ self.weight).unflatten(0, (len(chunk), -1)).transpose(1, 2)
             images.append(F.fold(blocks, self.image_size, self.block, stride=self.block))
-        return torch.cat(images).clamp(0, 1)
+        return torch.cat(images)
 
     def _around(self, features: Tensor) -> Tensor:
         """(N, D) features -> (N h w, inputs) features of each position's neighbourhood, and a constant 1."""

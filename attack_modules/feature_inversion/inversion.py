@@ -1,8 +1,10 @@
 """Feature inversion: features from the closed form, then each image on its own from its features."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,14 +15,15 @@ from torch import Tensor, nn
 from attack_modules.analytic.defended_head import Expected
 from attack_modules.analytic.observed_head import head_parameters, training_knowledge
 from attack_modules.analytic.row_space import space_bytes
-from attack_modules.analytic.suspicion import qualified
+from attack_modules.analytic.suspicion import qualified, suspected_defenses
 from attack_modules.attack import Attack, Level, Reconstruction, Verdict
 from attack_modules.feature_inversion.batch_statistics import BatchStatistics
 from attack_modules.feature_inversion.controls import (
     ERRORS,
+    STRETCHED,
     control_images,
-    expected_psnr,
     gain_of_contrast,
+    known_images,
     mean_colour_psnr,
     mean_psnr,
 )
@@ -28,15 +31,17 @@ from attack_modules.feature_inversion.convolutions import Convolutions
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.drift import SimulatedRound, full_batches, simulate_peers
 from attack_modules.feature_inversion.guidance import DiffusionGuidance
+from attack_modules.feature_inversion.introduction import of_closed_form, of_defence, of_start
 from attack_modules.feature_inversion.learned_decoder import LearnedDecoder, PhotographDecoder
 from attack_modules.feature_inversion.memory import peak_bytes
+from attack_modules.feature_inversion.objective import Objective
 from attack_modules.feature_inversion.pooling_positions import PoolingPositions
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
-from attack_modules.feature_inversion.soft_pooling import soften, softened
+from attack_modules.feature_inversion.soft_pooling import soften
 from attack_modules.feature_inversion.verdict import DRIFTING, LEAST_GAIN, Evidence, judge
-from attack_modules.priors import ChromaTotalVariation, Prior, annealed
+from attack_modules.priors import ChromaTotalVariation, Prior
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
 from attack_modules.simulation.local_training import SimulatedPeers
@@ -44,39 +49,29 @@ from attack_modules.simulation.low_rank import LowRank
 from attack_modules.threat_model.observed import RoundsSummary
 from attack_modules.threat_model.requirements import LinearHead, ReadableDropout, Requirement, TrainedHead
 from fl_lightning.client import Tensors
-from fl_lightning.errors import SettingError, counted, non_negative, positive
+from fl_lightning.errors import SettingError, non_negative, positive
 from fl_lightning.models import ImageClassifier
 from fl_lightning.models.freezing import batch_statistics
 
-ERROR_FLOOR = 1e-10
-"""Added to the feature error E before its logarithm: float32 resolves no less."""
-LEAST_SIZE = 1e-10
-"""Least squared norm of features: an image without any has a large error, but a finite one."""
-PRIOR_FLOOR = 1 / 255
-"""Added to the prior P before its logarithm: a total variation of one grey level. Without it, flat images would win."""
-EXPLAINS = 0.1
-"""Share of a grey image's E below which an iterate's P counts in its rank, where the start is grey. Those above show
-too little of the features, and would win by being flat."""
-UNEXPLAINED = 1e3
-"""Added to the rank of those: more than any logarithm of E and P."""
 FINAL_RATE = 0.02
 """Share of the learning rate that is left at the last step."""
 FALL = 2.7
 """Power of the share of steps done, to which the logarithm of the rate falls in proportion."""
-PRIOR_OF_NOISE = 1.0
-"""Weight of P beside E at the last step, over the relative noise of the features. Measured: 0.7 and 1.5 are as good."""
-EARLY = 4.0
-"""Factor of that weight at the first step."""
+IN_FLOAT32 = 0.25
+"""Share of the steps, the last ones, that are computed in float32 in a run of mixed precision too: its rounding is what
+then limits the images."""
 MOST_NOISE = 3.0
 """Relative noise beyond which features tell nothing."""
 TRIED = 4
 """Known photographs on which it is tried whether inversion improves what a learned decoder makes of them."""
+TIMED = 2
+"""Steps of the control images by which the time of the verdict is told."""
 CPU_CHUNK = 16
 """Images that pass through the model at once on a CPU, which more would not keep busier."""
 RESIMULATIONS = 2
 """Default number of simulations of the peers' training without a refinement."""
 
-REFINE = "\nThe local training changes the model much (see the drift): configs/refined.yaml would give better images."
+REFINE = "The local training changes the model much (see the drift): configs/refined.yaml would give better images."
 
 FORMER_KEYS = {
     "sought": "refinement.target_features",
@@ -102,7 +97,8 @@ class FeatureInversion(Attack):
     E falls by four orders of magnitude, further for some images and models than for others, and a weight of P that
     suits the start over-regularises late iterations. So each image minimises `log E + balance * log P`: both terms
     count by their relative changes throughout. Where E stays high because no image has these features, P would
-    dominate: its weight beside E, `balance * E / P`, is limited by `prior_limit`, which falls.
+    dominate: its weight beside E, `balance * E / P`, is limited by `prior_limit`, which falls. In a run of mixed
+    precision P is computed in float32, and so is the whole of the last quarter of the steps.
 
     Features leak as their mean over the peers' local steps, which is nearly their value under the model half way. The
     remaining difference is simulated a few times from the current images, peer by peer (`simulate_peers`).
@@ -218,6 +214,8 @@ class FeatureInversion(Attack):
             [observed.observation.round for observed in seen],
         )
         self._warn_of_mixed_images(model)
+        read = self.leakage.defended is not None
+        self.suspected = suspected_defenses(updates[0], seen[0].observation.before, assumptions, read)
         half_way = model_half_way([observed.observation for observed in seen], updates, self.steps)
         half_way = soften(self._known_better(half_way, updates[0]))
         self.embedder = (for_speed(half_way, device),)  # a tuple, so that it is no submodule
@@ -260,6 +258,11 @@ class FeatureInversion(Attack):
             self.guidance.start(self.images.detach())
         self.inverts = True
         self.inverts = self._inversion_pays()
+        known = self._known_photographs
+        if known is not None:  # the same ones at each error
+            self.controls = known.repeat(len(ERRORS), 1, 1, 1)
+        else:
+            self.controls = control_images(len(ERRORS), shape)
 
     def _known_better(self, model: ImageClassifier, update: Tensors) -> ImageClassifier:
         """The model under BatchNorm's statistics, and up to a map that replaces the features, as far as asked for."""
@@ -313,6 +316,12 @@ class FeatureInversion(Attack):
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
             found = self.invert(features.clone(), max(self.trainer.max_steps, 1))
         return mean_psnr(found, known) > mean_psnr(start(features), known)
+
+    @property
+    def objective(self) -> Objective:
+        """What the images minimise."""
+        weights = self.priors, self.balance, self.prior_limit
+        return Objective(self.model, *weights, self.softness, self.scale, self.grey)
 
     @property
     def _chunk(self) -> int:
@@ -385,7 +394,9 @@ class FeatureInversion(Attack):
         if self.guidance and self.guidance.denoises_at(self.global_step):
             self.guidance.denoise(self.images, self.ranks, self._chunk)
         scored = torch.empty(len(self.images), 2, device=self.device)
-        self.ranks.gather(scored, self._descend, self._chunk, divisible=not self._together)
+        last = self.global_step >= (1 - IN_FLOAT32) * self.trainer.max_steps
+        with torch.autocast(self.device.type, enabled=False) if last else nullcontext():
+            self.ranks.gather(scored, self._descend, self._chunk, divisible=not self._together)
         errors, losses = scored.unbind(1)
         self.join_gradients(self.images)
         self._remember(errors, losses)
@@ -409,42 +420,12 @@ class FeatureInversion(Attack):
             images = self.images.detach()[chunk].contiguous(memory_format=torch.channels_last).requires_grad_()
             noise, weights = (None if of is None else of[chunk] for of in (self.noise, self.counted))
             features, steps = self.features[chunk], self.trainer.max_steps
-            loss, scored = self._losses(images, features, self.global_step, steps, noise, weights)
+            loss, scored = self.objective.losses(images, features, self.global_step, steps, noise, weights)
             if self.guidance:
                 loss = loss + self.guidance.penalty(images, chunk)
             self.back_propagate(loss.sum(), images)  # a sum: the images are independent
         self.images.grad[chunk] = images.grad
         return scored
-
-    def _losses(
-        self, images: Tensor, features: Tensor, step: int, steps: int, noise: Tensor | None, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(n,) losses to descend on for images (n, C, H, W), and (n, 2) as of `_descend`.
-
-        Args:
-            images: of which the features are sought.
-            features: (n, D) that they should have.
-            step: of the optimisation, in which the weight of P falls.
-            steps: of all.
-            noise: (n,) relative size of the noise in `features`, in proportion to which P weighs; None without.
-            weights: (n, D) see `feature_error`.
-        """
-        with softened(self.model, annealed(self.softness, step, steps)):
-            error = self.feature_error(images, features, weights)
-        limit = annealed(self.prior_limit, step, steps)
-        if noise is not None:
-            final = (PRIOR_OF_NOISE * noise).clamp_min(self.prior_limit[1])
-            limit = (final * EARLY ** (1 - step / max(steps - 1, 1))).clamp_min(limit)
-        prior = sum((prior.weight * prior(images) for prior in self.priors), torch.zeros_like(error))
-        scale = error.detach() + ERROR_FLOOR
-        tiny = torch.finfo(prior.dtype).tiny  # a flat image has no variation to divide by
-        weight = (self.balance * scale / prior.detach().clamp_min(tiny)).clamp(max=limit)
-        loss = (error + weight * prior) / scale  # its gradient is that of log E + balance * log P
-        rank = scale.log() + self.balance * (prior + PRIOR_FLOOR).log() if noise is None else error + final * prior
-        if noise is None and self.grey is not None:
-            grey = self._distance(self.grey.expand_as(features), features, weights)
-            rank = torch.where(error < EXPLAINS * grey, rank, UNEXPLAINED + scale.log())
-        return loss, torch.stack([error, rank], 1).detach()
 
     def invert(self, features: Tensor, steps: int, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """(K, C, H, W) images from features (K, D), as in so many training steps without simulations and guidance.
@@ -452,7 +433,7 @@ class FeatureInversion(Attack):
         Args:
             features: of K images.
             steps: of the optimisation.
-            noise: (K,) relative size of the noise in the features, see `_losses`.
+            noise: (K,) relative size of the noise in the features, see `Objective`.
             seen: (K, D) which of the features count; None for all.
         """
         images = self._start(features, seen).requires_grad_()
@@ -462,7 +443,7 @@ class FeatureInversion(Attack):
         optimizer, scheduler = self._adam(images, steps)
         for step in range(steps):
             optimizer.zero_grad()
-            loss, scored = self._losses(
+            loss, scored = self.objective.losses(
                 images.contiguous(memory_format=torch.channels_last), features, step, steps, noise, seen
             )
             loss.sum().backward(inputs=[images])
@@ -527,7 +508,8 @@ class FeatureInversion(Attack):
         def target(chunk: Tensor) -> Tensor:
             return drift[chunk] + self.model.embed(self.best[chunk].contiguous(memory_format=torch.channels_last))
 
-        self.ranks.gather(self.features, target, self._chunk)
+        with torch.autocast(self.device.type, enabled=False):  # as the simulation, of which a difference is taken
+            self.ranks.gather(self.features, target, self._chunk)
         self.best_loss.fill_(torch.inf)  # losses of another target are not comparable
         if not self.inverts:
             self.images.copy_(self._start(self.features, self.seen))
@@ -573,21 +555,8 @@ class FeatureInversion(Attack):
         return self.feature_error(images, self.features[of], None if self.counted is None else self.counted[of])
 
     def feature_error(self, images: Tensor, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """(N,) relative squared distance of the images' features to `features` (N, D), at any scale if that is off.
-
-        Squares of features count as much as their `weights` (N, D) in [0, 1]; None for 1.
-        """
-        return self._distance(self.model.embed(images), features, weights)
-
-    def _distance(self, shown: Tensor, features: Tensor, weights: Tensor | None) -> Tensor:
-        """(N,) the same of the features (N, D) that images have."""
-        if weights is not None:
-            root = weights.sqrt()
-            shown, features = shown * root, features * root
-        if self.scale != 1:
-            fitting = (shown * features).sum(1) / shown.square().sum(1).clamp_min(LEAST_SIZE)
-            shown = shown * fitting.detach()[:, None]
-        return (shown - features).square().sum(1) / features.square().sum(1).clamp_min(LEAST_SIZE)
+        """(N,) E of images, see `Objective.error`."""
+        return self.objective.error(images, features, weights)
 
     @torch.no_grad()
     def misfit(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -651,14 +620,21 @@ class FeatureInversion(Attack):
             return 0.0
         known = self._starter[0].known
         features = self._embedded(known)
-        return self._distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
+        return self.objective.distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
 
-    @property
-    def steps_of_verdict(self) -> float:
-        """Control images take as many steps as the attack's own; they are fewer, or more."""
-        known = self._known_photographs
-        each = 1 if known is None else len(known)
-        return self.trainer.max_steps * each * len(ERRORS) / len(self.images)
+    def seconds_of_verdict(self) -> float:
+        """By the first steps of the control images: they are fewer than the attack's own, or more.
+
+        Those of another contrast count half, since only the others' end tells whether they are needed.
+        """
+        features = self._embedded(self.controls).clone()
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+            self.invert(features, 1)  # which warms up
+            began = time.perf_counter()
+            self.invert(features, TIMED)
+        more = 0 if self._known_photographs is not None else STRETCHED / 2
+        share = self.trainer.max_steps / TIMED if self.inverts else 1
+        return (time.perf_counter() - began) * share * (1 + more / len(self.controls))
 
     @property
     def _known_photographs(self) -> Tensor | None:
@@ -670,12 +646,8 @@ class FeatureInversion(Attack):
         leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())
         misfit = (misfit.cpu() - self._usual_misfit()).clamp_min(0)
         evidence = Evidence(leakage, self.features.cpu(), misfit, self._drifts, self.scale)
-        observed, steps = self.observed_rounds[0], max(self.steps_taken, 1)
-        known = self._known_photographs
-        if known is not None:  # the same ones at each error
-            controls, each = known.repeat(len(ERRORS), 1, 1, 1), len(known)
-        else:
-            controls, each = control_images(len(ERRORS), observed.observation.image_shape), 1
+        steps = max(self.steps_taken, 1)
+        controls, each = self.controls, len(self.controls) // len(ERRORS)
         noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device).repeat_interleave(each)
         seen = None if self.seen is None else self.seen[torch.arange(len(controls)) % len(self.seen)]
 
@@ -685,19 +657,18 @@ class FeatureInversion(Attack):
 
         flat, gain = mean_colour_psnr(controls[:each]), -math.inf
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
-            errors = [*evidence.errors.tolist(), 0.0]
-            *psnr, best = expected_psnr(errors, self.features.clone(), self.model, invert, controls)
-            if known is None and best - flat < LEAST_GAIN[Level.NOT_READ]:
+            returned = known_images(self.features.clone(), self.model, invert, controls)
+            *psnr, best = returned.psnr_at([*evidence.errors.tolist(), 0.0])
+            usual = torch.tensor(returned.misfit_at(evidence.leaked_errors.tolist()))
+            if self._known_photographs is None and best - flat < LEAST_GAIN[Level.NOT_READ]:
                 gain = gain_of_contrast(self.best.float().cpu(), self.model, invert, flat)
         if self.unmixing is not None:  # as if the images that are added up were wrong independently
             wrong = self.unmixing.cpu().square() @ 10 ** (-torch.tensor(psnr) / 10)
             psnr = (-10 * wrong.log10()).tolist()
-        verdict = judge(evidence, psnr, best, self.model, flat, gain)
+        verdict = judge(evidence, psnr, best, self.model, flat, gain, usual)
         if self.shown:
             verdict = self.shown.limited(verdict, misfit, controls[0].numel())
-        update, read = self.update_of(observed), self.leakage.defended is not None
-        unmixed = self.unmixing is not None
-        return qualified(verdict, update, observed.observation.before, observed.assumptions, read, unmixed)
+        return qualified(verdict, self.suspected, self.observed_rounds[0].assumptions, self.unmixing is not None)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -705,58 +676,16 @@ class FeatureInversion(Attack):
         checkpoint["state_dict"] = {FORMER_KEYS.get(name, name): tensor for name, tensor in state.items()}
 
     def introduction(self) -> str:
-        found, assumptions = self.leakage.diagnosis, self.observed_rounds[0].assumptions
-        several = len(self.observed_rounds) > 1
-        subject = f"updates of {len(self.observed_rounds)} rounds hold" if several else "update holds"
-        match self._starter[0]:
-            case None:
-                start = "grey images, since the features are not a map"
-            case FeatureDecoder():
-                start = "linearly decoded images"
-            case PoolingPositions():
-                start = "images for which the positions of maxima were drawn"
-            case learned:
-                start = f"images decoded by regression of photographs on {learned.numbers:,} distinct features"
-                start += "" if self.inverts else ", which are kept, since held-out ones are not improved by inversion"
         distinct = len(self.labels.unique()) > len(self.labels) / 2  # images that share their class are not refined
-        refinable = not self.refinement and assumptions.in_full_batches and distinct
+        refinable = not self.refinement and self.observed_rounds[0].assumptions.in_full_batches and distinct
         components = self.rounds, self.refinement, self.guidance, self.shown
-        parts = [part.introduction() for part in components if part]
-        return (
-            f"Closed form: the head's {subject} {counted(found.num_images, 'image')}, {found.disentangled} disentangled"
-            f", of {counted(len(self.leakage.peers.unique()), 'peer')}; labels {assumptions.sources['labels']}. "
-            f"Singular value gap {found.gap:.3g}, residual {found.residual:.2%}, condition number "
-            f"{found.conditioning:.3g}, drift {found.drift:.2%}, outside {found.outside:.2%}."
-            f"{self._dropout_introduction()}\n"
+        start = of_start(self._starter[0], self.inverts)
+        lines = [
+            of_closed_form(self.leakage, self.observed_rounds),
             f"Feature inversion: {self.images[0].numel():,} pixels an image from {self.features.shape[1]:,} features, "
-            f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}."
-            + self._defense_introduction()
-            + "".join(f"\n{part}" for part in parts if part)
-            + (REFINE if found.drift > DRIFTING and refinable else "")
-        )
-
-    def _dropout_introduction(self) -> str:
-        """How many features there are to be seen, in a sentence; empty if all are."""
-        return "" if self.seen is None else f" Dropout left {self.seen.double().mean():.0%} of the features to be seen."
-
-    def _defense_introduction(self) -> str:
-        """How a known defence is read, in one line; empty without."""
-        if self.leakage.defended is None:
-            return ""
-        reading = self.leakage.defended.reading
-        if self.shown:
-            return f"\nKnown defence or optimiser: the head's first layer is read by {type(reading).__name__}, once."
-        again = f", and once more at {reading.resolves} steps with the images found so far" if reading.resolves else ""
-        line = (
-            f"\nKnown defence or optimiser: the head's first layer is read by {type(reading).__name__}{again}. It "
-            f"leaves the features off by {self.leakage.uncertainty.median():.1%}"
-        )
-        if self.leakage.noisy:
-            line += ", in proportion to which the prior weighs"
-        if (mixing := self.leakage.mixing) is not None:
-            alone, amplified = int((mixing.diagonal() == 1).sum()), self.unmixing.norm(dim=1).median()
-            line += (
-                f". Of {len(mixing)} images {len(mixing) - alone} were mixed with another; unmixing amplifies errors "
-                f"{amplified:.2g} times"
-            )
-        return f"{line}."
+            f"Adam at rate {self.lr:g}, {self.trainer.max_steps} steps from {start}.",
+            of_defence(self.leakage, once=self.shown is not None),
+            *(part.introduction() for part in components if part),
+            REFINE if self.leakage.diagnosis.drift > DRIFTING and refinable else "",
+        ]
+        return "\n".join(filter(None, lines))

@@ -7,7 +7,6 @@ from torch import nn
 from attack_modules.analytic.row_space import CHUNK, LEADING, WIDE
 from attack_modules.feature_inversion.controls import ERRORS
 from attack_modules.threat_model.observed import RoundsSummary
-from fl_lightning.allocation import has_large
 from fl_lightning.client import trained_parameters
 from fl_lightning.models.activations import activation_bytes
 
@@ -41,7 +40,5 @@ def peak_bytes(rounds: RoundsSummary, images: int, chunk: int) -> int:
     pixels, passes = math.prod(rounds.image_shape), max(min(chunk, images), len(ERRORS))
     kept = images * SINGLE * (COPIES * pixels + TARGETS * width)
     passing = 2 * passes * activation_bytes(model, rounds.image_shape)  # and their gradients
-    again = count * (whole + trained)  # the verdict looks at the update once more
-    large = has_large(model.parameters())  # before which freed memory is returned
-    ending = count * whole + kept + (max(passing, again) if large else passing + again)
+    ending = count * whole + kept + passing
     return max(updating, reading, ending)

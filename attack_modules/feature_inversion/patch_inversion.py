@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from attack_modules.analytic.patch_embedding import OneImage, PatchEmbedding, PatchUpdate, TrainedPatchEmbedding
 from attack_modules.analytic.patch_reading import Control, Estimate, PatchReading
-from attack_modules.analytic.suspicion import qualified
+from attack_modules.analytic.suspicion import qualified, suspected_defenses
 from attack_modules.attack import Attack, Level, Reconstruction, Verdict
 from attack_modules.feature_inversion.verdict import LEAST_PSNR
 from attack_modules.threat_model.observed import RoundsSummary
@@ -137,7 +137,8 @@ class PatchInversion(Attack):
             advice["More rounds of the same images, or rounds at a larger rate, show more."] = None
         seen = self.observed_rounds[0]
         verdict = Verdict(levels, reasons=list(reasons), advice=list(advice), expected_psnr=psnr)
-        return qualified(verdict, self.update_of(seen), seen.observation.before, seen.assumptions)
+        suspected = suspected_defenses(self.update_of(seen), seen.observation.before, seen.assumptions)
+        return qualified(verdict, suspected, seen.assumptions)
 
     def introduction(self) -> str:
         reading = self.readings[0]

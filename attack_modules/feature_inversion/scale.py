@@ -62,10 +62,12 @@ def feature_scale(features: Tensor, model: ImageClassifier, decoder: FeatureDeco
         decoder: of this model.
     """
     features = features[:MOST_IMAGES].to(model.mean)
+    constant = decoder.affine(torch.zeros_like(features[:1]))
+    slope = decoder.affine(features) - constant
 
     def error(scale: float) -> float:
         scaled = features * scale
-        shown = model.embed(decoder(scaled))
+        shown = model.embed((constant + scale * slope).clamp_(0, 1))
         return ((shown - scaled).norm(dim=1) / scaled.norm(dim=1)).median().item()
 
     centre, width = 0.0, math.log(LARGEST)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from attack_modules.analytic.observed_head import labels_in
-from attack_modules.analytic.suspicion import qualified
+from attack_modules.analytic.suspicion import qualified, suspected_defenses
 from attack_modules.attack import Attack, Reconstruction, Verdict
 from attack_modules.gradient_matching.latent_detail import Detail, public_photographs
 from attack_modules.gradient_matching.objectives import Objective, SquaredL2
@@ -284,7 +284,8 @@ class GradientInversion(Attack):
         simulated = self._explained(*self.reconstruction()[:2])
         single = [SquaredL2()({name: simulated[name]}, {name: self.observed[name]}).item() for name in self.target]
         verdict = judge(misfit.item(), len(self.labels), statistics.median(single) ** 0.5)
-        return qualified(verdict, self.update_of(seen), seen.observation.before, seen.assumptions)
+        suspected = suspected_defenses(self.update_of(seen), seen.observation.before, seen.assumptions)
+        return qualified(verdict, suspected, seen.assumptions)
 
     def introduction(self) -> str:
         count, shape = len(self.labels), tuple(self.starts[0].shape[1:])

@@ -1,7 +1,7 @@
 """Rounds of another system, from their model files to a record that attacks read."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ GUESSES = {
 
 
 def record_round(
-    model_class: type[nn.Module],
+    model_class: Callable[..., nn.Module],
     arguments: dict[str, Any],
     out: Path,
     before: Path | None = None,
@@ -49,8 +49,8 @@ def record_round(
     with a model's tensors by name or in the order of its state dict. Nothing that would run code is read from them.
 
     Args:
-        model_class: class of the global model.
-        arguments: of its constructor.
+        model_class: class of the global model, or a function that is annotated to return it.
+        arguments: of it, by name.
         out: folder of the record; rounds of one federation share it, see `round`.
         before: file of the global model before the round.
         after: file of the global model after it.
@@ -75,7 +75,8 @@ def record_round(
     if round < 0:
         raise SettingError(f"`round` is {round}, but rounds are counted from 0.")
     rounds = _rounds(before, after, recorded, own, own_weight, total_examples, round)
-    if issubclass(model_class, ImageClassifier):
+    ours = isinstance(model_class, type) and issubclass(model_class, ImageClassifier)
+    if ours:
         model = model_class(**arguments)
     elif image_shape is None:
         raise SettingError(
@@ -98,12 +99,12 @@ def record_round(
         observation.save(Record(out).observation(files.round))
     written = [str(files.round) for files in rounds if files.round not in left_out]
     reasons = "".join(f"Round {number} is left out: {error}\n" for number, error in left_out.items())
-    own_class = "" if issubclass(model_class, ImageClassifier) else _named(model_class)
+    options = "" if ours else _named(model_class)
     return (
         f"{reasons}Recorded in '{out}': round {', '.join(written)}. The head of {model_class.__name__} is "
         f"{', '.join(model.head_parameters)}.\n"
         "To attack it, with what you know or guess of the peers' training in place of the words in capitals:\n"
-        f"python cli.py fit --config configs/leakage.yaml --observation {shlex.quote(str(out))}{own_class} "
+        f"python cli.py fit --config configs/leakage.yaml --observation {shlex.quote(str(out))}{options} "
         + " ".join(f"--knowledge.{name} {name.upper()}" for name in GUESSES)
         + "".join(f"\n  {name.upper()}: {allowed}" for name, allowed in GUESSES.items())
     )
@@ -172,8 +173,8 @@ def _refuse_implausible(observation: Observation, files: RecordedRound) -> None:
         )
 
 
-def _named(model_class: type[nn.Module]) -> str:
-    """Options that load a class which a record names; a record itself loads none."""
+def _named(model_class: Callable[..., nn.Module]) -> str:
+    """Options that load a class or function which a record names; a record itself loads none."""
     path = f"{model_class.__module__}.{model_class.__qualname__}"
     return f" --federation.model WrappedClassifier --federation.model.module {path}"
 

@@ -59,18 +59,26 @@ class FittingClassWeights(Requirement):
 
 
 class SingleRound(Requirement):
-    """Exactly one observed round."""
+    """Exactly one observed round.
 
-    name = "a single observed round"
+    Args:
+        setting: that requires it, where the attack reads several rounds without it; null for the attack itself.
+    """
+
+    def __init__(self, setting: str | None = None) -> None:
+        self.setting = setting
+        self.name = f"a single observed round for `{setting}`" if setting else "a single observed round"
 
     def violation(self, rounds: RoundsSummary) -> str | None:
+        without = f"set `{self.setting}: null`" if self.setting else None
         if (clients := len(set(rounds.clients))) > 1:
             return (
                 f"the server sees {clients} clients, each by itself. Show it their mean, by "
-                "`federation.seat.secure_aggregation: true`, or attack by FeatureInversion."
+                f"`federation.seat.secure_aggregation: true`, or {without or 'attack by FeatureInversion'}."
             )
         if len(rounds.assumptions) > 1:
-            return f"{len(rounds.assumptions)} were observed. Name one in `federation.observed_rounds`."
+            instead = f", or {without}, by which all are read" if without else ""
+            return f"{len(rounds.assumptions)} were observed. Name one in `federation.observed_rounds`{instead}."
         return None
 
 

@@ -23,7 +23,7 @@ def audit_parser(audit: Callable[..., Any]) -> ArgumentParser:
     """The command's parser: the arguments of `audit` but for the programs that it uses."""
     parser = ArgumentParser(prog="python cli.py audit", description=PURPOSE, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="The study, see configs/audit_demo.yaml.")
-    parser.add_function_arguments(audit, skip={"run", "check", "command", "given"}, fail_untyped=True)
+    parser.add_function_arguments(audit, skip={"run", "check", "trial", "command", "given"}, fail_untyped=True)
     return parser
 
 

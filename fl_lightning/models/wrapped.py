@@ -1,11 +1,12 @@
 """A user's own module as a global model, whose parameters keep their names."""
 
 import copy
+import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -38,9 +39,10 @@ class WrappedClassifier(ImageClassifier):
     Args:
         num_classes: number of logits, as the module has.
         image_shape: (C, H, W) of an image.
-        module: the class of the module, or a module, of which copies are used. A path such as `mynet.Net` names a class
-            that is loaded already.
-        arguments: of the module's class, by name.
+        module: the class of the module; a function that makes it, such as `torchvision.models.resnet18`, whose
+            annotation says that it returns a module; or a module, of which copies are used. A path such as `mynet.Net`
+            names a class or function that is loaded already.
+        arguments: of the module's class or function, by name.
         head: `auto` for the longest chain of linear layers and ReLUs at the end, or the name of a layer or container in
             the module that limits it.
         weights: a file of initial weights, as `state_files.read_state` reads them; null for those of the constructor.
@@ -56,7 +58,7 @@ class WrappedClassifier(ImageClassifier):
         self,
         num_classes: int,
         image_shape: ImageShape,
-        module: type[nn.Module] | nn.Module | Prototype | str,
+        module: type[nn.Module] | Callable[..., nn.Module] | nn.Module | Prototype | str,
         arguments: dict[str, Any] | None = None,
         head: str = "auto",
         weights: Path | None = None,
@@ -89,7 +91,7 @@ class WrappedClassifier(ImageClassifier):
     @classmethod
     def around(
         cls,
-        module: type[nn.Module] | nn.Module,
+        module: type[nn.Module] | Callable[..., nn.Module] | nn.Module,
         image_shape: ImageShape,
         arguments: dict[str, Any] | None = None,
         head: str = "auto",
@@ -141,11 +143,13 @@ def _with_names_within(model: nn.Module, state: dict[str, Any], prefix: str, *_:
         state[f"{prefix}{WITHIN}{name.removeprefix(prefix)}"] = state.pop(name)
 
 
-def _named(module: type[nn.Module] | nn.Module | Prototype | str) -> Prototype | str:
+def _named(module: Callable[..., nn.Module] | nn.Module | Prototype | str) -> Prototype | str:
     """A module in the form in which a description holds it."""
+    if isinstance(module, partial):  # jsonargparse's form of a class with `init_args`
+        module = module()
     if isinstance(module, nn.Module):
         return Prototype(module)
-    return f"{module.__module__}.{module.__qualname__}" if isinstance(module, type) else module
+    return module if isinstance(module, (Prototype, str)) else f"{module.__module__}.{module.__qualname__}"
 
 
 def _head_of(
@@ -185,24 +189,38 @@ def _made(module: str | Prototype, arguments: Mapping[str, Any] | None) -> nn.Mo
     """A new module, on the default device and trainable as it was given.
 
     Raises:
-        SettingError: the class is not loaded, is none of a module, or does not take these arguments.
+        SettingError: the class or function is not loaded, makes no module, or does not take these arguments.
     """
     if isinstance(module, Prototype):
         return copy.deepcopy(module.module).to(torch.empty(0).device)
     found = _loaded(module)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    if not makes_modules(found):
         raise SettingError(
             f"`module` names '{module}', but no loaded module of Python has a class of this name that derives from "
-            "torch.nn.Module. If you trust it, put its file on the Python path and name it yourself: "
-            f"`--federation.model WrappedClassifier --federation.model.module {module}`, or import it in Python."
+            "torch.nn.Module, or a function annotated to return one. If you trust it, put its file on the Python path "
+            f"and name it yourself: `--federation.model WrappedClassifier --federation.model.module {module}`, or "
+            "import it in Python."
         )
     try:
         return found(**(arguments or {}))
     except Exception as error:  # of a user's module
         raise SettingError(
             f"{found.__name__} cannot be built with the arguments {arguments or {}} ({in_short(error)}). Give its own "
-            "constructor's arguments as `arguments`."
+            "as `arguments`."
         ) from error
+
+
+def makes_modules(found: Any) -> bool:
+    """Whether something is a class of modules, or a function whose annotation says that it returns one.
+
+    A file may name it, so a function that says nothing of what it returns is never called.
+    """
+    if inspect.isfunction(found):
+        try:
+            found = get_type_hints(found).get("return")
+        except NameError:  # an annotation of what is not imported
+            return False
+    return isinstance(found, type) and issubclass(found, nn.Module)
 
 
 def _loaded(path: str) -> Any:

@@ -1,7 +1,10 @@
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from attack_modules.priors import ChromaTotalVariation, TotalVariation, annealed, rgb_to_ycbcr
+from attack_modules.priors import ChromaTotalVariation, TotalVariation, annealed, rgb_to_ycbcr, total_variation
 
 
 def test_total_variation_by_hand() -> None:
@@ -35,6 +38,23 @@ def test_ycbcr_of_white_and_blue() -> None:
     torch.testing.assert_close(white, torch.tensor([1.0, 0.0, 0.0]), atol=1e-6, rtol=0)
     blue = rgb_to_ycbcr(torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1)).flatten()
     torch.testing.assert_close(blue, torch.tensor([0.114, 0.5, -0.081312]))
+
+
+def test_the_slope_of_total_variation_is_that_of_its_differences() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 5, 7, dtype=torch.float64)
+    images[:, :, 2] = images[:, :, 1]  # equal neighbours have none
+    weights = torch.rand(2, 3, dtype=torch.float64)
+
+    def slope(variation: Callable[[Tensor], Tensor], layout: torch.memory_format) -> Tensor:
+        leaf = images.clone(memory_format=layout).requires_grad_()
+        return torch.autograd.grad((variation(leaf) * weights).sum(), leaf)[0]
+
+    def composed(images: Tensor) -> Tensor:
+        return images.diff(dim=2).abs().mean((2, 3)) + images.diff(dim=3).abs().mean((2, 3))
+
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.testing.assert_close(slope(total_variation, layout), slope(composed, layout))
 
 
 def test_annealing_is_geometric() -> None:

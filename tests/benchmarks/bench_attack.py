@@ -24,6 +24,7 @@ from attack_modules.attack import Attack
 from attack_modules.evaluation.assignment import match
 from fl_lightning.truth import Truth
 
+pytestmark = pytest.mark.benchmark(timer=clock)
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 QUALITY, GOOD, BETTER = 20.5, 30.0, 36.0

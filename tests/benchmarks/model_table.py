@@ -12,7 +12,7 @@ first but of transformers, whose last layer begins at 0: there the second.
 Nothing is told but the rates, the steps and that batches are full, and, for CIFAR-10, whose ten classes do not tell it
 under a head of one layer, the number of images. It appends the rows that the table lacks, so that it
 can be stopped and called again. `show` prints the table of notebooks/results.md, a line for all seeds. `train` makes
-WEIGHTS/<model>.pt by federated training on CIFAR-10's training images.
+WEIGHTS/<model>.pt by federated training on CIFAR-10's training images, and trains those there further (`--further`).
 """
 
 import csv
@@ -72,7 +72,8 @@ class Setting:
         lr: of the peers' SGD in the observed round.
         observed: which round that is.
         rounds: of training on CIFAR-10; 0 for a model that is not trained here.
-        images: of each of four clients in that.
+        clients: who train.
+        images: of each of them.
         training: its rate.
         optimizer: its optimiser.
     """
@@ -83,6 +84,7 @@ class Setting:
     lr: float = 0.003
     observed: int = 0
     rounds: int = 0
+    clients: int = 4
     images: int = 500
     training: float = 0.02
     optimizer: Literal["SGD", "Adam"] = "SGD"
@@ -111,8 +113,12 @@ SETTINGS = {
     ),
     "resnet34": Setting(torchvisions("resnet34"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
     "resnet50": Setting(torchvisions("resnet50"), partial(with_maps, (0.9, 0.99)), 200, 0.01),
-    "alexnet": Setting(torchvisions("alexnet"), with_maps, 40, rounds=7, training=0.0002, optimizer="Adam"),
-    "vgg11": Setting(torchvisions("vgg11"), with_maps, 100, rounds=3, images=100, training=0.0001, optimizer="Adam"),
+    "alexnet": Setting(
+        torchvisions("alexnet"), with_maps, 40, rounds=6, clients=2, images=1000, training=0.0002, optimizer="Adam"
+    ),
+    "vgg11": Setting(
+        torchvisions("vgg11"), with_maps, 100, rounds=4, clients=2, images=800, training=0.0001, optimizer="Adam"
+    ),
     "efficientnet_lite0": Setting(EfficientNetLite0, FeatureInversion, 60, 0.0002),
     "mobilenet_v3_small": Setting(torchvisions("mobilenet_v3_small"), with_maps, 60, 0.01),
     "convnext_tiny": Setting(torchvisions("convnext_tiny"), with_maps, 60),
@@ -283,14 +289,19 @@ def show(given: Namespace) -> None:
 
 
 def train(given: Namespace) -> None:
-    """Write the weights that are lacking."""
+    """Write the weights that are lacking, or train those that exist further."""
     for name in given.models:
         setting, path = SETTINGS[name], given.weights / f"{name}.pt"
-        if path.exists() or not setting.rounds:
+        if not setting.rounds or path.exists() != given.further:
             continue
         began = time.process_time()
         data = CIFAR10(
-            root=given.root, num_clients=4, images_per_client=setting.images, image_size=64, partition=IID(), seed=0
+            root=given.root,
+            num_clients=setting.clients,
+            images_per_client=setting.images,
+            image_size=64,
+            partition=IID(),
+            seed=0,
         )
         data.setup()
         chosen = torch.randperm(len(data.test_set), generator=torch.Generator().manual_seed(0))[:SHOWN]
@@ -300,7 +311,13 @@ def train(given: Namespace) -> None:
         client = LocalTraining(
             lr=setting.training, local_epochs=1, batch_size=32, momentum=momentum, optimizer=setting.optimizer
         )
-        federation = Federation(model=setting.model, client=client, rounds=setting.rounds, seed=0)
+        federation = Federation(
+            model=setting.model,
+            client=client,
+            rounds=setting.rounds,
+            seed=int(given.further),  # batches in another order
+            initial_weights=path if given.further else None,
+        )
         with tempfile.TemporaryDirectory() as folder:
             federation.run(data, Path(folder))
             state = load_checkpoint(Record(Path(folder)).checkpoint)["model"]
@@ -321,6 +338,7 @@ if __name__ == "__main__":
     training, attacking = kinds.add_parser("train"), kinds.add_parser("attack")
     training.add_argument("root", type=Path, help="CIFAR-10")
     training.add_argument("weights", type=Path, help="a folder that exists")
+    training.add_argument("--further", action="store_true", help="as many rounds more, from the weights that exist")
     training.set_defaults(run=train)
     attacking.add_argument("root", type=Path, help="the images")
     attacking.add_argument("table", type=Path, help="a .csv file, to which the rows are appended that it lacks")

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,14 @@ class Rates(Net):
     def __init__(self) -> None:
         super().__init__()
         *_, self.drop.p = (rate.item() for rate in torch.linspace(0, 0.5, 3))
+
+
+def made(width: int = 12) -> Net:
+    return Net(5, width)
+
+
+def made_of_what(width: int = 12):  # noqa: ANN201
+    raise AssertionError("A function that does not say what it returns must not be called.")
 
 
 class Pair(Net):
@@ -146,10 +155,20 @@ def test_a_class_takes_arguments_and_weights_from_a_file(tmp_path: Path) -> None
     assert all(torch.equal(tensor, state[f"module.{name}"]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("module", [made, f"{__name__}.made"])
+def test_a_function_makes_the_module(module: Callable[..., nn.Module] | str) -> None:
+    model = WrappedClassifier(5, SHAPE, module, {"width": 9})
+    assert model.head[0].out_features == 9
+    assert build_model(describe_model(model), model.state_dict()).head[0].out_features == 9
+    assert isinstance(WrappedClassifier(5, SHAPE, partial(made, width=7)).features.module, Net)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"module": "os.system"}, "derives from torch.nn.Module"),
+        ({"module": made_of_what}, "or a function annotated to return one"),
+        ({"module": made, "arguments": {"depth": 3}}, "made cannot be built"),
         ({"module": "not_loaded.Net"}, "derives from torch.nn.Module"),
         ({"module": Net, "arguments": {"depth": 3}}, "cannot be built"),
         ({"module": Net, "arguments": {"classes": 4}}, "has 4 logits, but there are 5"),

@@ -1,11 +1,13 @@
 """Gates of one step, near the width of the layer, from weights that were rounded."""
 
+import itertools
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
-from attack_modules.analytic.binary_gates import GateSearch, binary_gates, gate_logit
+from attack_modules.analytic.binary_gates import ColumnSpace, GateSearch, binary_gates, gate_logit
 from attack_modules.analytic.row_space import RowSpace
 
 IMAGES, HIDDEN, WIDTH = 40, 56, 300
@@ -48,8 +50,36 @@ def test_two_wrong_gates_that_hide_each_other_are_flipped_together() -> None:
     inside, errors = inside / inside.norm(), torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
     shut = torch.zeros(3, dtype=torch.float64)
     likely, unlikely = torch.tensor([[2.0, 2, 8], [-1.0, -1, 8]], dtype=torch.float64)
-    assert GateSearch(inside, errors, likely).flip(shut, 1e-4)[0].tolist() == [1, 1, 1]
-    assert GateSearch(inside, errors, unlikely).flip(shut, 1e-4)[0].tolist() == [0, 0, 1]
+    space, variance = ColumnSpace(inside, 1), torch.tensor([1e-4])
+    assert GateSearch(space, errors, likely).flip(shut, variance)[0].tolist() == [1, 1, 1]
+    assert GateSearch(space, errors, unlikely).flip(shut, variance)[0].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("inside", [5, 19])
+def test_no_single_gate_or_pair_lowers_the_cost_any_more(inside: int) -> None:
+    units, variance = 24, 0.3
+    generator = torch.Generator().manual_seed(inside)
+    vectors = torch.linalg.qr(torch.randn(units, units, generator=generator, dtype=torch.float64)).Q
+    outside = vectors[:, inside:] @ vectors[:, inside:].T
+    space = ColumnSpace(vectors, inside)
+    assert space.basis.shape[1] == min(inside, units - inside)
+
+    def cost(gates: Tensor) -> float:
+        gated = gates * errors
+        return (gated @ outside @ gated / (2 * variance) - gates @ logit).item()
+
+    flipped = 0
+    for _ in range(20):
+        errors, logit = torch.randn(2, units, generator=generator, dtype=torch.float64)
+        start = (logit > 0).double()
+        found, least = GateSearch(space, errors, logit).flip(start, torch.tensor([variance], dtype=torch.float64))
+        flipped += int((found != start).sum())
+        assert least == pytest.approx(cost(found))
+        for pair in itertools.combinations_with_replacement(range(units), 2):
+            other = found.clone()
+            other[list(set(pair))] = 1 - other[list(set(pair))]
+            assert cost(other) > least - 1e-6
+    assert flipped > 20
 
 
 def test_witnesses_agree_with_integration() -> None:

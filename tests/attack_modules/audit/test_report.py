@@ -62,11 +62,11 @@ class Page(HTMLParser):
             self.text += data
 
 
-def run(study: Study, made: object, out: Path, **more: object) -> str:
+def run(study: Study, made: object, out: Path, trial: object = lambda arguments: None, **more: object) -> str:
     arguments = {"title": study.title, "scenarios": study.scenarios, "base": study.base, "settings": study.settings}
     arguments |= {name: more.pop(name) for name in [*more] if name in arguments}
     return audit(
-        made, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, given={}, **arguments,
+        made, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, trial, given={}, **arguments,
         defences=study.defences, seeds=study.seeds, out=out,
         **{"workers": 2, "command": "python cli.py audit", **more},
     )  # fmt: skip

@@ -29,7 +29,8 @@ def test_a_thousand_runs_cost_little_beside_their_work(study: Study, fake: Calla
     def report(**more: object) -> float:
         began = time.monotonic()
         audit(
-            fake, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, "python cli.py audit", {},
+            fake, lambda arguments: {"model": {"class_path": "FeatureInversion"}}, lambda arguments: None,
+            "python cli.py audit", {},
             study.title, [many], study.base, study.settings, study.defences, [0, 1, 2], tmp_path, workers=2, **more,
         )  # fmt: skip
         return time.monotonic() - began

@@ -14,6 +14,7 @@ from attack_modules.feature_inversion.controls import mean_psnr
 from attack_modules.feature_inversion.dead_leaves import dead_leaves
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.learned_decoder import LearnedDecoder
+from attack_modules.feature_inversion.objective import Objective
 from attack_modules.priors import TotalVariation
 from attack_modules.threat_model.knowledge import Knowledge
 from fl_lightning.client import LocalTraining
@@ -54,6 +55,26 @@ def test_images_do_not_feel_each_other_and_chunks_do_not_matter(observe: Observe
     seen = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE)
     whole, chunked = (attack(FeatureInversion(chunk_size=size), seen, steps=5) for size in (4, 1))
     torch.testing.assert_close(whole.images, chunked.images, rtol=1e-3, atol=1e-3)
+
+
+def test_the_last_quarter_of_a_run_in_mixed_precision_and_its_priors_are_in_float32(
+    observe: Observe, attack: Run
+) -> None:
+    seen, mixed, of_prior = observe(Federation(client=LocalTraining(local_epochs=1)), **WIDE), [], []
+
+    class Noting(TotalVariation):
+        def __call__(self, images: Tensor) -> Tensor:
+            of_prior.append(torch.is_autocast_enabled("cpu"))
+            return super().__call__(images)
+
+    class Watched(FeatureInversion):
+        def _descend(self, chunk: Tensor) -> Tensor:
+            mixed.append(torch.is_autocast_enabled("cpu"))
+            return super()._descend(chunk)
+
+    attack(Watched(priors=[Noting(1.0)]), seen, steps=8, precision="bf16-mixed")
+    assert mixed == [True] * 6 + [False] * 2
+    assert not any(of_prior)
 
 
 def test_priors_count_by_their_relative_change_up_to_a_limit(observe: Observe, attack: Run) -> None:
@@ -120,10 +141,10 @@ def test_an_iterate_that_shows_the_features_ranks_before_a_flat_one(
     features = 1.05 * module.model.embed(images[:1]).expand(2, -1)
 
     def ranks() -> Tensor:
-        return module._losses(images, features, 0, 1, None, None)[1][:, 1]
+        return module.objective.losses(images, features, 0, 1, None, None)[1][:, 1]
 
     assert ranks()[0] < ranks()[1]
-    monkeypatch.setattr("attack_modules.feature_inversion.inversion.EXPLAINS", 2.0)  # as if grey explained them
+    monkeypatch.setattr("attack_modules.feature_inversion.objective.EXPLAINS", 2.0)  # as if grey explained them
     assert ranks()[0] > ranks()[1]
 
 
@@ -147,6 +168,25 @@ def test_decoded_images_are_kept_where_known_ones_are_not_improved(
     assert best - 3 < min(verdict.expected_psnr) <= max(verdict.expected_psnr) < best + 0.1
     exact = observe(Federation(model=linear_classifier, client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
     assert attack(FeatureInversion(decoder=decoder), exact, steps=30).inverts
+
+
+def test_the_verdict_takes_what_is_forecast(observe: Observe, attack: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second look at the update, and the time of the first steps, which are as many images' as all others."""
+    seen = observe(Federation(client=LocalTraining(local_epochs=1)), BLIND, **WIDE)
+    module = attack(FeatureInversion(), seen, steps=10)
+    passed, losses = [], Objective.losses
+
+    def counted(self: Objective, images: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        passed.append(len(images))
+        return losses(self, images, *rest)
+
+    monkeypatch.setattr(Objective, "losses", counted)
+    monkeypatch.setattr(Attack, "update_of", None)
+    monkeypatch.setattr("attack_modules.feature_inversion.inversion.time.perf_counter", lambda: sum(passed))
+    said = module.seconds_of_verdict()
+    passed.clear()
+    module.verdict(module.misfit(module.best, module.labels))
+    assert sum(passed) == pytest.approx(said, rel=0.2)
 
 
 def test_impossible_settings_are_refused() -> None:

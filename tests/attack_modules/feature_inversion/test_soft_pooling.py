@@ -51,6 +51,29 @@ def test_shares_fall_linearly_with_the_distance_to_the_maximum() -> None:
     torch.testing.assert_close(found.view(2, 4), expected)
 
 
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_a_reach_below_the_rounding_of_bf16_leaves_the_exact_gradient(layer: nn.MaxPool2d) -> None:
+    torch.manual_seed(0)
+    maps = 50 + torch.randn(2, 3, 8, 12).cumsum(3).bfloat16()  # steps of 0.25
+    slope = torch.ones_like(layer(maps))
+    soft = SoftPooling(layer)
+    soft.softness = 1e-3
+    shared = gradient(soft, maps, slope)
+    highest = gradient(layer, maps, slope) > 0
+    assert highest.sum() > 20
+    assert (shared[highest] > 0).all()  # those that are equal to them in bf16 have a share as well
+    torch.testing.assert_close(shared.float().sum(), slope.float().sum(), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_flat_maps_share_their_gradient_equally_in_any_precision(dtype: torch.dtype) -> None:
+    soft = SoftPooling(nn.MaxPool2d(2))
+    soft.softness = 0.5
+    found = gradient(soft, torch.full((1, 2, 4, 4), 3.0, dtype=dtype), torch.full((1, 2, 2, 2), 4e4, dtype=dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, torch.full_like(found, 1e4))
+
+
 def test_poolings_of_a_model_are_soft_only_meanwhile() -> None:
     torch.manual_seed(0)
     model = soften(LeNet5(5, (3, 16, 16)).requires_grad_(False))

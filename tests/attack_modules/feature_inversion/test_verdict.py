@@ -15,8 +15,8 @@ from attack_modules.attack import Level, Verdict
 from attack_modules.feature_inversion.controls import (
     ERRORS,
     control_images,
-    expected_psnr,
     gain_of_contrast,
+    known_images,
     mean_colour_psnr,
     of_contrast,
 )
@@ -90,7 +90,8 @@ def test_level_follows_the_expected_psnr(psnr: float, level: Level) -> None:
 @pytest.mark.parametrize(
     ("changed", "level", "words"),
     [
-        ({"counted": False}, Level.LIKELY, "cannot be read"),
+        ({"counted": False}, Level.LIKELY, "cannot be read: the singular values do not fall, and 3 classes are held"),
+        ({"counted": False, "held": 1}, Level.LIKELY, "and 1 class is held"),
         ({"shown": 5}, Level.UNRELIABLE, "3 images told, but the update shows 5"),
         ({"views": True}, Level.UNRELIABLE, "augmented"),
         ({"residual": 0.7}, Level.UNRELIABLE, "70% of the head's update are unexplained"),
@@ -178,8 +179,21 @@ def test_expected_psnr_falls_with_the_error() -> None:
         return controls + error[:, None, None, None]  # PSNR is -20 log10(error)
 
     with torch.no_grad():
-        found = expected_psnr(asked, MODEL.embed(torch.rand(4, 3, 32, 32)), MODEL, invert, controls)
+        returned = known_images(MODEL.embed(torch.rand(4, 3, 32, 32)), MODEL, invert, controls)
+    found = returned.psnr_at(asked)
     assert found[1:7] == pytest.approx([50.46, 40, 30.46, 20, 10.46, 0], abs=0.3)
     assert found[0] == found[1]
     assert found[7] == found[6]
     assert 30.46 < found[8] < 40
+    assert returned.misfit == sorted(returned.misfit)
+    assert returned.misfit_at([ERRORS[2]]) == pytest.approx([returned.misfit[2]])
+
+
+def test_images_that_come_out_further_from_the_features_than_known_ones_are_not_trusted() -> None:
+    misfit = torch.tensor([0.05, 0.05, 0.05])
+    evidence = Evidence(leakage(), leakage().features, misfit, drifts=False)
+    found = judge(evidence, [30.0] * 3, 35.0, MODEL, usual=torch.tensor([0.02, 0.01, 0.001]))
+    assert found.levels == [Level.CERTAIN, Level.UNRELIABLE, Level.UNRELIABLE]
+    assert "2 images came out further from the features than known ones do" in found.reasons[0]
+    closer = Evidence(leakage(), leakage().features, 0.3 * misfit, drifts=False)
+    assert set(judge(closer, [30.0] * 3, 35.0, MODEL, usual=torch.full((3,), 1e-3)).levels) == {Level.CERTAIN}

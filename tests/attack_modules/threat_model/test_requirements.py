@@ -67,7 +67,16 @@ def test_each_names_what_is_missing_and_what_to_do(
     met: RoundsSummary, observe: Observe, linear_classifier: ClassifierFactory, batch_norm_classifier: ClassifierFactory
 ) -> None:
     two = replace(met, assumptions=[*met.assumptions, *met.assumptions])
-    refused(SingleRound(), two, "2 were observed. Name one in `federation.observed_rounds`")
+    refused(SingleRound(), two, r"2 were observed. Name one in `federation.observed_rounds`\.$")
+    part = SingleRound("model.convolutions")
+    refused(
+        part, two, "Name one in `federation.observed_rounds`, or set `model.convolutions: null`, by which all are read"
+    )
+    refused(
+        part,
+        replace(two, clients=(0, 1)),
+        "`federation.seat.secure_aggregation: true`, or set `model.convolutions: null`",
+    )
     narrow = RoundsSummary.of([observe(Federation(model=linear_classifier))] * 2)
     refused(TwoLayersForSeveralRounds(), narrow, "LinearClassifier has one layer and 2 rounds were observed")
     batches = changed(met, batch_size=1, client_sizes=[2, 2])
