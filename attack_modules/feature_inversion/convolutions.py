@@ -265,7 +265,8 @@ def _followed_back(
         read = maps_before_pooling(of, maps, errors, gradient_of, shape[1:])
         if not read.misfit <= READ:  # nor NaN
             break
-        name, maps, errors, uncertainty = before, read.maps, read.errors, max(read.misfit, uncertainty)
+        name, maps, uncertainty = before, read.maps, max(read.misfit, uncertainty)
+        errors = errors_before(of.layer, maps, gradient_of)
     unseen = maps.new_zeros(0, *maps.shape[2:])
     expected = torch.full((len(maps),), uncertainty, dtype=leakage.uncertainty.dtype)
     features = maps.flatten(1).to(leakage.features)
