@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from attack_modules.analytic.residual_blocks import DETERMINED, POSITIVE, linear_maps
+from attack_modules.analytic.residual_blocks import DETERMINED, POSITIVE, SMALL, linear_maps
 
 ROUNDS = 30
 """Most of positions and maps in turn. Measured: 5 to 10 are enough."""
+TELLS = 0.1
+"""Misfit of the maps behind, up to which those in front tell where small ones passed ReLU, which reading blurs."""
 LEAST = 0.003
 """Unexplained share of a channel's gradient, over the mean gradient, below which channels count alike: rounding."""
 OVERDETERMINED = 10
@@ -89,16 +91,19 @@ def maps_before_pooling(
     """
     shape = len(behind), gradient.shape[1], *side
     maps = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(behind) * behind.mean()
-    taken = (errors * (behind > POSITIVE * behind.mean())).flatten(2)
+    opened = behind > POSITIVE * behind.mean()
     size, least = gradient.flatten(1).norm(dim=1), LEAST * gradient.flatten(1).norm() / len(gradient) ** 0.5
     before: Tensor | None = None
     for _ in range(ROUNDS):
-        _, positions = of.pooled(of.layer(maps))
-        if before is not None and positions.equal(before):
-            break
-        before = positions
+        shown, positions = of.pooled(of.layer(maps))
+        if (shown - behind).norm() <= TELLS * behind.norm():
+            opened = (behind > SMALL * behind.mean()) | (shown > 0)
+        taken = (errors * opened).flatten(2)
         outer = taken.new_zeros(*taken.shape[:2], side[0] * side[1]).scatter_add(2, positions, taken)
         outer = outer.unflatten(2, side)
+        if before is not None and outer.equal(before):
+            break
+        before = outer
         off = conv2d_weight(maps, gradient.shape, outer, padding=of.layer.padding) - gradient
         weight = size.mean() / (off.flatten(1).norm(dim=1) + least)
         weighted = gradient * weight[:, None, None, None], outer * weight[:, None, None]

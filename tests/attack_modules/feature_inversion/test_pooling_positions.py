@@ -32,11 +32,14 @@ def test_the_update_shows_the_maps_in_front_of_max_pooling(pooling: nn.MaxPool2d
     errors = torch.randn(behind.shape)
     outputs = of.layer(maps).relu()
     ((pooling(outputs) if pooling else outputs) * errors).sum().backward()
-    assert of.reads(2, 49) and not of.reads(50, 49)
+    assert of.reads(4, 49) and not of.reads(50, 49)
+    assert of.reads(16, 49) == (pooling is None)  # three equations an unknown: positions would stay wrong
 
     found = maps_before_pooling(of, behind, errors, of.layer.weight.grad, (7, 7))
-    assert found.misfit < READ
-    assert (found.maps - maps).norm() < 0.03 * maps.norm()
+    off = (found.maps - maps).norm() / maps.norm()
+    assert (
+        found.misfit < 0.25 * READ and off < 0.01
+    )  # outputs below `POSITIVE` are taken as closed, though some are not
 
     wrong = maps_before_pooling(of, behind, errors.flip(0), of.layer.weight.grad, (7, 7))
     assert wrong.misfit > READ
