@@ -91,7 +91,10 @@ def maps_before_pooling(
     """
     shape = len(behind), gradient.shape[1], *side
     maps = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(behind) * behind.mean()
-    opened = behind > POSITIVE * behind.mean()
+    blurred = torch.maximum(
+        POSITIVE * behind.mean(), -2 * behind.min()
+    )  # maps behind ReLU are negative by errors alone
+    opened = behind > blurred
     size, least = gradient.flatten(1).norm(dim=1), LEAST * gradient.flatten(1).norm() / len(gradient) ** 0.5
     before: Tensor | None = None
     for _ in range(ROUNDS):
