@@ -21,6 +21,7 @@ from attack_modules.feature_inversion.batch_statistics import BatchStatistics
 from attack_modules.feature_inversion.controls import (
     ERRORS,
     STRETCHED,
+    KnownImages,
     control_images,
     gain_of_contrast,
     known_images,
@@ -614,13 +615,15 @@ class FeatureInversion(Attack):
             "images_by_class": dict(sorted(counts.items())),
         }
 
-    def _usual_misfit(self) -> float:
-        """The largest misfit of known photographs as they are decoded, where images are not inverted beyond; else 0."""
-        if self.inverts or not isinstance(self._starter[0], PhotographDecoder):
+    def _usual_misfit(self, returned: KnownImages) -> float:
+        """Misfit that known images have as well, where images are not inverted beyond their start; else 0."""
+        start = self._starter[0]
+        if self.inverts or not isinstance(start, PhotographDecoder | PoolingPositions):
             return 0.0
-        known = self._starter[0].known
-        features = self._embedded(known)
-        return self.objective.distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
+        if isinstance(start, PoolingPositions):  # half of the positions stay wrong
+            return returned.misfit[0]
+        features = self._embedded(start.known)
+        return self.objective.distance(self._embedded(start(features)), features, None).amax().sqrt().item()
 
     def seconds_of_verdict(self) -> float:
         """By the first steps of the control images: they are fewer than the attack's own, or more.
@@ -644,8 +647,6 @@ class FeatureInversion(Attack):
 
     def verdict(self, misfit: Tensor) -> Verdict:
         leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())
-        misfit = (misfit.cpu() - self._usual_misfit()).clamp_min(0)
-        evidence = Evidence(leakage, self.features.cpu(), misfit, self._drifts, self.scale)
         steps = max(self.steps_taken, 1)
         controls, each = self.controls, len(self.controls) // len(ERRORS)
         noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device).repeat_interleave(each)
@@ -658,6 +659,8 @@ class FeatureInversion(Attack):
         flat, gain = mean_colour_psnr(controls[:each]), -math.inf
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
             returned = known_images(self.features.clone(), self.model, invert, controls)
+            misfit = (misfit.cpu() - self._usual_misfit(returned)).clamp_min(0)
+            evidence = Evidence(leakage, self.features.cpu(), misfit, self._drifts, self.scale)
             *psnr, best = returned.psnr_at([*evidence.errors.tolist(), 0.0])
             usual = torch.tensor(returned.misfit_at(evidence.leaked_errors.tolist()))
             if self._known_photographs is None and best - flat < LEAST_GAIN[Level.NOT_READ]:
