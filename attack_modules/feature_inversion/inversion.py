@@ -41,7 +41,7 @@ from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
 from attack_modules.feature_inversion.soft_pooling import soften
-from attack_modules.feature_inversion.verdict import DRIFTING, LEAST_GAIN, Evidence, judge
+from attack_modules.feature_inversion.verdict import DRIFTING, LEAST_GAIN, UNLIKE, Evidence, judge
 from attack_modules.priors import ChromaTotalVariation, Prior
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
@@ -620,8 +620,8 @@ class FeatureInversion(Attack):
         start = self._starter[0]
         if self.inverts or not isinstance(start, PhotographDecoder | PoolingPositions):
             return 0.0
-        if isinstance(start, PoolingPositions):  # half of the positions stay wrong
-            return returned.misfit[0]
+        if isinstance(start, PoolingPositions):  # wrong positions make it, not wrong maps, and more of more contrast
+            return UNLIKE * returned.misfit[0]
         features = self._embedded(start.known)
         return self.objective.distance(self._embedded(start(features)), features, None).amax().sqrt().item()
 
