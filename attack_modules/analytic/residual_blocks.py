@@ -136,6 +136,25 @@ def errors_before(layer: nn.Conv2d, maps: Tensor, gradient: Tensor) -> Tensor | 
     return conv2d_input(maps.shape, layer.weight, behind, stride=layer.stride, padding=layer.padding)
 
 
+def linear_maps(layer: nn.Conv2d, gradient: Tensor, errors: Tensor) -> Tensor:
+    """(N, c, h, w) the maps in front of a convolution of stride 1, by least squares of its gradient.
+
+    Args:
+        layer: the convolution, whose weights are not used.
+        gradient: (out, c, kh, kw) of its weight.
+        errors: (N, out, h, w) behind it.
+    """
+    number, _, height, width = errors.shape
+    single = torch.eye(height * width).to(errors).view(-1, 1, height, width)
+    places = F.unfold(single, layer.kernel_size, padding=layer.padding)
+    design = torch.einsum("nop,qtp->otnq", errors.flatten(2), places).flatten(0, 1).flatten(1).double()
+    right = gradient.permute(0, 2, 3, 1).flatten(0, 2).double()
+    gram = design.T @ design
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    found = torch.linalg.solve(gram, design.T @ right).view(number, height, width, -1)
+    return found.permute(0, 3, 1, 2).to(errors)
+
+
 def _regressed(patches: Tensor, gradient: Tensor) -> Tensor:
     """(N, out, P) errors behind a convolution, by least squares of its gradient on the patches (N, entries, P)."""
     rows = patches.transpose(1, 2).flatten(0, 1).double()
@@ -215,7 +234,7 @@ def _read_stride_1(
     for _ in range(ROUNDS):
         for _ in range(ITERATIONS):
             outer = batches.behind(errors * passed, layer.norm, normalised, spread)
-            found = _linear(layer, outer).relu()
+            found = linear_maps(layer.convolution, layer.gradient, outer).relu()
             found = batches.sized(found, layer.outputs(found), layer.variance)
             normalised, spread = batches.normalised(layer.outputs(found), layer.norm)
         off = layer.weight_gradient(found, outer) - layer.gradient
@@ -227,20 +246,6 @@ def _read_stride_1(
             break
         passed = decided
     return best
-
-
-def _linear(layer: _Layer, errors: Tensor) -> Tensor:
-    """(N, c, h, w) the maps by least squares of the gradient of a convolution of stride 1 on the errors behind it."""
-    number, _, height, width = errors.shape
-    kernel, padding = layer.convolution.kernel_size, layer.convolution.padding
-    single = torch.eye(height * width).to(errors).view(-1, 1, height, width)
-    places = F.unfold(single, kernel, padding=padding)
-    design = torch.einsum("nop,qtp->otnq", errors.flatten(2), places).flatten(0, 1).flatten(1).double()
-    right = layer.gradient.permute(0, 2, 3, 1).flatten(0, 2).double()
-    gram = design.T @ design
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    found = torch.linalg.solve(gram, design.T @ right).view(number, height, width, -1)
-    return found.permute(0, 3, 1, 2).to(errors)
 
 
 def _decided(

@@ -1,6 +1,6 @@
 """Inversion of a map in front of a convolution, which that one's update shows, instead of the head's features."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,9 +13,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from attack_modules.analytic.convolution_maps import Convolution, Maps, read_maps
+from attack_modules.analytic.pooled_maps import READ, Pooled, maps_before_pooling
+from attack_modules.analytic.residual_blocks import errors_before
 from attack_modules.analytic.results import Leakage
 from attack_modules.attack import Level, Verdict
-from attack_modules.feature_inversion.peers_maps import read_back
+from attack_modules.feature_inversion.peers_maps import Path, read_back
+from attack_modules.feature_inversion.pooling_positions import Gradient, PoolingPositions
+from attack_modules.feature_inversion.soft_pooling import SoftPooling
 from attack_modules.threat_model.requirements import Requirement, SingleRound
 from fl_lightning.client import Tensors
 from fl_lightning.errors import counted
@@ -49,6 +53,8 @@ class Shown(NamedTuple):
         order: (N,) long, which of the head's images these are, where they are in another order; None else.
         peers: (N,) long, where images depend on the others of their peer, as through BatchNorm in train mode; then all
             pass through the model at once. None else.
+        start: makes images of such maps, where these are behind a first convolution and max pooling; None else.
+        gradient: what that convolution's update shows beside its map.
     """
 
     model: ImageClassifier
@@ -57,6 +63,8 @@ class Shown(NamedTuple):
     layer: str
     order: Tensor | None = None
     peers: Tensor | None = None
+    start: Callable[[Tensor], Tensor] | None = None
+    gradient: Gradient | None = None
 
     def instead(self, leakage: Leakage) -> Leakage:
         """What the head shows, with the maps instead of features, in their order."""
@@ -147,6 +155,10 @@ class Convolutions:
                         continue
                 sized = found and self._sized(model, convolution, found, leakage, image_shape)
                 if sized is not None:
+                    if not convolution.centred:
+                        return _followed_back(
+                            model, convolution, sized, found.uncertainty, of_layers, leakage, image_shape
+                        )
                     embed = MapClassifier(model, convolution.name, found.unseen)
                     uncertainty = torch.full((images,), found.uncertainty, dtype=leakage.uncertainty.dtype)
                     return Shown(embed, sized.to(leakage.features), uncertainty, convolution.name)
@@ -223,6 +235,54 @@ def _convolutions(model: ImageClassifier, image_shape: ImageShape, batch_norm: f
     for hook in hooks:
         hook.remove()
     return [Convolution(n, layers[n], shape, behind.get(n), n not in either) for n, shape in maps.items()]
+
+
+@torch.no_grad()
+def _followed_back(
+    model: ImageClassifier,
+    convolution: Convolution,
+    sized: Tensor,
+    uncertainty: float,
+    update: Mapping[str, Tensor],
+    leakage: Leakage,
+    image_shape: ImageShape,
+) -> Shown:
+    """The earliest maps that follow from those (N, D) in front of a convolution, through ReLU and max pooling."""
+    path, name, maps = Path(model, image_shape), convolution.name, sized.unflatten(1, convolution.map_shape)
+    errors = errors_before(convolution.layer, maps, update[f"{name}.weight"])
+    start, gradient = None, None
+    while errors is not None and (behind := _behind(model, path, name)):
+        before, of = behind
+        gradient_of = update[f"{before}.weight"].to(maps)
+        shape = path.shape[before]
+        if before not in path.source or not _behind(model, path, before):  # the first one takes the images
+            if of.pooling and shape == tuple(image_shape) and PoolingPositions.fits(of.layer, of.pooling, image_shape):
+                start = PoolingPositions(model, of.layer, of.pooling, image_shape)
+                gradient = Gradient(gradient_of, errors)
+            break
+        if not of.reads(len(maps), shape[1] * shape[2]):
+            break
+        read = maps_before_pooling(of, maps, errors, gradient_of, shape[1:])
+        if not read.misfit <= READ:  # nor NaN
+            break
+        name, maps, uncertainty = before, read.maps, max(read.misfit, uncertainty)
+        errors = errors_before(of.layer, maps, gradient_of)
+    unseen = maps.new_zeros(0, *maps.shape[2:])
+    expected = torch.full((len(maps),), uncertainty, dtype=leakage.uncertainty.dtype)
+    features = maps.flatten(1).to(leakage.features)
+    return Shown(MapClassifier(model, name, unseen), features, expected, name, start=start, gradient=gradient)
+
+
+def _behind(model: ImageClassifier, path: Path, name: str) -> tuple[str, Pooled] | None:
+    """The convolution whose outputs, behind ReLU or also max pooling, are a layer's only input, by name; None else."""
+    source, pooling = path.source.get(name), None
+    if source and SoftPooling.fits(found := model.get_submodule(source)):
+        source, pooling = path.source.get(source), found
+    if source is None or type(model.get_submodule(source)) is not nn.ReLU:
+        return None
+    before = path.source.get(source)
+    layer = before and model.get_submodule(before)
+    return (before, Pooled(layer, pooling)) if type(layer) is nn.Conv2d else None
 
 
 @contextmanager

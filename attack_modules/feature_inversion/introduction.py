@@ -7,6 +7,7 @@ import torch
 from attack_modules.analytic.results import Leakage
 from attack_modules.feature_inversion.decoder import FeatureDecoder
 from attack_modules.feature_inversion.learned_decoder import PhotographDecoder
+from attack_modules.feature_inversion.pooling_positions import PoolingPositions
 from attack_modules.threat_model.observed import ObservedRound
 from fl_lightning.errors import counted
 
@@ -26,13 +27,15 @@ def of_closed_form(leakage: Leakage, rounds: Sequence[ObservedRound]) -> str:
     return text
 
 
-def of_start(decoder: FeatureDecoder | PhotographDecoder | None, inverts: bool) -> str:
+def of_start(decoder: FeatureDecoder | PhotographDecoder | PoolingPositions | None, inverts: bool) -> str:
     """Of which images the inversion begins; where it does not pay, those are the result."""
     match decoder:
         case None:
             return "grey images, since the features are not a map"
         case FeatureDecoder():
             return "linearly decoded images"
+        case PoolingPositions():
+            return "images for which the positions of maxima were drawn"
     kept = "" if inverts else ", which are kept, since held-out ones are not improved by inversion"
     return f"images decoded by regression of photographs on {decoder.numbers:,} distinct features{kept}"
 

@@ -21,6 +21,7 @@ from attack_modules.feature_inversion.batch_statistics import BatchStatistics
 from attack_modules.feature_inversion.controls import (
     ERRORS,
     STRETCHED,
+    KnownImages,
     control_images,
     gain_of_contrast,
     known_images,
@@ -35,11 +36,12 @@ from attack_modules.feature_inversion.introduction import of_closed_form, of_def
 from attack_modules.feature_inversion.learned_decoder import LearnedDecoder, PhotographDecoder
 from attack_modules.feature_inversion.memory import peak_bytes
 from attack_modules.feature_inversion.objective import Objective
+from attack_modules.feature_inversion.pooling_positions import PoolingPositions
 from attack_modules.feature_inversion.refinement import Refinement
 from attack_modules.feature_inversion.rounds import RoundsReader, SameImages
 from attack_modules.feature_inversion.scale import found_scale
 from attack_modules.feature_inversion.soft_pooling import soften
-from attack_modules.feature_inversion.verdict import DRIFTING, LEAST_GAIN, Evidence, judge
+from attack_modules.feature_inversion.verdict import DRIFTING, LEAST_GAIN, UNLIKE, Evidence, judge
 from attack_modules.priors import ChromaTotalVariation, Prior
 from attack_modules.simulation.feature_map import for_speed
 from attack_modules.simulation.half_way import model_half_way
@@ -236,7 +238,7 @@ class FeatureInversion(Attack):
         weights = self.leakage.weights
         self.register_buffer("weights", None if weights is None else weights.clone())
         self.register_buffer("labels", self.leakage.labels)
-        self.images = nn.Parameter(self._start(self.features, self.seen))
+        self.images = nn.Parameter(self._first_images())
         mixing = self.leakage.mixing  # then `images` are mixtures, and what is found are `unmixed` ones
         self.register_buffer("unmixing", None if mixing is None else torch.linalg.inv(mixing), persistent=False)
         self.register_buffer("best", self.images.detach().clone())
@@ -285,8 +287,12 @@ class FeatureInversion(Attack):
             return self.shown.model
         return model
 
-    def _better_start(self, ridge: FeatureDecoder | None, noise: float) -> FeatureDecoder | PhotographDecoder | None:
+    def _better_start(
+        self, ridge: FeatureDecoder | None, noise: float
+    ) -> FeatureDecoder | PhotographDecoder | PoolingPositions | None:
         """Of the decoders, the one that makes more of photographs that were held out."""
+        if self.shown and self.shown.start:
+            return self.shown.start
         if self.decoder is None:
             return ridge
         learned = self.decoder.fitted(self.model, self.observed_rounds[0].observation.image_shape, noise)
@@ -302,6 +308,8 @@ class FeatureInversion(Attack):
         nearer to the right one than that which a prior prefers.
         """
         start = self._starter[0]
+        if isinstance(start, PoolingPositions):
+            return False  # descent does not know the first convolution's gradient, and its positions are no better
         if not isinstance(start, PhotographDecoder) or self.guidance or self.noise is not None:
             return True
         known = start.known[:TRIED]
@@ -348,6 +356,12 @@ class FeatureInversion(Attack):
                 "Several images share a class. A head of one layer shows only the sum of their features, so each of "
                 "them comes out as their mean; images that are alone in their class are not affected."
             )
+
+    def _first_images(self) -> Tensor:
+        """(N, C, H, W) where the descent starts."""
+        if self.shown and self.shown.start and self.shown.gradient:
+            return self.shown.start(self.features.to(self.model.mean), self.shown.gradient)
+        return self._start(self.features, self.seen)
 
     def _start(self, features: Tensor, seen: Tensor | None = None) -> Tensor:
         """(N, C, H, W) initial images for features (N, D), of which those that are not `seen` are unknown."""
@@ -601,13 +615,15 @@ class FeatureInversion(Attack):
             "images_by_class": dict(sorted(counts.items())),
         }
 
-    def _usual_misfit(self) -> float:
-        """The largest misfit of known photographs as they are decoded, where images are not inverted beyond; else 0."""
-        if self.inverts:
+    def _usual_misfit(self, returned: KnownImages) -> float:
+        """Misfit that known images have as well, where images are not inverted beyond their start; else 0."""
+        start = self._starter[0]
+        if self.inverts or not isinstance(start, PhotographDecoder | PoolingPositions):
             return 0.0
-        known = self._starter[0].known
-        features = self._embedded(known)
-        return self.objective.distance(self._embedded(self._starter[0](features)), features, None).amax().sqrt().item()
+        if isinstance(start, PoolingPositions):  # wrong positions make it, not wrong maps, and more of more contrast
+            return UNLIKE * returned.misfit[0]
+        features = self._embedded(start.known)
+        return self.objective.distance(self._embedded(start(features)), features, None).amax().sqrt().item()
 
     def seconds_of_verdict(self) -> float:
         """By the first steps of the control images: they are fewer than the attack's own, or more.
@@ -631,8 +647,6 @@ class FeatureInversion(Attack):
 
     def verdict(self, misfit: Tensor) -> Verdict:
         leakage = self.leakage if self.noise is None else replace(self.leakage, uncertainty=self.noise.cpu())
-        misfit = (misfit.cpu() - self._usual_misfit()).clamp_min(0)
-        evidence = Evidence(leakage, self.features.cpu(), misfit, self._drifts, self.scale)
         steps = max(self.steps_taken, 1)
         controls, each = self.controls, len(self.controls) // len(ERRORS)
         noise = None if self.noise is None else torch.tensor(ERRORS, device=self.device).repeat_interleave(each)
@@ -648,6 +662,8 @@ class FeatureInversion(Attack):
         flat, gain = mean_colour_psnr(controls[:each]), -math.inf
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
             returned = known_images(self.features.clone(), self.model, invert, error, controls)
+            misfit = (misfit.cpu() - self._usual_misfit(returned)).clamp_min(0)
+            evidence = Evidence(leakage, self.features.cpu(), misfit, self._drifts, self.scale)
             *psnr, best = returned.psnr_at([*evidence.errors.tolist(), 0.0])
             usual = torch.tensor(returned.misfit_at(evidence.leaked_errors.tolist()))
             if self._known_photographs is None and best - flat < LEAST_GAIN[Level.NOT_READ]:
