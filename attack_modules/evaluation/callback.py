@@ -36,6 +36,7 @@ from attack_modules.evaluation.run_directory import (
     remove_if_without_results,
 )
 from attack_modules.panels import save_images
+from fl_lightning.allocation import release_freed_memory
 from fl_lightning.errors import counted
 from fl_lightning.record import describe
 from fl_lightning.storage import atomic_path, has_record, unlock, write_json, write_text
@@ -254,6 +255,7 @@ class Evaluation(Callback):
             return
         images, labels = reconstruction.images.cpu(), reconstruction.labels.cpu()
         save_images(images, directory / "images")  # whatever becomes of the scores
+        release_freed_memory()  # what the verdict took
         truth = self._truth(trainer, attack)
         print(verdict.sentence(len(truth.labels) if truth else None), flush=True)
         recogniser = _recogniser(truth) if truth else None
