@@ -42,6 +42,11 @@ def exceeds_memory(needed: int) -> str | None:
     return f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
 
 
+def whole(work: int) -> int:
+    """Bytes of a run at most: the program as it is now, the work beside it, and what is the same of all models."""
+    return resident_memory() + work + LATER
+
+
 def forecast(work: int) -> str:
     """What a run takes at most, in one line.
 
@@ -49,7 +54,7 @@ def forecast(work: int) -> str:
         work: bytes that it takes beside the program as it is now.
     """
     program, free = resident_memory(), available_memory()
-    line = f"Memory, by forecast: {(program + work + LATER) / 1e9:.1f} GB at most, {program / 1e9:.1f} GB now"
+    line = f"Memory, by forecast: {whole(work) / 1e9:.1f} GB at most, {program / 1e9:.1f} GB now"
     if free is None or work + LATER <= free:
         return f"{line}."
     return f"{line}, which is more than the {free / 1e9:.1f} GB that are free: the run may be killed, or very slow."

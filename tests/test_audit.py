@@ -107,8 +107,15 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(study: Path, more: list[str
 
 
 def test_what_a_run_would_refuse_before_its_work_is_told_before_any_is_run(
-    study: Path, capsys: pytest.CaptureFixture
+    study: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run, began = cli.Program.__call__, []
+
+    def noted(program: object, cell: Cell, *where: object) -> tuple[int, str]:
+        began.append(cell.defence.name)
+        return run(program, cell, *where)
+
+    monkeypatch.setattr(cli.Program, "__call__", noted)
     many = ["audit", "--config", str(study), "--out", "found", "--seeds", "[0, 1]"]
     with pytest.raises(AuditError, match=r"^All runs would be refused. new model / none / seed 0: .* 100 classes"):
         main([*many, "--federation.model", "WrappedClassifier", "--federation.model.module", f"{__name__}.make"])
@@ -118,6 +125,7 @@ def test_what_a_run_would_refuse_before_its_work_is_told_before_any_is_run(
     plan = said[: said.index("Time: ")]
     assert [plan.count(f"Refused, and not run: new model / {name} / seed ") for name in ("none", "too many")] == [0, 2]
     assert "2 of 4 runs have a result." in said
+    assert began == ["none", "none"]
     records = [json.loads(path.read_text()) for path in sorted(Path("found").glob("cells/*too-many*/cell.json"))]
     assert [record["status"] for record in records] == ["failed", "failed"]
     assert "batch_size" in records[0]["sentence"]

@@ -91,10 +91,8 @@ def maps_before_pooling(
     """
     shape = len(behind), gradient.shape[1], *side
     maps = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(behind) * behind.mean()
-    blurred = torch.maximum(
-        POSITIVE * behind.mean(), -2 * behind.min()
-    )  # maps behind ReLU are negative by errors alone
-    opened = behind > blurred
+    error = -2 * behind.min()  # maps behind a ReLU are negative by errors alone
+    opened = behind > torch.maximum(POSITIVE * behind.mean(), error)
     size, least = gradient.flatten(1).norm(dim=1), LEAST * gradient.flatten(1).norm() / len(gradient) ** 0.5
     before: Tensor | None = None
     for _ in range(ROUNDS):

@@ -110,7 +110,7 @@ def audit(
     if len(refused) == len(cells):
         raise SettingError(f"All runs would be refused. {cells[0].title}: {refused[cells[0].name]}")
     forecast = Forecast(out, cells, {cell.name: Work.of(parsed[_kind(cell)]) for cell in cells}, memory)
-    print(_plan(study, to_run, refused, forecast, out, workers), flush=True)
+    print(_plan(study, cells, to_run, refused, forecast, out, workers), flush=True)
     if find_spec("jinja2") is None:
         print(f"Warning: {NO_JINJA2}", flush=True)
     if dry_run:
@@ -119,8 +119,9 @@ def audit(
     if strangers is not None:
         compared((3, 64, 64))  # a folder that cannot be read is refused now
     if retry and not report_only:
-        for cell in filter(lambda cell: _failed(cell.folder(out)), to_run):
-            (cell.folder(out) / "cell.json").unlink()
+        for cell in to_run:
+            if _failed(cell.folder(out)):
+                (cell.folder(out) / "cell.json").unlink()
 
     def ended(cell: Cell) -> str:
         forecast.look([cell])
@@ -262,22 +263,28 @@ def _tried(cells: Sequence[Cell], out: Path, trial: Trial) -> tuple[dict[str, st
 
 
 def _plan(
-    study: Study, to_run: Sequence[Cell], refused: Mapping[str, str], forecast: Forecast, out: Path, workers: int
+    study: Study,
+    cells: Sequence[Cell],
+    to_run: Sequence[Cell],
+    refused: Mapping[str, str],
+    forecast: Forecast,
+    out: Path,
+    workers: int,
 ) -> str:
     """What will be run, and how long it may take."""
-    open_, runs = [cell for cell in to_run if cell.name not in refused], len(study.cells())
+    open_ = [cell for cell in to_run if cell.name not in refused]
     times = [forecast.seconds(cell) for cell in open_]
     known = [seconds for seconds in times if seconds is not None]
     megabytes, source = forecast.memory()
     lines = [
         f"Study: {study.title}",
         f"{counted(len(study.expanded()), 'scenario')}, {counted(len(study.defences), 'defence')}, "
-        f"{counted(len(study.seeds), 'seed')}: {counted(runs, 'run')}, "
-        f"{runs - len(to_run)} of which have ended. Folder: {out}",
+        f"{counted(len(study.seeds), 'seed')}: {counted(len(cells), 'run')}, "
+        f"{len(cells) - len(to_run)} of which have ended. Folder: {out}",
         *(f"Refused, and not run: {cell.title}: {refused[cell.name]}" for cell in to_run if cell.name in refused),
     ]
     if known:
-        rough = "" if len(to_run) < runs else ", roughly, as none has ended yet"
+        rough = "" if len(to_run) < len(cells) else ", roughly, as none has ended yet"
         missing = len(times) - len(known)
         unknown = f", and {counted(missing, 'run')} of which nothing is known" if missing else ""
         lines.append(

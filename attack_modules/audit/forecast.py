@@ -9,7 +9,7 @@ from typing import Any
 from attack_modules.audit.study import Cell
 from attack_modules.audit.workers import CellRecord
 from fl_lightning.errors import counted
-from fl_lightning.memory import LATER, resident_memory
+from fl_lightning.memory import whole
 from fl_lightning.seats import CuriousClient, Seat
 from fl_lightning.storage import StorageError, made_again, read_json
 
@@ -113,7 +113,7 @@ class Forecast:
         if found := [memory for memory in found if memory]:
             return max(found), f"measured on {counted(len(found), 'run')}"
         if self.peak_memory is not None:
-            return (resident_memory() + self.peak_memory + LATER) / 2**20, "by forecast"
+            return whole(self.peak_memory) / 2**20, "by forecast"
         return MEMORY, "an assumption until the first run has ended"
 
 

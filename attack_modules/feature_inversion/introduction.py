@@ -35,7 +35,7 @@ def of_start(decoder: FeatureDecoder | PhotographDecoder | PoolingPositions | No
         case FeatureDecoder():
             return "linearly decoded images"
         case PoolingPositions():
-            return "images for which the positions of maxima were drawn"
+            return "images for which the positions of maxima were drawn, which are kept"
     kept = "" if inverts else ", which are kept, since held-out ones are not improved by inversion"
     return f"images decoded by regression of photographs on {decoder.numbers:,} distinct features{kept}"
 
